@@ -1,0 +1,133 @@
+"""Cosine (spherical) mini-batch k-means in torch.
+
+STEGO segments by clustering codes by direction (Sec. 4): each pixel joins the centre of largest cosine. Spherical
+k-means is Dhillon & Modha 2001, mini-batches are Sculley 2010, the seeding is Arthur & Vassilvitskii 2007.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 65_536        # rows compared with the centres at once: 7 MB of cosines for 27 centres
+SEEDING_ROWS = 200    # rows per cluster that take part in the k-means++ seeding
+FORGET = 0.9          # weight of the past in the running sums: about the last ten batches set a centre
+STARVED = 0.02        # a centre with less than this share of a fair part (1 / K) is seeded anew
+REPAIR_EVERY = 10     # batches between two looks for starved centres
+
+
+class CosineKMeans:
+    """Mini-batch k-means under cosine similarity, in the shape scikit-learn users know.
+
+    Args:
+        n_clusters: number of centres K, at least 1.
+        n_init: independent starts; the one of lowest inertia is kept.
+        max_iter: mini-batches per start.
+        batch_size: rows of one mini-batch.
+        seed: same seed, same rows, same threads: same centres.
+
+    Learned: `cluster_centers_` (K, d) unit rows, `inertia_` mean of 1 - cosine over the rows last fitted.
+    """
+
+    def __init__(self, n_clusters: int, *, n_init: int = 3, max_iter: int = 100, batch_size: int = 8192, seed: int = 0):
+        if n_clusters < 1:
+            raise ValueError(f"n_clusters is {n_clusters}; k-means needs at least 1 cluster.")
+        self.n_clusters, self.n_init, self.max_iter = n_clusters, n_init, max_iter
+        self.batch_size, self.seed = batch_size, seed
+        self._generator = torch.Generator().manual_seed(seed)
+        self._reset()
+
+    def _reset(self):
+        self.cluster_centers_, self.inertia_, self._batches = None, math.inf, 0
+
+    def fit(self, x: Tensor) -> "CosineKMeans":
+        """Cluster the rows of x (N, d), float, any length of row; zero rows are left out of the fit.
+
+        Raises ValueError if x is not a matrix of at least K finite, non-zero rows.
+        """
+        x = _unit_rows(x)
+        x = x[x.abs().sum(1) > 0]                                            # (N, d)
+        if len(x) < self.n_clusters:
+            raise ValueError(f"Got {len(x)} non-zero rows for {self.n_clusters} clusters; "
+                             "k-means needs at least one row a cluster: give more rows or ask for fewer clusters.")
+        best = (math.inf, None)
+        for _ in range(self.n_init):
+            self._reset()
+            for _ in range(self.max_iter):
+                self.partial_fit(self._draw(x, self.batch_size))
+            best = min(best, (self._mean_distance(x), self.cluster_centers_), key=lambda run: run[0])
+        self.inertia_, self.cluster_centers_ = best
+        return self
+
+    def partial_fit(self, x: Tensor) -> "CosineKMeans":
+        """Move the centres by one mini-batch x (B, d); the first batch also seeds them, so it needs B >= K rows."""
+        x = _unit_rows(x)
+        if self.cluster_centers_ is None:
+            self.cluster_centers_ = self._seed_centers(self._draw(x, SEEDING_ROWS * self.n_clusters))
+            self._sums = torch.zeros_like(self.cluster_centers_)
+            self._counts = x.new_zeros(self.n_clusters)
+        cosine, label = _nearest(x, self.cluster_centers_)
+        self._sums.mul_(FORGET).index_add_(0, label, x)                      # (K, d)
+        self._counts.mul_(FORGET).index_add_(0, label, torch.ones_like(cosine))
+        alive = (self._counts > 1e-6) & (self._sums.norm(dim=1) > 1e-6)
+        self.cluster_centers_[alive] = F.normalize(self._sums[alive], dim=1)
+        self._batches += 1
+        if self._batches % REPAIR_EVERY == 0:
+            self._repair(x, cosine)
+        return self
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Index of the nearest centre for each row of x (N, d) -> (N,) int64."""
+        if self.cluster_centers_ is None:
+            raise ValueError("This CosineKMeans has no centres yet; call fit(x) before predict(x).")
+        return torch.cat([_nearest(part, self.cluster_centers_)[1] for part in x.split(CHUNK)])
+
+    def _seed_centers(self, x: Tensor) -> Tensor:
+        """k-means++ on rows x (n, d): each new centre is the best of a few drawn by distance to those we have."""
+        if len(x) < self.n_clusters:
+            raise ValueError(f"The first batch has {len(x)} rows; seeding {self.n_clusters} clusters needs as many.")
+        trials = 2 + int(math.log(self.n_clusters))                          # the usual greedy variant
+        centers = [x[torch.randint(len(x), (), generator=self._generator)]]
+        distance = 1 - x @ centers[0]                                        # (n,) half the squared chord
+        while len(centers) < self.n_clusters:
+            weight = distance.clamp(min=1e-12)
+            drawn = torch.multinomial(weight.cpu(), trials, generator=self._generator, replacement=True).to(x.device)
+            candidate = torch.minimum(distance[:, None], 1 - x @ x[drawn].T)  # (n, trials)
+            best = candidate.sum(0).argmin()
+            centers.append(x[drawn[best]])
+            distance = candidate[:, best]
+        return torch.stack(centers)                                          # (K, d)
+
+    def _repair(self, x: Tensor, cosine: Tensor):
+        """Put starved centres on the rows of this batch that are served worst."""
+        starved = (self._counts < STARVED * self._counts.sum() / self.n_clusters).nonzero()[:, 0]
+        worst = cosine.argsort()[:max(len(x) // 20, 1)]                      # the worst twentieth
+        for k in starved.tolist():
+            row = x[worst[torch.randint(len(worst), (), generator=self._generator)]]
+            self.cluster_centers_[k], self._sums[k], self._counts[k] = row, row, 1.0
+
+    def _draw(self, x: Tensor, count: int) -> Tensor:
+        """At most count rows of x, without replacement within a batch of a small x."""
+        if len(x) <= count:
+            return x
+        rows = torch.randint(len(x), (count,), generator=self._generator)
+        return x[rows.to(x.device)]
+
+    def _mean_distance(self, x: Tensor) -> float:
+        total = sum(float((1 - _nearest(part, self.cluster_centers_)[0]).sum()) for part in x.split(CHUNK))
+        return total / len(x)
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"Got {x.dtype} of shape {tuple(x.shape)}; k-means needs floating point rows (N, d).")
+    x = F.normalize(x.float(), dim=1)
+    if not torch.isfinite(x).all():
+        raise ValueError("Got NaN or infinite values; k-means needs finite rows.")
+    return x
+
+
+def _nearest(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest cosine (N,) and its centre (N,) int64, for unit rows (rows of any length for the index alone)."""
+    return (x.to(centers.dtype) @ centers.T).max(dim=1)

@@ -1,0 +1,244 @@
+"""The frozen backbones: where their weights come from and how an image becomes dense features.
+
+`load_backbone(name)` returns a module that maps (B, 3, H, W) images, normalised with MEAN and STD, to features
+(B, channels, H / patch, W / patch): the tokens of the last block after the final LayerNorm, class token dropped
+(STEGO Sec. 3, DINO: Caron et al. 2021, DINOv2: Oquab et al. 2023, registers: Darcet et al. 2024).
+"""
+
+import hashlib
+import logging
+import pickle
+import re
+import socket
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+
+from stego_backbones.tiny import Tiny
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in 0..1: what every backbone was trained with
+NET_TIMEOUT = 10  # seconds without an answer from the server before a download is given up
+TINY_FILE = Path(__file__).with_name("tiny.pt")
+TINY_SHA256 = "0" * 64
+FALLBACK = "tiny"  # what `auto` takes when AUTO can neither be found nor downloaded
+AUTO = "dino_vits8"
+
+log = logging.getLogger("stego")
+
+
+# ---- the table -------------------------------------------------------------------------------------------------
+
+class Spec(NamedTuple):
+    """A published vision transformer; depth is 12 for all."""
+    url: str
+    channels: int
+    heads: int
+    patch: int         # pixels
+    grid: int          # side of the grid of position embeddings it was trained with
+    registers: int = 0
+    sha256: str = ""   # of the file, once somebody has measured it; the file names carry no hash
+
+
+DINO, DINOV2 = "https://dl.fbaipublicfiles.com/dino/", "https://dl.fbaipublicfiles.com/dinov2/"
+BACKBONES = {
+    "dino_vits8": Spec(DINO + "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth", 384, 6, 8, 28),
+    "dino_vits8_300ep": Spec(DINO + "dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth", 384, 6, 8, 28),
+    "dino_vits16": Spec(DINO + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", 384, 6, 16, 14),
+    "dino_vitb8": Spec(DINO + "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth", 768, 12, 8, 28),
+    "dino_vitb16": Spec(DINO + "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", 768, 12, 16, 14),
+    "dinov2_vits14": Spec(DINOV2 + "dinov2_vits14/dinov2_vits14_pretrain.pth", 384, 6, 14, 37),
+    "dinov2_vitb14": Spec(DINOV2 + "dinov2_vitb14/dinov2_vitb14_pretrain.pth", 768, 12, 14, 37),
+    "dinov2_vits14_reg": Spec(DINOV2 + "dinov2_vits14/dinov2_vits14_reg4_pretrain.pth", 384, 6, 14, 37, 4),
+    "dinov2_vitb14_reg": Spec(DINOV2 + "dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", 768, 12, 14, 37, 4),
+}
+NAMES = (*BACKBONES, "tiny")
+
+
+# ---- the network -----------------------------------------------------------------------------------------------
+
+class ViT(nn.Module):
+    """DINO's vision transformer, driven through the parts of torchvision's, so that any grid of patches works."""
+
+    def __init__(self, spec: Spec):
+        super().__init__()
+        self.patch, self.channels, self.grid = spec.patch, spec.channels, spec.grid
+        self.vit = VisionTransformer(
+            image_size=spec.patch * spec.grid, patch_size=spec.patch, num_layers=12, num_heads=spec.heads,
+            hidden_dim=spec.channels, mlp_dim=4 * spec.channels, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        self.vit.heads = nn.Identity()
+        self.registers = nn.Parameter(torch.zeros(1, spec.registers, spec.channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, H / patch, W / patch)."""
+        batch, h, w = len(x), x.shape[-2] // self.patch, x.shape[-1] // self.patch
+        x = self.vit.conv_proj(x).flatten(2).transpose(1, 2)                 # (B, h * w, C)
+        x = torch.cat([self.vit.class_token.expand(batch, -1, -1), x], 1) + self.positions(h, w)
+        x = torch.cat([x[:, :1], self.registers.expand(batch, -1, -1), x[:, 1:]], 1)
+        x = self.vit.encoder.ln(self.vit.encoder.layers(x))                  # (B, 1 + registers + h * w, C)
+        x = x[:, 1 + self.registers.shape[1]:]
+        return x.transpose(1, 2).reshape(batch, -1, h, w)                    # (B, C, h, w)
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """Position embeddings (1, 1 + h * w, C), bicubic from the trained grid; the class token's stays as it is."""
+        trained = self.vit.encoder.pos_embedding                             # (1, 1 + grid * grid, C)
+        if h == w == self.grid:
+            return trained
+        square = trained[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (1, C, grid, grid)
+        square = F.interpolate(square, size=(h, w), mode="bicubic", align_corners=False)
+        return torch.cat([trained[:, :1], square.flatten(2).transpose(1, 2)], 1)
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------
+
+RENAME = (  # DINO's names -> torchvision's, applied in turn
+    (r"^cls_token$", "vit.class_token"), (r"^pos_embed$", "vit.encoder.pos_embedding"),
+    (r"^register_tokens$", "registers"), (r"^patch_embed\.proj\.", "vit.conv_proj."),
+    (r"^norm\.", "vit.encoder.ln."), (r"^blocks\.(\d+)\.", r"vit.encoder.layers.encoder_layer_\1."),
+    (r"\.norm([12])\.", r".ln_\1."), (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
+    (r"\.attn\.proj\.", ".self_attention.out_proj."), (r"\.mlp\.fc1\.", ".mlp.0."), (r"\.mlp\.fc2\.", ".mlp.3."))
+
+
+def convert_dino(state: dict) -> dict:
+    """A DINO or DINOv2 state dict (plain, or a training checkpoint with `teacher`) under torchvision's names."""
+    state = state.get("teacher", state)
+    state = {re.sub(r"^(module\.)?(backbone\.)?", "", key): value for key, value in state.items()}
+    for key in [key for key in state if re.search(r"\.ls[12]\.gamma$", key)]:  # LayerScale: y * gamma = (gamma W) x
+        gamma, linear = state.pop(key), "attn.proj" if ".ls1." in key else "mlp.fc2"
+        for part in ("weight", "bias"):
+            name = re.sub(r"ls[12]\.gamma$", f"{linear}.{part}", key)
+            state[name] = state[name] * gamma.view(-1, *[1] * (state[name].ndim - 1))
+    renamed = {}
+    for key, value in state.items():
+        for pattern, name in RENAME:
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    return {key: value for key, value in renamed.items() if not re.match(r"head|mask_token$", key)}
+
+
+def load_backbone(name: str = "auto", *, weights: str | Path | None = None, device="cpu", progress: bool = False):
+    """A frozen backbone in eval mode, with `.name`, `.patch` (pixels), `.channels` and `.sha256` (of its tensors).
+
+    name: one of NAMES, or "auto": dino_vits8 if it is cached or can be downloaded, else the bundled tiny.
+    weights: a local file to take the weights from instead of the torch cache.
+    Raises ValueError (unknown name, unusable file) or FileNotFoundError (no such file, download failed).
+    """
+    if name == "auto":
+        return _load_auto(weights=weights, device=device, progress=progress)
+    if name not in NAMES:
+        raise ValueError(f"Unknown backbone {name!r}; choose one of: auto, {', '.join(NAMES)}.")
+    if name == "tiny":
+        module, state = Tiny(), _read_tiny(weights)
+    else:
+        module = ViT(BACKBONES[name])
+        state = _read_weights(Path(weights)) if weights else _download(name, progress)
+        state = {"registers": module.registers.data, **convert_dino(state)}
+    _fill(module, state, name, source=weights or f"the weights of {name}")
+    module.name, module.sha256 = name, fingerprint(module.state_dict())
+    return module.requires_grad_(False).eval().to(device)
+
+
+def _load_auto(*, weights, device, progress):
+    try:
+        return load_backbone(AUTO, weights=weights, device=device, progress=progress)
+    except FileNotFoundError:
+        if weights:
+            raise
+        log.warning("%s is not in the cache and cannot be downloaded; using the bundled backbone %s.", AUTO, FALLBACK)
+        return load_backbone(FALLBACK, device=device)
+
+
+def checkpoint_path(name: str) -> Path:
+    """Where torch.hub keeps the weight file of a published backbone."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[name].url.rsplit("/", 1)[1]
+
+
+def fingerprint(state: dict) -> str:
+    """SHA-256 over names, shapes and float32 values: the same however the file that held them was packed."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().float().contiguous()
+        digest.update(f"{key} {tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _download(name: str, progress: bool) -> dict:
+    """The state dict of a published backbone, from the torch cache or the network; never leaves half a file."""
+    spec, path = BACKBONES[name], checkpoint_path(name)
+    if path.exists():
+        return _read_weights(path, spec.sha256)
+    by_hand = f"put the file at {path} by hand, pass it as --weights FILE, or use --backbone tiny (no download)."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _net_timeout(NET_TIMEOUT):  # torch.hub writes to a temporary name and renames, but sets no time-out
+            torch.hub.load_state_dict_from_url(spec.url, map_location="cpu", progress=progress, weights_only=True)
+        return _read_weights(path, spec.sha256)
+    except OSError as error:
+        raise FileNotFoundError(f"Could not download {name} from {spec.url} ({_first_line(error)}): {by_hand}") from error
+    except Exception as error:  # what came is not the file: a cut connection, a proxy's web page
+        path.unlink(missing_ok=True)
+        raise FileNotFoundError(f"What {spec.url} sent is not a usable weight file ({_first_line(error)}): "
+                                f"try again, {by_hand}") from error
+
+
+@contextmanager
+def _net_timeout(seconds: float):
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _read_tiny(weights) -> dict:
+    path = Path(weights or TINY_FILE)
+    if not weights and not path.exists():
+        raise FileNotFoundError(f"The bundled weights {path} are missing; reinstall stego.")
+    try:
+        return _read_weights(path, "" if weights else TINY_SHA256)
+    except ValueError as error:
+        raise ValueError(f"{error} Reinstall stego to get the bundled weights again.") from error
+
+
+def _read_weights(path: Path, sha256: str = "") -> dict:
+    """A dict of tensors from a file, nothing executed; ValueError if it is damaged or something else."""
+    if not path.is_file():
+        raise FileNotFoundError(f"No weight file at {path}; give the path of a .pth file.")
+    if sha256 and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
+        raise ValueError(f"{path} is damaged: its SHA-256 is {found[:12]}…, it should be {sha256[:12]}….")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a weight file that can be loaded safely ({_first_line(error)}).") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}; a backbone needs a dict of tensors.")
+    return state
+
+
+def _fill(module: nn.Module, state: dict, name: str, *, source):
+    """Load a state dict after checking every name, shape and value."""
+    needed = module.state_dict()
+    missing, extra = sorted(needed.keys() - state.keys()), sorted(state.keys() - needed.keys())
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has an unknown entry {extra[0]}"
+        raise ValueError(f"{source} does not fit the backbone {name}: it {what}; name the backbone it was made for.")
+    for key, want in needed.items():
+        got = state[key]
+        if not isinstance(got, Tensor) or got.shape != want.shape:
+            shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
+            raise ValueError(f"{source} does not fit the backbone {name}: {key} is {shape}, it should be "
+                             f"{tuple(want.shape)}; name the backbone it was made for.")
+        if got.is_floating_point() and not torch.isfinite(got).all():
+            raise ValueError(f"{source} is damaged: {key} holds NaN or infinite values.")
+    module.load_state_dict(state)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
