@@ -1,0 +1,348 @@
+"""A fully connected Gaussian CRF in pure torch, for the CPU and CUDA.
+
+After Krähenbühl & Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials"
+(NIPS 2011); the colour kernel runs on the lattice of Adams, Baek & Davis, "Fast High-Dimensional Filtering
+Using the Permutohedral Lattice" (Eurographics 2010).
+
+    dense_crf             image + class scores -> class probabilities that follow the image
+    working_size          the size at which to run it on a large photo
+    upsample_along_edges  its result at that size -> labels at the size of the photo
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The kernel is the one of STEGO (ICLR 2022), appendix A.9 and A.10:
+# compat exp(-|dp|^2 / 2 sxy^2 - |dI|^2 / 2 srgb^2) + smooth_compat exp(-|dp|^2 / 2 smooth_sxy^2)
+ITERATIONS = 10
+SXY, SRGB, COMPAT = 67.0, 3.0, 4.0  # pixels, levels of 0..255, weight
+SMOOTH_SXY, SMOOTH_COMPAT = 1.0, 3.0  # pixels, weight
+
+NORM_EPS = 1e-20  # added to the kernel's row sums, as the authors' library does
+TRUNCATE = 4.0  # sigmas at which the small Gaussian ends; what is left out is 6e-5 of its mass
+MIN_SIGMA = 0.2  # pixels or levels; points 5 sigmas apart no longer meet in the lattice: less changes nothing
+STRIP = 25_000  # pixels in work at once on the CPU: their temporaries stay in cache
+MAX_KEY = 2**63 - 1
+
+MEGAPIXELS = 0.5  # working size for photos, 10^6 pixels
+UPSAMPLE_SRGB = 10.0  # levels of 0..255; how far a pixel may be from a coarse neighbour it resembles
+UPSAMPLE_FLOOR = 1e-3  # share of coarse neighbours that bilinear interpolation would not ask
+UPSAMPLE_PIXELS = 1 << 18  # full-size pixels in work at once
+
+
+# ------------------------------------------------------------------------------------------ mean field
+
+@torch.no_grad()
+def dense_crf(image: Tensor, scores: Tensor, *, iterations: int = ITERATIONS,
+              sxy: float = SXY, srgb: float = SRGB, compat: float = COMPAT,
+              smooth_sxy: float = SMOOTH_SXY, smooth_compat: float = SMOOTH_COMPAT) -> Tensor:
+    """Mean-field inference in a fully connected CRF with Potts compatibility.
+
+    image   (3, H, W) or (B, 3, H, W) uint8, RGB 0..255.
+    scores  (C, H, W) or (B, C, H, W), any float type: logits, that is minus the unary energies, up to a
+            constant a pixel. For probabilities pass `probs.log()`; -inf marks a class as impossible there.
+    sxy, srgb, compat            standard deviations (pixels, colour levels) and weight of the colour kernel.
+    smooth_sxy, smooth_compat    the same for the small Gaussian. A weight of 0 leaves its kernel out.
+
+    Returns probabilities in the shape of `scores`, float32; with both weights 0 that is `scores.softmax(0)`.
+    Both kernels are normalised symmetrically and hold the pixel itself, as in the authors' library.
+    The images of a batch do not influence each other. Raises ValueError for anything else than the above.
+    """
+    _check_inputs(image, scores)
+    _check_settings(iterations, compat, smooth_compat, sxy=sxy, srgb=srgb, smooth_sxy=smooth_sxy)
+    B, C, H, W = (1, *scores.shape)[-4:]
+    image = image.reshape(B, 3, H, W)
+    logits = scores.reshape(B, C, H, W).permute(0, 2, 3, 1).reshape(-1, C).float()  # (N, C), N = B H W
+    kernels = []
+    if compat:
+        kernels.append(_colour_kernel(image, sxy, srgb, compat))
+    if smooth_compat:
+        kernels.append(_smooth_kernel(B, H, W, smooth_sxy, smooth_compat, image.device))
+    strip = W * _rows_at_once(B * H, W, image.device)
+    q = _mean_field(logits, kernels, iterations if kernels else 0, strip)
+    return q.view(B, H, W, C).permute(0, 3, 1, 2).reshape(scores.shape)
+
+
+def _mean_field(logits: Tensor, kernels: list, iterations: int, strip: int) -> Tensor:
+    """Q <- softmax(scores + sum of K Q) (paper, Algorithm 1), strip by strip; a kernel turns Q into a
+    function that gives the messages to pixels a..b."""
+    q = logits.softmax(1)  # (N, C)
+    if not torch.isfinite(q).all():
+        raise ValueError("scores hold NaN or +inf, or only -inf at some pixel; need a finite score for at "
+                         "least one class at each pixel: replace them first")
+    new = torch.empty_like(q)
+    for _ in range(iterations):
+        messages = [kernel(q) for kernel in kernels]
+        for a in range(0, len(q), strip):
+            energy = logits[a:a + strip].clone()
+            for message in messages:
+                energy += message(a, a + len(energy))
+            torch.softmax(energy, 1, out=new[a:a + strip])
+        q, new = new, q
+    return q
+
+
+def _colour_kernel(image: Tensor, sxy: float, srgb: float, weight: float):
+    """Bilateral kernel of Eq. 3 on the lattice, normalised by 1 / sqrt(row sum) on both sides."""
+    B, _, H, W = image.shape
+    sizes = (torch.arange(n, device=image.device) for n in (B, H, W))
+    index, y, x = (t.reshape(-1) for t in torch.meshgrid(*sizes, indexing="ij"))  # (N,) each
+    position = torch.stack([x, y], 1) / max(sxy, MIN_SIGMA)
+    colour = image.permute(0, 2, 3, 1).reshape(-1, 3) / max(srgb, MIN_SIGMA)
+    lattice = Lattice(torch.cat([position, colour], 1), index, B)
+
+    ones = torch.ones(len(index), 1, device=image.device)
+    scale = (lattice.slice(lattice.blur(ones), 0, len(ones)) + NORM_EPS).rsqrt_()  # (N, 1)
+    lattice.splat_weight *= scale[lattice.splat_pixel, 0]
+    lattice.slice_weight *= scale * weight
+
+    def kernel(q):
+        table = lattice.blur(q)
+        return lambda a, b: lattice.slice(table, a, b)
+    return kernel
+
+
+def _smooth_kernel(B: int, H: int, W: int, sigma: float, weight: float, device):
+    """Small Gaussian as two 1-D passes over pixel rows a..b, each a weighted sum of gathered rows of Q."""
+    column = _taps(H, sigma).to(device).repeat(B, 1)  # (B H, T)
+    row = (weight * _taps(W, sigma)).to(device).repeat(_rows_at_once(B * H, W, device), 1)  # (strip, T')
+    up, left = (torch.arange(t.shape[1], device=device).int() - t.shape[1] // 2 for t in (column, row))
+
+    def kernel(q):
+        def message(a, b):
+            here = torch.arange(b - a, device=device).int()[:, None]  # (n, 1)
+            above = (here + a + up * W).clamp_(0, len(q) - 1)  # (n, T); beyond the image weights are 0
+            x = _gather(q, above, column[a // W:b // W].repeat_interleave(W, 0))  # (n, C)
+            beside = (here + left).clamp_(0, b - a - 1)  # (n, T')
+            return _gather(x, beside, row[:b - a])
+        return message
+    return kernel
+
+
+def _taps(n: int, sigma: float) -> Tensor:
+    """Diagonals of the symmetrically normalised n x n Gaussian, 0 beyond its ends: (n, 2 radius + 1)."""
+    radius = min(math.ceil(TRUNCATE * sigma), n - 1)
+    step = torch.arange(-radius, radius + 1)
+    other = torch.arange(n)[:, None] + step  # (n, 2 radius + 1)
+    tap = torch.exp(-0.5 * (step / sigma) ** 2) * ((other >= 0) & (other < n))
+    scale = tap.sum(1).rsqrt()
+    return tap * scale[:, None] * scale[other.clamp(0, n - 1)]
+
+
+def _gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Sum over k of weight[i, k] table[index[i, k]]: (M, C), (n, T), (n, T) -> (n, C), in one fused pass."""
+    return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight)
+
+
+def _rows_at_once(rows: int, W: int, device) -> int:
+    """A GPU takes all image rows at once, a CPU as many as fit its cache."""
+    return rows if device.type == "cuda" else min(rows, max(1, STRIP // W))
+
+
+# ------------------------------------------------------------------------------- permutohedral lattice
+
+class Lattice:
+    """Gaussian filter with unit standard deviation over points in d dimensions (Adams et al. 2010, Sec. 3).
+
+    With coordinates u = sqrt(2/3) T f, T T' = 1 + I, the permutohedral lattice becomes the integer grid. Its
+    simplices are the Freudenthal ones: from floor(u), step along the axes in the order of falling fractions.
+    Its d + 1 blur directions are the axes and (1, ..., 1). sqrt(2/3) makes the variances of splat, blur and
+    slice add up to 1. Constant factors are left out: normalisation takes them away.
+    """
+
+    def __init__(self, features: Tensor, index: Tensor, images: int):
+        """features (N, d) in standard deviations; index (N,): which of the `images` a point belongs to."""
+        N, d = features.shape
+        T = math.sqrt(2 / 3) * torch.linalg.cholesky(torch.eye(d) + 1)
+        u = features @ T.T.to(features)
+        floor = u.floor()
+        fraction, axis = (u - floor).sort(1, descending=True)  # (N, d)
+        self.slice_weight = -F.pad(F.pad(fraction, (1, 0), value=1.0), (0, 1)).diff(dim=1)  # (N, d + 1)
+
+        key, stride, size = _pack(floor.long(), index, images)
+        key = torch.cat([key[:, None], stride[axis]], 1).cumsum_(1)  # (N, d + 1), the simplex of each point
+        key, order = _sort(key.view(-1), size)
+        first = torch.ones_like(key, dtype=torch.bool)
+        first[1:] = key[1:] != key[:-1]
+        vertex = torch.empty_like(key, dtype=torch.int32)
+        vertex[order] = first.cumsum(0, dtype=torch.int32) - 1
+        self.slice_vertex = vertex.view(N, d + 1)
+        self.splat_pixel = order.div(d + 1, rounding_mode="floor").int()  # by vertex
+        self.splat_weight = self.slice_weight.view(-1)[order]
+        self.splat_start = F.pad(first.nonzero().view(-1), (0, 2), value=len(key)).int()  # (M + 2,)
+        steps = [*stride, stride.sum()]
+        self.neighbours = [_neighbours(key[first], step) for step in steps]  # d + 1 times (M + 1, 3)
+
+    def blur(self, q: Tensor) -> Tensor:
+        """Values of points (N, C) -> blurred values of vertices (M + 1, C); the last is a dummy, always 0."""
+        table = F.embedding_bag(self.splat_pixel, q, self.splat_start, mode="sum",
+                                per_sample_weights=self.splat_weight, include_last_offset=True)
+        weight = torch.tensor([1.0, 0.5, 0.5], device=q.device).repeat(len(table), 1)
+        for neighbours in self.neighbours:
+            table = _gather(table, neighbours, weight)
+        return table
+
+    def slice(self, table: Tensor, a: int, b: int) -> Tensor:
+        """Values of the vertices -> values of the points a..b, (b - a, C)."""
+        return _gather(table, self.slice_vertex[a:b], self.slice_weight[a:b])
+
+
+def _pack(floor: Tensor, index: Tensor, images: int) -> tuple[Tensor, Tensor, int]:
+    """Grid points (N, d) -> one int64 key each, linear in the coordinates; its strides (d,); how many.
+
+    A coordinate's span leaves room for the simplex (+ 1) and for neighbours (- 1, + 2): keys never collide.
+    """
+    low, high = floor.amin(0) - 1, floor.amax(0) + 2
+    stride, size = [], 1
+    for span in (high - low + 1).tolist():
+        stride.append(size)
+        size *= span
+    if size * images > MAX_KEY:
+        raise ValueError(f"{len(floor)} pixels are too many for sigmas this small: the lattice needs "
+                         f"{size * images:.1e} keys and has {MAX_KEY:.1e}; use larger sxy or srgb, a smaller "
+                         "image or a smaller batch")
+    stride = torch.tensor(stride, device=floor.device)
+    return ((floor - low) * stride).sum(1) + index * size, stride, size * images
+
+
+def _sort(key: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Sorted keys and their order. On the CPU numpy sorts key and position as one int64 where both fit: half
+    the time of torch's sort."""
+    bits = len(key).bit_length()
+    if key.device.type != "cpu" or size << bits > MAX_KEY:
+        return key.sort(stable=True)
+    packed = (key << bits) | torch.arange(len(key))
+    packed = torch.from_numpy(np.sort(packed.numpy()))
+    return packed >> bits, packed & ((1 << bits) - 1)
+
+
+def _neighbours(key: Tensor, step: Tensor) -> Tensor:
+    """Rows (itself, next, previous) along one direction; M, the dummy, where there is none: (M + 1, 3)."""
+    M = len(key)
+    after = torch.searchsorted(key, key + step).clamp_(max=M - 1)
+    after = F.pad(torch.where(key[after] == key + step, after, M), (0, 1), value=M)  # (M + 1,)
+    itself = torch.arange(M + 1, device=key.device)
+    before = torch.full_like(after, M)
+    before[after[:-1]] = itself[:-1]
+    before[M] = M
+    return torch.stack([itself, after, before], 1).int()
+
+
+# ------------------------------------------------------------------------------------------ large photos
+
+def working_size(size: tuple[int, int], *, megapixels: float = MEGAPIXELS) -> tuple[int, int]:
+    """Size (H, W) of a photo -> the size (h, w) at which to run the CRF: same proportions, at most about
+    `megapixels` million pixels, never larger than the photo. Raises ValueError unless all are positive."""
+    H, W = size
+    if H < 1 or W < 1 or not 0 < megapixels < math.inf:
+        raise ValueError(f"got size {H} x {W} and {megapixels} megapixels; need a size of at least 1 x 1 and "
+                         "a positive number of megapixels")
+    scale = min(1.0, math.sqrt(megapixels * 1e6 / (H * W)))
+    return max(1, round(H * scale)), max(1, round(W * scale))
+
+
+@torch.no_grad()
+def upsample_along_edges(image: Tensor, probs: Tensor, *, srgb: float = UPSAMPLE_SRGB) -> Tensor:
+    """Labels at the image's size from class probabilities at a smaller one, edges where the image has them.
+
+    Joint bilateral upsampling (Kopf et al. 2007): a pixel mixes the 3 x 3 nearest coarse pixels, weighted by
+    how alike the colours are and as in bilinear interpolation; there five of them count nothing, here
+    UPSAMPLE_FLOOR, and so decide where none of the four nearest resembles the pixel.
+
+    image  (3, H, W) uint8, RGB.
+    probs  (C, h, w) float, not below 0, with h <= H, w <= W and C <= 256, on the same device.
+    srgb   standard deviation of the colour weight, levels of 0..255.
+    Returns (H, W) uint8, the most probable class. Extra memory is about 30 bytes a pixel, whatever C.
+    """
+    _check_upsampling(image, probs, srgb)
+    (C, h, w), (_, H, W) = probs.shape, image.shape
+    coarse = probs.argmax(0)  # (h, w)
+    if (h, w) == (H, W):
+        return coarse.to(torch.uint8)
+    near_y, tent_y = _tent(H, h, probs.device)
+    near_x, tent_x = _tent(W, w, probs.device)
+    labels = coarse.to(torch.uint8)[near_y][:, near_x].reshape(-1)  # (H W,)
+    # where all nine agree their mixture does too: only the seams between segments are left to work out
+    seam = _disagree(coarse)[near_y][:, near_x].reshape(-1).nonzero().view(-1)
+    guide = F.adaptive_avg_pool2d(image.float(), (h, w)).view(3, -1).T  # (h w, 3)
+    table = probs.permute(1, 2, 0).reshape(-1, C).float()  # (h w, C)
+    step = torch.arange(-1, 2, device=probs.device)
+    for pixel in seam.split(UPSAMPLE_PIXELS):
+        y, x = pixel.div(W, rounding_mode="floor"), pixel % W  # (n,)
+        yy = (near_y[y, None] + step).clamp_(0, h - 1)  # (n, 3)
+        xx = (near_x[x, None] + step).clamp_(0, w - 1)
+        index = (yy[:, :, None] * w + xx[:, None]).view(-1, 9)  # (n, 9)
+        space = (tent_y[y][:, :, None] * tent_x[x][:, None]).view(-1, 9) + UPSAMPLE_FLOOR
+        colour = image[:, y, x].T.float()[:, None]  # (n, 1, 3)
+        distance = (guide[index] - colour).square_().sum(2)  # (n, 9)
+        alike = torch.exp((distance.amin(1, keepdim=True) - distance) / (2 * srgb**2))
+        labels[pixel] = _gather(table, index, space * alike).argmax(1).to(torch.uint8)
+    return labels.view(H, W)
+
+
+def _tent(n: int, m: int, device) -> tuple[Tensor, Tensor]:
+    """n pixels over m coarse ones: the nearest coarse one (n,), and the bilinear weights of the one before,
+    itself and the one after (n, 3)."""
+    centre = ((torch.arange(n, device=device) + 0.5) * (m / n) - 0.5).clamp_(0, m - 1)
+    near = centre.round().long()
+    step = torch.arange(-1, 2, device=device)
+    return near, (1 - (centre[:, None] - near[:, None] - step).abs()).clamp_(min=0)
+
+
+def _disagree(labels: Tensor) -> Tensor:
+    """(h, w) labels -> True where the 3 x 3 pixels around do not all bear the same."""
+    x = labels[None].float()
+    return (F.max_pool2d(x, 3, 1, 1) != -F.max_pool2d(-x, 3, 1, 1))[0]
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+def _check_inputs(image: Tensor, scores: Tensor) -> None:
+    for name, x in (("image", image), ("scores", scores)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; need a torch tensor: use torch.from_numpy")
+    if image.dtype != torch.uint8:
+        raise ValueError(f"image has dtype {image.dtype}; need uint8 RGB values 0..255")
+    if not scores.is_floating_point():
+        raise ValueError(f"scores have dtype {scores.dtype}; need floating point logits")
+    shape, want = tuple(image.shape), (*scores.shape[:-3], 3, *scores.shape[-2:])
+    if scores.dim() not in (3, 4) or shape != want or 0 in scores.shape:
+        raise ValueError(f"got image {shape} and scores {tuple(scores.shape)}; need (3, H, W) and (C, H, W), "
+                         "or (B, 3, H, W) and (B, C, H, W), of the same size and not empty")
+    if image.device != scores.device:
+        raise ValueError(f"image is on {image.device}, scores on {scores.device}; need both on one device")
+
+
+def _check_settings(iterations: int, compat: float, smooth_compat: float, **sigmas: float) -> None:
+    if not isinstance(iterations, int) or iterations < 0:
+        raise ValueError(f"got iterations={iterations!r}; need a whole number, 0 or more")
+    for name, value in sigmas.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"got {name}={value}; need a standard deviation above 0 (to leave a kernel out, "
+                             "set its compat to 0)")
+    for name, value in (("compat", compat), ("smooth_compat", smooth_compat)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"got {name}={value}; need a weight of 0 or more")
+
+
+def _check_upsampling(image: Tensor, probs: Tensor, srgb: float) -> None:
+    for name, x in (("image", image), ("probs", probs)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; need a torch tensor: use torch.from_numpy")
+    if image.dtype != torch.uint8 or image.dim() != 3 or len(image) != 3:
+        raise ValueError(f"got image {tuple(image.shape)} {image.dtype}; need (3, H, W) uint8")
+    if not probs.is_floating_point() or probs.dim() != 3 or not 1 <= len(probs) <= 256:
+        raise ValueError(f"got probs {tuple(probs.shape)} {probs.dtype}; need (C, h, w) floating point with "
+                         "1 to 256 classes")
+    (h, w), (H, W) = probs.shape[1:], image.shape[1:]
+    if not (1 <= h <= H and 1 <= w <= W):
+        raise ValueError(f"got probs of size {h} x {w} for an image of {H} x {W}; need them no larger than "
+                         "the image and not empty")
+    if torch.isnan(probs).any():
+        raise ValueError("probs hold NaN; need a number for every class and pixel")
+    if not 0 < srgb < math.inf:
+        raise ValueError(f"got srgb={srgb}; need a standard deviation above 0, in levels of 0..255")
