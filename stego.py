@@ -1,0 +1,515 @@
+"""STEGO: unsupervised semantic segmentation by distilling feature correspondences (Hamilton et al., ICLR 2022).
+
+    model = Stego.fit("images", classes=27)      # no labels needed
+    mask = model.predict("img.jpg")              # (H, W) uint8, the cluster of each pixel
+    model.save("stego.pt"); model = Stego.load("stego.pt")
+
+The file follows the paper: features, nearest neighbours, correspondences and their loss (Sec. 3), the head and its
+training, clusters and prediction (Sec. 4). One thing differs from the reference implementation, and makes training a
+matter of minutes: the backbone is frozen and nothing is augmented, so every crop passes through it exactly once.
+"""
+
+import logging
+import os
+import pickle
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from crf import dense_crf, upsample_along_edges, working_size
+from kmeans import CosineKMeans
+from stego_backbones import load_backbone
+from stego_images import (contact_sheet, find_images, five_crops, read_image, replacing, square, to_tensor,
+                          voc_palette)
+
+log = logging.getLogger("stego")
+
+# Hyper-parameters that differ between the published models (App. A.11 and the released configurations).
+_SMALL = dict(lambda_self=0.67, lambda_knn=0.25, lambda_rand=0.63, b_self=0.18, b_knn=0.12, b_rand=0.46,
+              code_size=70, steps=5000, batch_size=16, five_crop=True, centering=True)
+PRESETS = {
+    "small": _SMALL,
+    "cityscapes": dict(lambda_self=1.00, lambda_knn=0.58, lambda_rand=0.91, b_self=0.46, b_knn=0.18, b_rand=0.31,
+                       code_size=100, steps=7000, batch_size=32, five_crop=True, centering=False),
+    "cocostuff": dict(lambda_self=0.10, lambda_knn=1.00, lambda_rand=0.15, b_self=0.12, b_knn=0.20, b_rand=1.00,
+                      code_size=90, steps=7000, batch_size=32, five_crop=True, centering=True),
+    "potsdam": _SMALL | dict(b_self=0.08, b_knn=0.02, b_rand=0.76, five_crop=False),
+}
+POSITIONS = 121         # positions of an image that enter a step: 11 x 11 (Sec. 4)
+NEIGHBORS = 7           # nearest neighbours x_knn is drawn from (Sec. 4)
+DERANGEMENTS = 5        # ways a batch is shuffled for x_rand, averaged (reference implementation)
+DROPOUT = 0.1           # share of channels dropped (reference implementation)
+LEARNING_RATE = 5e-4    # Adam, no schedule (App. A.11)
+CROP_SIDE = 224         # pixels: crops the head is trained on (Sec. 4)
+RESOLUTION = 320        # pixels: shorter side at which images are segmented (Sec. 4)
+LOGIT_SCALE = 2.0       # cosine to a centre -> class score for the CRF (reference implementation)
+CRF_SIZE = 0.5          # megapixels at which the CRF runs on larger photos
+CACHE_SIZE = 8.0        # GB of scratch file for the tokens of all crops
+ENCODE_BATCH = 16       # crops that pass the backbone together
+CLUSTER_ROWS = 200_000  # codes that k-means sees
+MAX_ASPECT = 4          # longer side : shorter side up to which the shorter side gets its full resolution
+STRIP_PIXELS = 500_000  # pixels of a large photo that get their scores at once
+MAX_CLASSES = 255       # masks are 8 bit and 255 means "ignore"
+FORMAT, VERSION = "stego", 1
+BILINEAR = Image.Resampling.BILINEAR
+
+
+# ---- features, once (Sec. 3.1, five-crop of Sec. 4) ------------------------------------------------------------
+
+class TokenCache:
+    """The backbone's tokens of every crop, in a scratch file that vanishes with the process.
+
+    tokens: (n, P, C) float16 on disk, P positions of each crop; means: (n, C) unit rows, their averaged features.
+    """
+
+    def __init__(self, crops: int, positions: int, channels: int):
+        scratch = tempfile.TemporaryFile(prefix="stego-")                    # has no name: nothing to clean up
+        size = crops * positions * channels * 2                              # bytes
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(scratch.fileno(), 0, size)                # a full disk shows now, not as a crash
+        except OSError as error:
+            raise ValueError(f"No room for {size / 1e9:.1f} GB of scratch in {tempfile.gettempdir()} ({error}); "
+                             "set a smaller --cache-size, or TMPDIR to a larger disk.") from error
+        self.tokens = np.memmap(scratch, np.float16, "w+", shape=(crops, positions, channels))
+        self.means = torch.empty(crops, channels)
+        self.filled = 0
+
+    def __len__(self) -> int:
+        return self.filled
+
+    def append(self, features: Tensor):
+        """Add crops' features (B, C, h, w); above the cache bound, a random subset of each crop's positions."""
+        tokens = features.flatten(2).transpose(1, 2)                         # (B, h * w, C)
+        rows = slice(self.filled, self.filled + len(tokens))
+        self.means[rows] = F.normalize(tokens.mean(1), dim=1).cpu()
+        if tokens.shape[1] > self.tokens.shape[1]:
+            kept = torch.rand(tokens.shape[:2]).argsort(1)[:, :self.tokens.shape[1]]  # (B, P)
+            tokens = tokens[torch.arange(len(tokens))[:, None], kept]
+        self.tokens[rows] = tokens.half().cpu().numpy()
+        self.filled = rows.stop
+
+    def sample(self, crops: Tensor, count: int) -> Tensor:
+        """Tokens at `count` random positions of each crop: (B,) int64 -> (B, count, C) float32."""
+        positions = torch.randint(self.tokens.shape[1], (len(crops), count))
+        return torch.from_numpy(self.tokens[crops[:, None].numpy(), positions.numpy()]).float()
+
+
+def encode(backbone, paths, *, five_crop=True, cache_size=CACHE_SIZE, device="cpu", progress=None) -> TokenCache:
+    """Push every crop of every image through the backbone once.
+
+    Unreadable images are named in a warning and left out. Raises ValueError if none is left.
+    """
+    side = round(CROP_SIDE / backbone.patch) * backbone.patch
+    crops, positions = len(paths) * (5 if five_crop else 1), (side // backbone.patch) ** 2
+    kept = min(positions, int(cache_size * 1e9 / (crops * backbone.channels * 2)))
+    if kept < 1:
+        raise ValueError(f"A cache of {cache_size} GB holds not one position of {crops} crops; set a larger --cache-size.")
+    if kept < positions:
+        log.warning("The token cache is bounded to %g GB: keeping %d random positions of %d per crop.",
+                    cache_size, kept, positions)
+    cache, waiting = TokenCache(crops, kept, backbone.channels), []
+    for done, tensors in enumerate(_ahead(lambda path: _crops(path, side, five_crop, backbone.patch), paths), 1):
+        waiting += tensors
+        while len(waiting) >= ENCODE_BATCH or (waiting and done == len(paths)):
+            with torch.inference_mode():
+                cache.append(backbone(torch.stack(waiting[:ENCODE_BATCH]).to(device)))
+            del waiting[:ENCODE_BATCH]
+        if progress:
+            progress("features", done, len(paths))
+    if not len(cache):
+        raise ValueError(f"None of the {len(paths)} images could be used; give at least one readable image.")
+    return cache
+
+
+def _crops(path, side: int, five_crop: bool, patch: int) -> list[Tensor]:
+    try:
+        image = read_image(path)
+        _check_size(image, patch, path)
+    except (ValueError, FileNotFoundError) as error:
+        log.warning("Skipped: %s", error)
+        return []
+    return [to_tensor(square(crop, side)) for crop in (five_crops(image) if five_crop else [image])]
+
+
+def _check_size(image, patch: int, name="The image"):
+    if min(image.size) < patch:
+        raise ValueError(f"{name} is {image.width} x {image.height} pixels, smaller than one patch of the backbone "
+                         f"({patch} x {patch}); use a larger image.")
+
+
+def _ahead(function, items, *, window: int = 8):
+    """Results of function over items in order, computed a few ahead in a thread: decoding while the backbone works."""
+    items = iter(items)
+    with ThreadPoolExecutor(1) as pool:
+        pending = [pool.submit(function, item) for item in islice(items, window)]
+        while pending:
+            yield pending.pop(0).result()
+            pending += [pool.submit(function, item) for item in islice(items, 1)]
+
+
+# ---- nearest neighbours (Sec. 4: cosine similarity of averaged features) ---------------------------------------
+
+def nearest_neighbors(means: Tensor, count: int = NEIGHBORS, *, chunk: int = 1024) -> Tensor:
+    """The `count` most similar other rows of unit rows (n, C) -> (n, min(count, n - 1)) int64, in bounded memory.
+
+    A single row is its own neighbour.
+    """
+    n = len(means)
+    if n == 1:
+        return torch.zeros(1, 1, dtype=torch.int64)
+    found = []
+    for rows in torch.arange(n).split(chunk):
+        similarity = means[rows] @ means.T                                   # (chunk, n)
+        similarity[torch.arange(len(rows)), rows] = -torch.inf               # an image is not its own neighbour
+        found.append(similarity.topk(min(count, n - 1), dim=1).indices)
+    return torch.cat(found)
+
+
+# ---- correspondences and their loss (Sec. 3.1, 3.2) ------------------------------------------------------------
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors (..., C) to length one."""
+    return F.normalize(x, dim=-1)
+
+
+def correspondence(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of every position of a with every position of b (Eq. 1): unit (B, P, C), (B, Q, C) -> (B, P, Q)."""
+    return a @ b.transpose(-1, -2)
+
+
+def correlation_loss(f: Tensor, g: Tensor, s: Tensor, t: Tensor, b: float, *, centering: bool = True) -> Tensor:
+    """Codes that correspond where features do more than b (Eq. 3 and 4, as a mean): a scalar.
+
+    f, g: unit features (B, P, C), (B, Q, C); s, t: their unit codes (B, P, D), (B, Q, D); b: the negative pressure.
+    Centering subtracts each position's mean over the partner's positions and adds the mean over everything back, as
+    the published values of b want it. No gradient flows through the features.
+    """
+    with torch.no_grad():
+        weight = correspondence(f, g)                                        # (B, P, Q)
+        if centering:
+            weight = weight - weight.mean(-1, keepdim=True) + weight.mean()
+    return -((weight - b) * correspondence(s, t).clamp(min=0)).mean()        # 0-clamp (Sec. 3.2)
+
+
+def derangement(count: int) -> Tensor:
+    """A random permutation of 0..count-1 without a fixed point, uniform among them; count is at least 2."""
+    identity = torch.arange(count)
+    while True:
+        shuffled = torch.randperm(count)
+        if (shuffled != identity).all():                                     # one draw in e succeeds
+            return shuffled
+
+
+# ---- the segmentation head and its training (Sec. 3.3) ---------------------------------------------------------
+
+class Head(nn.Module):
+    """Features (..., P, C) -> codes (..., P, code_size): a linear layer plus a two-layer perceptron.
+
+    The reference's 1 x 1 convolutions, written for positions in rows, so that it works on sampled positions alone.
+    """
+
+    def __init__(self, channels: int, code_size: int):
+        super().__init__()
+        self.linear = nn.Linear(channels, code_size)
+        self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, code_size))
+
+    def forward(self, f: Tensor) -> Tensor:
+        return self.linear(self.drop(f)) + self.mlp(self.drop(f))
+
+    def drop(self, f: Tensor) -> Tensor:
+        """Drop whole channels of an image while training: one draw for all its positions."""
+        if not self.training:
+            return f
+        return f * F.dropout(f.new_ones(*f.shape[:-2], 1, f.shape[-1]), DROPOUT)
+
+
+def training_loss(head: Head, f: Tensor, g: Tensor, f_knn: Tensor, config: dict) -> Tensor:
+    """The full loss (Eq. 5) of one batch: (B, P, C) tokens at two draws of positions and of a neighbour each."""
+    positions, centering = f.shape[1], config["centering"]
+    same_image = torch.cat([f, g], 1)                                        # (B, 2P, C): shares its dropout
+    s, t = unit(head(same_image)).split(positions, 1)
+    f, g = unit(head.drop(same_image)).split(positions, 1)
+    s_knn, f_knn = unit(head(f_knn)), unit(head.drop(f_knn))
+    loss = config["lambda_self"] * correlation_loss(f, f, s, s, config["b_self"], centering=centering)
+    loss = loss + config["lambda_knn"] * correlation_loss(f, f_knn, s, s_knn, config["b_knn"], centering=centering)
+    for _ in range(DERANGEMENTS if len(f) > 1 else 0):                       # a lone crop has no random partner
+        other = derangement(len(f)).to(f.device)
+        random = correlation_loss(f, g[other], s, t[other], config["b_rand"], centering=centering)
+        loss = loss + config["lambda_rand"] / DERANGEMENTS * random
+    return loss
+
+
+def train_head(cache: TokenCache, config: dict, *, device="cpu", progress=None) -> Head:
+    """Train a head on cached tokens; returns it in eval mode, rounded to float16 as it is saved."""
+    head = Head(cache.tokens.shape[2], config["code_size"]).to(device).train()
+    optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE)
+    neighbors = nearest_neighbors(cache.means[:len(cache)])
+    crops = _shuffled(len(cache), min(config["batch_size"], len(cache)))
+    for step in range(config["steps"]):
+        anchor = next(crops)
+        partner = neighbors[anchor, torch.randint(neighbors.shape[1], anchor.shape)]
+        f, g = cache.sample(anchor, 2 * POSITIONS).to(device).split(POSITIONS, 1)
+        loss = training_loss(head, f, g, cache.sample(partner, POSITIONS).to(device), config)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if progress:
+            progress("training", step + 1, config["steps"])
+    return head.half().float().requires_grad_(False).eval()
+
+
+def _shuffled(count: int, batch: int):
+    """Endless batches of indices, each index once an epoch (an epoch's last few wait for the next)."""
+    while True:
+        yield from torch.randperm(count)[:count - count % batch].split(batch)
+
+
+# ---- clusters (Sec. 3.3: cosine k-means on the codes) ----------------------------------------------------------
+
+def cluster_codes(head, cache: TokenCache, classes: int, *, seed: int = 0, device="cpu") -> tuple[Tensor, Tensor]:
+    """Centres (K, D) of the codes of random tokens, most used first, and each one's share of them (K,)."""
+    each = max(CLUSTER_ROWS // len(cache), 1)
+    if min(each, cache.tokens.shape[1]) * len(cache) < classes:
+        raise ValueError(f"{classes} classes are more than there are positions to cluster; "
+                         "ask for fewer classes or give more images.")
+    batches = torch.arange(len(cache)).split(256)
+    codes = torch.cat([head(cache.sample(crops, each).to(device)).flatten(0, 1) for crops in batches])  # (N, D)
+    kmeans = CosineKMeans(classes, seed=seed).fit(codes)
+    share = torch.bincount(kmeans.predict(codes), minlength=classes) / len(codes)
+    order = share.argsort(descending=True, stable=True)
+    return kmeans.cluster_centers_[order], share[order]
+
+
+# ---- the model -------------------------------------------------------------------------------------------------
+
+class Stego:
+    """A fitted model: a head and cluster centres over a frozen backbone.
+
+    Learned: `head`, `centers` (K, D) unit rows, `share` (K,) of each cluster in the training images; `config` holds
+    every option of `fit` under its name, `palette` (K, 3) uint8 the colours; `backbone` is loaded when first used.
+    """
+
+    def __init__(self, config: dict, head: Head, centers: Tensor, share: Tensor, *, backbone_sha256: str,
+                 palette=None, device="cpu", weights=None):
+        self.config, self.backbone_sha256, self.device, self.weights = config, backbone_sha256, device, weights
+        self.head, self.centers, self.share = head.to(device), centers.to(device), share
+        self.palette = voc_palette(len(centers)) if palette is None else palette
+        self._backbone = None
+
+    @classmethod
+    def fit(cls, images, *, classes: int = 27, backbone: str = "auto", weights=None, preset: str = "small",
+            seed: int = 0, device: str = "auto", cache_size: float = CACHE_SIZE, progress=None, **overrides) -> "Stego":
+        """Find what recurs in images.
+
+        Args:
+            images: files, folders (recursive) or glob patterns, one or several.
+            classes: number of segments K to look for, 1..255.
+            backbone: a name from `stego_backbones.NAMES`, or "auto"; weights: a local weight file for it.
+            preset: the hyper-parameters to start from, one of PRESETS; any of them can be overridden by keyword
+                (lambda_self, lambda_knn, lambda_rand, b_self, b_knn, b_rand, code_size, steps, batch_size,
+                five_crop, centering).
+            seed: same images, seed, machine and threads: same model.
+            device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", "mps".
+            cache_size: bound of the token cache, in GB (10^9 bytes).
+            progress: called as progress(stage, done, total).
+
+        Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
+        """
+        config = fit_config(classes=classes, preset=preset, seed=seed, cache_size=cache_size, **overrides)
+        device = pick_device(device)
+        paths = [path for path, _ in find_images(images)]
+        network = load_backbone(backbone, weights=weights, device=device, progress=progress is not None)
+        config["backbone"] = network.name
+        with torch.random.fork_rng():                                        # leaves the caller's generator alone
+            torch.manual_seed(seed)
+            cache = encode(network, paths, five_crop=config["five_crop"], cache_size=cache_size, device=device,
+                           progress=progress)
+            head = train_head(cache, config, device=device, progress=progress)
+            centers, share = cluster_codes(head, cache, classes, seed=seed, device=device)
+        config["crops"] = len(cache)
+        model = cls(config, head, centers, share, backbone_sha256=network.sha256, device=device, weights=weights)
+        model._backbone = network
+        return model
+
+    @property
+    def backbone(self):
+        """The frozen backbone, loaded on first use; ValueError if its weights are not those the model was fitted on."""
+        if self._backbone is None:
+            name = self.config["backbone"]
+            network = load_backbone(name, weights=self.weights, device=self.device)
+            if network.sha256 != self.backbone_sha256:
+                raise ValueError(
+                    f"The model was fitted on {name} weights {self.backbone_sha256[:12]}…, these are "
+                    f"{network.sha256[:12]}…; give the right ones with --weights FILE, or fit again.")
+            self._backbone = network
+        return self._backbone
+
+    @torch.inference_mode()
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes of normalised images, averaged with those of the mirror image (FACTS: evaluation protocol).
+
+        x: (B, 3, H, W) float, H and W multiples of the patch -> (B, D, H / patch, W / patch).
+        """
+        return mirror_averaged(lambda both: self.code_map(self.backbone(both)), x.to(self.device))
+
+    def code_map(self, features: Tensor) -> Tensor:
+        """The head on a map of features: (B, C, h, w) -> (B, D, h, w)."""
+        codes = self.head(features.flatten(2).transpose(1, 2))               # (B, h * w, D)
+        return codes.transpose(1, 2).unflatten(2, features.shape[2:])        # (B, D, h, w)
+
+    @torch.inference_mode()
+    def predict(self, image, *, resolution: int = RESOLUTION, crf: bool = True, crf_size: float = CRF_SIZE) -> np.ndarray:
+        """Segment one image of any size: a mask (H, W) uint8 of cluster ids at the displayed size of the image.
+
+        Args:
+            image: a path, a PIL image or an array (H, W, 3) uint8.
+            resolution: pixels of the shorter side that the backbone sees; finer segments at quadratic cost.
+            crf: sharpen with a dense CRF; crf_size: the megapixels it works on, larger images are brought down.
+        """
+        image = read_image(image)
+        codes = self.codes(to_tensor(image.resize(self._working_size(image, resolution), BILINEAR))[None])
+        if not crf:
+            return upsampled_argmax(along(codes, self.centers)[0], image.height, image.width)
+        height, width = working_size((image.height, image.width), megapixels=crf_size)
+        small = pixels(image.resize((width, height), BILINEAR)).to(self.device)  # (3, h, w)
+        scores = class_scores(codes, self.centers, (height, width))[0]       # (K, h, w)
+        return upsample_along_edges(pixels(image), dense_crf(small, scores)).cpu().numpy()
+
+    def _working_size(self, image, resolution: int) -> tuple[int, int]:
+        """(width, height) for the backbone: shorter side to `resolution`, less for extreme shapes, whole patches."""
+        patch = self.backbone.patch
+        if resolution < patch:
+            raise ValueError(f"Got resolution {resolution}; it is the shorter side in pixels, at least {patch}.")
+        _check_size(image, patch)
+        scale = min(resolution / min(image.size), MAX_ASPECT * resolution / max(image.size))
+        return tuple(max(round(side * scale / patch), 1) * patch for side in image.size)
+
+    def contact_sheet(self, images, *, count: int = 12, **options):
+        """A picture of up to `count` images, evenly spread over the list, beside their segments."""
+        images = list(images)
+        chosen = images[::max(len(images) // count, 1)][:count]
+        pairs = []
+        for path in chosen:
+            try:
+                image = read_image(path)
+                pairs.append((image, self.predict(image, **options)))
+            except (ValueError, FileNotFoundError):
+                continue                                                     # fit has named it already
+        return contact_sheet(pairs, self.palette)
+
+    def save(self, path):
+        """Write the model: one file, a plain dict of tensors and values; without the backbone's weights."""
+        state = dict(format=FORMAT, version=VERSION, config=self.config, backbone_sha256=self.backbone_sha256,
+                     head={key: value.half().cpu() for key, value in self.head.state_dict().items()},
+                     centers=self.centers.cpu(), share=self.share, palette=torch.from_numpy(self.palette))
+        with replacing(path) as part, open(part, "wb") as file:
+            torch.save(state, file)                                          # a file object: bytes free of its name
+
+    @classmethod
+    def load(cls, path, *, device: str = "auto", weights=None) -> "Stego":
+        """Read a saved model. weights: a local file for its backbone, if not in the torch cache.
+
+        Raises FileNotFoundError, or ValueError if the file is no stego model or a damaged one.
+        """
+        state = _read_model(Path(path))
+        try:
+            channels, code_size = state["head"]["linear.weight"].shape[::-1]
+            head = Head(channels, code_size)
+            head.load_state_dict(state["head"])
+            centers, share, palette = state["centers"], state["share"], state["palette"].numpy()
+            sound = (centers.shape == (len(share), code_size) and palette.shape == (len(share), 3)
+                     and all(torch.isfinite(value).all() for value in (centers, share, *head.state_dict().values())))
+            if not sound:
+                raise ValueError("shapes that do not fit or values that are not finite")
+            return cls(dict(state["config"]), head.requires_grad_(False).eval(), centers, share, palette=palette,
+                       backbone_sha256=state["backbone_sha256"], device=pick_device(device), weights=weights)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is a damaged stego model ({str(error).splitlines()[0]}); fit it again.") from error
+
+
+def fit_config(*, classes: int, preset: str, seed: int, cache_size: float, **overrides) -> dict:
+    """Every option of a fit under its name: the preset with what was overridden; ValueError for what cannot be."""
+    if preset not in PRESETS:
+        raise ValueError(f"Unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}.")
+    if unknown := overrides.keys() - PRESETS[preset].keys():
+        raise ValueError(f"Unknown option {sorted(unknown)[0]!r}; a preset has {', '.join(PRESETS[preset])}.")
+    if not 1 <= classes <= MAX_CLASSES:
+        raise ValueError(f"Got {classes} classes; a mask of 8 bits holds 1 to {MAX_CLASSES}.")
+    config = PRESETS[preset] | {key: value for key, value in overrides.items() if value is not None}
+    for key in ("steps", "batch_size", "code_size"):
+        if config[key] < 1:
+            raise ValueError(f"Got {key} {config[key]}; it must be at least 1.")
+    return dict(classes=classes, preset=preset, seed=seed, cache_size=cache_size, **config)
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """"auto" takes CUDA where there is one; ValueError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"The device {device!r} is not available here; use --device cpu or leave it out.") from error
+
+
+def mirror_averaged(network, x: Tensor) -> Tensor:
+    """Dense output of network for x (B, 3, H, W), averaged with that of the mirror image turned back."""
+    plain, mirrored = network(torch.cat([x, x.flip(-1)])).chunk(2)           # (B, D, h, w) each
+    return (plain + mirrored.flip(-1)) / 2
+
+
+def upsampled_argmax(scores: Tensor, height: int, width: int) -> np.ndarray:
+    """argmax over K of scores (K, h, w) upsampled bilinearly to (height, width) uint8, a strip of rows at a time.
+
+    Scores linear in the codes may be upsampled in place of the codes: the length of a code scales all its scores.
+    """
+    h = scores.shape[1]
+    wide = F.interpolate(scores[None], size=(h, width), mode="bilinear", align_corners=False)[0]  # (K, h, width)
+    mask = np.empty((height, width), np.uint8)
+    for rows in torch.arange(height).split(max(STRIP_PIXELS // width, 1)):
+        y = ((rows + 0.5) * h / height - 0.5).clamp(0, h - 1).to(scores.device)
+        above = y.floor().long()
+        below = (above + 1).clamp(max=h - 1)
+        strip = torch.lerp(wide[:, above], wide[:, below], (y - above)[:, None])  # (K, rows, width)
+        mask[rows[0]:rows[-1] + 1] = strip.argmax(0).byte().cpu().numpy()
+    return mask
+
+
+def class_scores(codes: Tensor, centers: Tensor, size: tuple[int, int]) -> Tensor:
+    """Scores for softmax: LOGIT_SCALE x cosine of codes (B, D, h, w), upsampled to size (H, W): (B, K, H, W)."""
+    codes = F.interpolate(codes, size=size, mode="bilinear", align_corners=False)
+    return LOGIT_SCALE * along(F.normalize(codes, dim=1), centers)
+
+
+def along(codes: Tensor, centers: Tensor) -> Tensor:
+    """Dot products of codes (B, D, h, w) with centres (K, D): (B, K, h, w), cosines where both have length one."""
+    return torch.einsum("bdhw,kd->bkhw", codes, centers)
+
+
+def pixels(image) -> Tensor:
+    """RGB picture -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)                # (3, H, W) uint8
+
+
+def _read_model(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"No model at {path}; make one with `stego fit IMAGES`, or name one with -m.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{path} is not a stego model; make one with `stego fit IMAGES`.") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a stego model; make one with `stego fit IMAGES`.")
+    if state.get("version") != VERSION:
+        raise ValueError(f"{path} is a stego model of version {state.get('version')}, this program reads "
+                         f"{VERSION}; install the matching stego or fit again.")
+    return state

@@ -1,0 +1,44 @@
+"""Data the tests draw themselves: small scenes of textured sky, ground and blocks, with their label maps."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)  # small problems: more threads only wait for each other
+
+
+def draw_scene(seed: int, height: int = 96, width: int = 128):
+    """A picture (H, W, 3) uint8 of sky (0), ground (1) and blocks (2), and its labels (H, W) uint8."""
+    rng = np.random.default_rng(seed)
+    labels = np.zeros((height, width), np.uint8)
+    horizon = int(height * rng.uniform(0.4, 0.6))
+    labels[horizon:] = 1
+    for _ in range(rng.integers(1, 3)):
+        side = int(height * rng.uniform(0.25, 0.4))
+        x = rng.integers(0, width - side)
+        labels[horizon - side // 2:horizon + side // 2, x:x + side] = 2
+    colours = np.array([[130, 170, 230], [70, 130, 60], [170, 90, 70]]) + rng.normal(0, 8, (3, 3))
+    image = colours[labels] + rng.normal(0, 6, (height, width, 3))
+    stripes = 30 * (np.arange(width) // 4 % 2)[None, :, None]
+    image += np.where((labels == 2)[..., None], stripes, 0) + np.where((labels == 1)[..., None], 1, 0) * rng.normal(
+        0, 20, (height, width, 1))
+    return image.clip(0, 255).astype(np.uint8), labels
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A folder of 12 drawn pictures, four of them in a subfolder."""
+    folder = tmp_path_factory.mktemp("scenes")
+    (folder / "sub").mkdir()
+    for i in range(12):
+        place = folder / "sub" if i >= 8 else folder
+        Image.fromarray(draw_scene(i)[0]).save(place / f"scene{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(scenes):
+    """A model fitted on the drawn scenes with the bundled backbone, in a second or two."""
+    from stego import Stego
+    return Stego.fit(scenes, classes=3, backbone="tiny", steps=60, batch_size=8)

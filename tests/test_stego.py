@@ -1,0 +1,360 @@
+"""The method: loss, derangements, neighbours, cache, fit, predict, save and load."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import stego
+from stego import (Head, Stego, TokenCache, correlation_loss, derangement, encode, fit_config, nearest_neighbors,
+                   pick_device, training_loss, unit, upsampled_argmax)
+
+ROOT = Path(stego.__file__).parent
+
+
+# ---- loss and head ---------------------------------------------------------------------------------------------
+
+def direct_loss(f, g, s, t, b, centering):
+    """Eq. 1, 3 and 4 with the mean added back, position by position."""
+    weight = F.cosine_similarity(f[:, :, None], g[:, None], dim=-1)
+    if centering:
+        weight = weight - weight.mean(2, keepdim=True) + weight.mean()
+    code = F.cosine_similarity(s[:, :, None], t[:, None], dim=-1)
+    return -((weight - b) * torch.maximum(code, torch.zeros(()))).mean()
+
+
+@pytest.mark.parametrize("centering", [True, False])
+def test_loss_against_the_formula(centering):
+    torch.manual_seed(0)
+    f, g, s, t = torch.randn(3, 5, 8), torch.randn(3, 7, 8), torch.randn(3, 5, 4), torch.randn(3, 7, 4)
+    s.requires_grad_(), f.requires_grad_()
+    got = correlation_loss(unit(f), unit(g), unit(s), unit(t), 0.3, centering=centering)
+    assert torch.allclose(got, direct_loss(f, g, s, t, 0.3, centering), atol=1e-6)
+    got.backward()
+    assert s.grad.abs().sum() > 0 and f.grad is None                         # no gradient through the features
+
+
+def test_centering_keeps_the_mean():
+    """With codes that correspond fully everywhere, the loss is b minus the mean of F, centred or not."""
+    f, g, ones = unit(torch.randn(2, 6, 8)), unit(torch.randn(2, 6, 8)), unit(torch.ones(2, 6, 3))
+    plain, centred = (correlation_loss(f, g, ones, ones, 0.2, centering=c) for c in (False, True))
+    assert torch.allclose(plain, centred, atol=1e-6)
+    assert torch.allclose(plain, 0.2 - (f @ g.transpose(1, 2)).mean(), atol=1e-6)
+
+
+def test_full_loss_is_the_weighted_sum():
+    """Eq. 5 without dropout; with two crops there is only one derangement, so the random term is known."""
+    torch.manual_seed(0)
+    head, config = Head(8, 4).eval(), fit_config(classes=2, preset="small", seed=0, cache_size=1)
+    f, g, k = torch.randn(3, 2, 5, 8).unbind()
+    terms = (("self", f, f, slice(None)), ("knn", f, k, slice(None)), ("rand", f, g, [1, 0]))
+    want = sum(config[f"lambda_{name}"] * direct_loss(x, y[order], head(x), head(y)[order], config[f"b_{name}"], True)
+               for name, x, y, order in terms)
+    assert torch.allclose(training_loss(head, f, g, k, config), want, atol=1e-6)
+
+
+def test_head_is_the_references_convolutions():
+    head, x = Head(8, 4).eval(), torch.randn(2, 8, 3, 5)
+    linear, first, second = head.linear, head.mlp[0], head.mlp[2]
+    conv = [F.conv2d(x, layer.weight[..., None, None], layer.bias) for layer in (linear, first)]
+    want = conv[0] + F.conv2d(conv[1].relu(), second.weight[..., None, None], second.bias)
+    got = head(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (3, 5))
+    assert torch.allclose(got, want, atol=1e-6)
+
+
+def test_dropout_takes_whole_channels_of_an_image():
+    torch.manual_seed(0)
+    dropped = Head(1000, 2).train().drop(torch.ones(4, 6, 1000))
+    assert (dropped == dropped[:, :1]).all()                                 # the same for all positions
+    assert not torch.equal(dropped[0], dropped[1])                           # another draw for another image
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.9])
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 32])
+def test_derangements(count):
+    draws = [derangement(count) for _ in range(50)]
+    for draw in draws:
+        assert sorted(draw.tolist()) == list(range(count)) and (draw != torch.arange(count)).all()
+    assert count == 2 or len({tuple(draw.tolist()) for draw in draws}) > 1
+
+
+# ---- features and neighbours -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 50])
+def test_neighbors_against_sorting(n):
+    means = unit(torch.randn(n, 6))
+    got = nearest_neighbors(means, 7, chunk=16)
+    assert got.shape == (n, 1 if n == 1 else min(7, n - 1))
+    for i in range(n if n > 1 else 0):
+        others = sorted((j for j in range(n) if j != i), key=lambda j: -float(means[i] @ means[j]))
+        assert got[i].tolist() == others[:7]
+
+
+class Mean(torch.nn.Module):
+    """A stand-in backbone: mean colour of each patch, so that a token tells where it came from."""
+    patch, channels, name, sha256 = 8, 3, "mean", "none"
+
+    def forward(self, x):
+        return F.avg_pool2d(x, 8)
+
+
+def test_encode_is_the_backbone_on_every_crop(scenes):
+    paths = sorted(scenes.glob("*.png"))
+    cache = encode(Mean(), paths)
+    assert len(cache) == 5 * len(paths) and cache.tokens.shape == (40, 28 * 28, 3)
+    crop = stego.to_tensor(stego.square(stego.five_crops(Image.open(paths[2]))[3], 224))
+    want = F.avg_pool2d(crop, 8).flatten(1).T                                # (784, 3)
+    assert np.allclose(cache.tokens[2 * 5 + 3], want, atol=2e-3)
+    assert torch.allclose(cache.means[13], F.normalize(want.mean(0), dim=0), atol=1e-4)
+
+
+def test_cache_above_its_bound_keeps_random_positions(scenes, caplog):
+    paths = sorted(scenes.glob("*.png"))
+    bound = 40 * 3 * 2 * 10.5 / 1e9                                          # ten positions of each crop
+    cache = encode(Mean(), paths, cache_size=bound)
+    whole = encode(Mean(), paths)
+    assert cache.tokens.shape == (40, 10, 3) and "10 random positions of 784" in caplog.text
+    for crop in (0, 17, 39):
+        rows = {tuple(row) for row in whole.tokens[crop].tolist()}
+        assert all(tuple(row) in rows for row in cache.tokens[crop].tolist())
+    assert torch.allclose(cache.means, whole.means)
+    with pytest.raises(ValueError, match="larger --cache-size"):
+        encode(Mean(), paths, cache_size=1e-9)
+
+
+def test_sample_takes_tokens_of_the_crops_asked_for():
+    cache = TokenCache(4, 9, 2)
+    cache.append(torch.arange(4.)[:, None, None, None].expand(4, 2, 3, 3))
+    got = cache.sample(torch.tensor([2, 0, 3]), 5)
+    assert got.shape == (3, 5, 2) and got[:, :, 0].tolist() == [[2.0] * 5, [0.0] * 5, [3.0] * 5]
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(stego.os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match="No room for .* --cache-size"):
+        TokenCache(10, 10, 10)
+
+
+# ---- fit -------------------------------------------------------------------------------------------------------
+
+def test_fit_finds_the_parts_of_drawn_scenes(model):
+    """Three clusters line up with sky, ground and blocks; chance is a third."""
+    from conftest import draw_scene
+    from stego_protocol import confusion_matrix, match_clusters, scores
+    confusion = np.zeros((3, 3), np.int64)
+    for seed in range(100, 108):
+        image, labels = draw_scene(seed)
+        confusion += confusion_matrix(labels, model.predict(image, crf=False), n_classes=3, n_clusters=3)
+    assert scores(confusion, match_clusters(confusion))["miou"] > 0.6
+
+
+def test_same_seed_same_model(scenes):
+    before = torch.random.get_rng_state()
+    one, same, other = (Stego.fit(scenes, classes=3, backbone="tiny", steps=5, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)                 # the caller's generator is left alone
+    assert torch.equal(one.centers, same.centers) and not torch.equal(one.centers, other.centers)
+    for key, value in one.head.state_dict().items():
+        assert torch.equal(value, same.head.state_dict()[key])
+
+
+def test_training_moves_the_loss(scenes):
+    paths = sorted(scenes.rglob("*.png"))
+    cache = encode(stego.load_backbone("tiny"), paths)
+    losses = []
+    for steps in (1, 80):
+        torch.manual_seed(0)
+        config = fit_config(classes=2, preset="small", seed=0, cache_size=1, steps=steps)
+        head = stego.train_head(cache, config)
+        crops = torch.arange(len(cache))
+        partner = nearest_neighbors(cache.means)[:, 0]
+        losses.append(training_loss(head, cache.sample(crops, 121), cache.sample(crops, 121),
+                                    cache.sample(partner, 121), config).item())
+    assert losses[1] < losses[0]
+
+
+def test_one_image_is_enough(tmp_path, scenes):
+    Image.open(scenes / "scene00.png").save(tmp_path / "only.png")
+    mask = Stego.fit(tmp_path, classes=2, backbone="tiny", steps=3).predict(tmp_path / "only.png")
+    assert set(np.unique(mask)) <= {0, 1}
+    Stego.fit(tmp_path, classes=2, backbone="tiny", steps=2, five_crop=False)
+
+
+def test_unreadable_images_are_named_and_left_out(tmp_path, scenes, caplog):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    Image.new("RGB", (5, 5)).save(tmp_path / "small.png")
+    with pytest.raises(ValueError, match="None of the 2 images"):
+        Stego.fit(tmp_path, backbone="tiny")
+    Image.open(scenes / "scene00.png").save(tmp_path / "good.png")
+    model = Stego.fit(tmp_path, classes=2, backbone="tiny", steps=2)
+    assert model.config["crops"] == 5
+    assert "broken.jpg" in caplog.text and "5 x 5 pixels, smaller than one patch" in caplog.text
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(classes=256), "1 to 255"), (dict(classes=0), "1 to 255"), (dict(preset="moon"), "Unknown preset 'moon'"),
+    (dict(stepz=3), "Unknown option 'stepz'"), (dict(steps=0), "steps 0"), (dict(backbone="vgg"), "Unknown backbone"),
+    (dict(device="cuda:99"), "not available"), (dict(device="abacus"), "not available"),
+])
+def test_bad_options(scenes, options, message):
+    with pytest.raises(ValueError, match=message):
+        Stego.fit(scenes, **{"backbone": "tiny", **options})
+
+
+def test_more_classes_than_positions(tmp_path, scenes):
+    Image.open(scenes / "scene00.png").save(tmp_path / "only.png")
+    with pytest.raises(ValueError, match="more than there are positions"):
+        Stego.fit(tmp_path, classes=200, backbone="tiny", steps=1, cache_size=5 * 2 * 600 * 10 / 1e9)
+
+
+def test_presets_are_the_published_ones():
+    """A few values of FACTS section 2, and that every preset names the same options."""
+    assert stego.PRESETS["cityscapes"]["b_rand"] == 0.31 and not stego.PRESETS["cityscapes"]["centering"]
+    assert stego.PRESETS["potsdam"]["b_rand"] == 0.76 and not stego.PRESETS["potsdam"]["five_crop"]
+    assert {frozenset(preset) for preset in stego.PRESETS.values()} == {frozenset(stego.PRESETS["small"])}
+
+
+# ---- predict ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [(97, 131), (131, 97), (16, 16), (40, 400), (9, 300)])
+@pytest.mark.parametrize("crf", [True, False])
+def test_mask_has_the_size_of_the_image(model, size, crf):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    mask = model.predict(image, crf=crf, resolution=64)
+    assert mask.shape == size and mask.dtype == np.uint8 and mask.max() < 3
+
+
+def test_a_mirrored_image_gets_the_mirrored_mask(model):
+    image = np.asarray(Image.fromarray(
+        np.random.default_rng(1).integers(0, 256, (12, 16, 3), np.uint8)).resize((128, 96)))
+    mask, mirrored = model.predict(image, crf=False), model.predict(image[:, ::-1].copy(), crf=False)
+    assert (mask == mirrored[:, ::-1]).mean() > 0.99
+
+
+def test_exif_rotation_gives_the_displayed_size(model, tmp_path):
+    image, exif = Image.new("RGB", (60, 40), "gray"), Image.Exif()
+    exif[0x0112] = 6                                                         # shown a quarter turn clockwise
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert model.predict(tmp_path / "turned.jpg").shape == (60, 40)
+
+
+def test_upsampled_argmax_equals_upsampling_everything(monkeypatch):
+    monkeypatch.setattr(stego, "STRIP_PIXELS", 100)                          # strips of two rows
+    scores = torch.randn(5, 6, 7)
+    want = F.interpolate(scores[None], size=(33, 47), mode="bilinear", align_corners=False)[0].argmax(0)
+    assert (upsampled_argmax(scores, 33, 47) == want.numpy()).mean() > 0.999
+
+
+def test_labels_are_those_of_upsampled_codes(model):
+    """Upsampling cosine numerators and taking the argmax is upsampling codes and then comparing with centres."""
+    image = np.random.default_rng(1).integers(0, 256, (96, 128, 3), np.uint8)
+    x = stego.to_tensor(Image.fromarray(image).resize((424, 320), Image.Resampling.BILINEAR))[None]
+    codes = F.interpolate(model.codes(x), size=(96, 128), mode="bilinear", align_corners=False)
+    want = torch.einsum("bdhw,kd->bkhw", F.normalize(codes, dim=1), model.centers).argmax(1)[0]
+    assert (model.predict(image, crf=False) == want.numpy()).mean() > 0.999
+
+
+def test_too_small_an_image(model):
+    with pytest.raises(ValueError, match="4 x 30 pixels, smaller than one patch"):
+        model.predict(np.zeros((30, 4, 3), np.uint8))
+
+
+# ---- save and load ---------------------------------------------------------------------------------------------
+
+def test_a_loaded_model_is_the_saved_one(model, tmp_path):
+    model.save(tmp_path / "a.pt")
+    loaded = Stego.load(tmp_path / "a.pt")
+    image = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
+    assert np.array_equal(model.predict(image), loaded.predict(image))
+    assert loaded.config == model.config and np.array_equal(loaded.palette, model.palette)
+    assert torch.equal(loaded.centers, model.centers) and torch.equal(loaded.share, model.share)
+    loaded.save(tmp_path / "b.pt")
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_the_file_is_small_and_plain(model, tmp_path):
+    model.save(tmp_path / "a.pt")
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert state["config"]["classes"] == 3 and state["config"]["b_rand"] == 0.46 and state["config"]["backbone"] == "tiny"
+    large = Stego(model.config, Head(768, 100), unit(torch.randn(255, 100)), torch.ones(255) / 255, backbone_sha256="")
+    large.save(tmp_path / "large.pt")
+    assert (tmp_path / "large.pt").stat().st_size < 2e6
+
+
+def test_other_backbone_weights_are_refused(model, tmp_path):
+    model.save(tmp_path / "a.pt")
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save(state | {"backbone_sha256": "f" * 64}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="fitted on tiny weights ffff"):
+        Stego.load(tmp_path / "other.pt").predict(np.zeros((64, 64, 3), np.uint8))
+
+
+def test_missing_foreign_and_damaged_models(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="stego fit"):
+        Stego.load(tmp_path / "none.pt")
+    model.save(tmp_path / "a.pt")
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:2000])
+    torch.save({"weights": 1}, tmp_path / "foreign.pt")
+    torch.save(state | {"version": 99}, tmp_path / "future.pt")
+    torch.save(state | {"centers": state["centers"][:, :3]}, tmp_path / "shapes.pt")
+    torch.save(state | {"centers": state["centers"] * torch.nan}, tmp_path / "nan.pt")
+    torch.save({key: value for key, value in state.items() if key != "head"}, tmp_path / "headless.pt")
+    for name, message in {"text": "not a stego model", "half": "not a stego model", "foreign": "not a stego model",
+                          "future": "version 99", "shapes": "damaged", "nan": "damaged", "headless": "damaged"}.items():
+        with pytest.raises(ValueError, match=message):
+            Stego.load(tmp_path / f"{name}.pt")
+
+
+def test_saving_replaces_only_when_complete(model, tmp_path, monkeypatch):
+    model.save(tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+
+    def broken(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(stego.torch, "save", broken)
+    with pytest.raises(OSError):
+        model.save(tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+# ---- the shape of the code -------------------------------------------------------------------------------------
+
+OURS = {"cli", "stego", "crf", "kmeans", "stego_images", "stego_backbones", "stego_protocol"}
+MAY_IMPORT = {"crf": set(), "kmeans": set(), "stego_backbones": set(), "stego_images": {"stego_backbones"},
+              "stego": {"crf", "kmeans", "stego_images", "stego_backbones"},
+              "stego_protocol": OURS - {"cli", "stego_protocol"},
+              "cli": OURS - {"cli"}}
+
+
+@pytest.mark.parametrize("module", sorted(OURS))
+def test_imports_point_one_way(module):
+    import ast
+    file = ROOT / module / "__init__.py" if (ROOT / module).is_dir() else ROOT / f"{module}.py"
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    assert (names & OURS) - {module} <= MAY_IMPORT[module]
+    assert "click" not in names or module == "cli"
+
+
+def test_the_library_prints_nothing(tmp_path, scenes):
+    code = f"from stego import Stego; Stego.fit({str(scenes)!r}, classes=2, backbone='tiny', steps=1)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_device_auto_is_there():
+    assert pick_device("auto").type in ("cpu", "cuda") and pick_device("cpu").type == "cpu"
