@@ -1,0 +1,87 @@
+"""One training step and a whole fit, ours against the reference's schedule, on the same machine in one run.
+
+    python bench/speed.py --images ../shared/data/camvid/images/train [--backbone dino_vits8] [--limit 40]
+
+The reference pushes a batch and its neighbours through the backbone at every step (32 + 32 passes) before it updates
+the head; ours reads cached tokens. Weights are random unless they are cached: they do not change the time. The
+reference's step is built from the same backbone and the same loss, so the ratio shows the schedule alone. The whole
+fit is measured on --limit images and their encoding scaled to all images of the folder; training is not scaled.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from stego import (CROP_SIDE, POSITIONS, Head, encode, fit_config, nearest_neighbors, train_head,  # noqa: E402
+                   training_loss)
+from stego_backbones import BACKBONES, ViT, load_backbone  # noqa: E402
+from stego_images import find_images  # noqa: E402
+
+
+def timed(function, repeats: int) -> float:
+    """Median seconds of a call."""
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def reference_step(network, head, optimizer, config):
+    """The reference's step: two backbone passes of a batch, the head on whole maps, sampled positions, one update."""
+    batch = config["batch_size"]
+    maps = []
+    for _ in range(2):
+        with torch.no_grad():
+            maps.append(network(torch.randn(batch, 3, CROP_SIDE, CROP_SIDE)).flatten(2).transpose(1, 2))
+    whole = [head(tokens) for tokens in maps]                                # it codes every position, then samples
+    positions = torch.randint(maps[0].shape[1], (3, POSITIONS))
+    f, g, k = maps[0][:, positions[0]], maps[0][:, positions[1]], maps[1][:, positions[2]]
+    loss = training_loss(head, f, g, k, config) + 0 * sum(codes.sum() for codes in whole)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+@click.command()
+@click.option("--images", default="../shared/data/camvid/images/train")
+@click.option("--backbone", default="dino_vits8")
+@click.option("--limit", default=40, help="Images that are really encoded.")
+@click.option("--batch-size", default=32)
+@click.option("--threads", default=2)
+def main(images, backbone, limit, batch_size, threads):
+    torch.set_num_threads(threads)
+    network = load_backbone("tiny") if backbone == "tiny" else ViT(BACKBONES[backbone]).eval().requires_grad_(False)
+    paths = [path for path, _ in find_images(images)]
+    config = fit_config(classes=27, preset="small", seed=0, cache_size=8, batch_size=batch_size)
+
+    began = time.perf_counter()
+    cache = encode(network, paths[:limit], five_crop=True)
+    encoding = (time.perf_counter() - began) * len(paths) / min(limit, len(paths))
+    began = time.perf_counter()
+    nearest_neighbors(cache.means)
+    knn = time.perf_counter() - began
+
+    steps = 20
+    train_head(cache, config | {"steps": 3})                                 # warm up
+    ours = timed(lambda: train_head(cache, config | {"steps": steps}), 3) / steps
+    head = Head(network.channels, config["code_size"]).train()
+    optimizer = torch.optim.Adam(head.parameters())
+    theirs = timed(lambda: reference_step(network, head, optimizer, config), 3)
+
+    whole = encoding + knn + ours * config["steps"]
+    reference = encoding + theirs * config["steps"]                  # its own neighbour table needs one pass too
+    print(f"{backbone}, batch {batch_size}, {threads} threads, {len(paths)} images, {config['steps']} steps")
+    print(f"step   reference {theirs:8.3f} s   ours {ours:7.4f} s   ratio {theirs / ours:7.0f}")
+    print(f"fit    reference {reference / 60:8.1f} min ours {whole / 60:7.2f} min ratio {reference / whole:7.0f}"
+          f"   (ours: {encoding / whole:.0%} backbone pass)")
+
+
+if __name__ == "__main__":
+    main()
