@@ -78,10 +78,12 @@ def _mean_field(logits: Tensor, kernels: list, iterations: int, strip: int) -> T
     for _ in range(iterations):
         messages = [kernel(q) for kernel in kernels]
         for a in range(0, len(q), strip):
-            energy = logits[a:a + strip].clone()
-            for message in messages:
-                energy += message(a, a + len(energy))
-            torch.softmax(energy, 1, out=new[a:a + strip])
+            b = min(a + strip, len(q))
+            first, *others = (message(a, b) for message in messages)
+            energy = first.add_(logits[a:b])  # (b - a, C)
+            for other in others:
+                energy += other
+            torch.softmax(energy, 1, out=new[a:b])
         q, new = new, q
     return q
 
@@ -107,30 +109,32 @@ def _colour_kernel(image: Tensor, sxy: float, srgb: float, weight: float):
 
 
 def _smooth_kernel(B: int, H: int, W: int, sigma: float, weight: float, device):
-    """Small Gaussian as two 1-D passes over pixel rows a..b, each a weighted sum of gathered rows of Q."""
-    column = _taps(H, sigma).to(device).repeat(B, 1)  # (B H, T)
-    row = (weight * _taps(W, sigma)).to(device).repeat(_rows_at_once(B * H, W, device), 1)  # (strip, T')
-    up, left = (torch.arange(t.shape[1], device=device).int() - t.shape[1] // 2 for t in (column, row))
+    """Small Gaussian in two passes, both weighted sums of gathered rows: whole image rows, then pixels in a row."""
+    above, vertical = (t.to(device) for t in _taps(H, B, sigma))  # (B H, T)
+    beside, horizontal = (t.to(device) for t in _taps(W, _rows_at_once(B * H, W, device), sigma))  # (strip, T')
+    horizontal = weight * horizontal
 
     def kernel(q):
         def message(a, b):
-            here = torch.arange(b - a, device=device).int()[:, None]  # (n, 1)
-            above = (here + a + up * W).clamp_(0, len(q) - 1)  # (n, T); beyond the image weights are 0
-            x = _gather(q, above, column[a // W:b // W].repeat_interleave(W, 0))  # (n, C)
-            beside = (here + left).clamp_(0, b - a - 1)  # (n, T')
-            return _gather(x, beside, row[:b - a])
+            top, bottom, n = a // W, b // W, b - a
+            x = _gather(q.view(B * H, -1), above[top:bottom], vertical[top:bottom])  # (rows, W C)
+            return _gather(x.view(n, -1), beside[:n], horizontal[:n])  # (n, C)
         return message
     return kernel
 
 
-def _taps(n: int, sigma: float) -> Tensor:
-    """Diagonals of the symmetrically normalised n x n Gaussian, 0 beyond its ends: (n, 2 radius + 1)."""
+def _taps(n: int, copies: int, sigma: float) -> tuple[Tensor, Tensor]:
+    """The symmetrically normalised n x n Gaussian, `copies` times down the diagonal: where its rows' non-zero elements
+    are and what they are, both (copies n, 2 radius + 1)."""
     radius = min(math.ceil(TRUNCATE * sigma), n - 1)
     step = torch.arange(-radius, radius + 1)
     other = torch.arange(n)[:, None] + step  # (n, 2 radius + 1)
     tap = torch.exp(-0.5 * (step / sigma) ** 2) * ((other >= 0) & (other < n))
+    other = other.clamp_(0, n - 1)
     scale = tap.sum(1).rsqrt()
-    return tap * scale[:, None] * scale[other.clamp(0, n - 1)]
+    tap = tap * scale[:, None] * scale[other]
+    other = torch.arange(copies)[:, None, None] * n + other  # (copies, n, 2 radius + 1)
+    return other.view(copies * n, -1).int(), tap.repeat(copies, 1)
 
 
 def _gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -173,9 +177,9 @@ class Lattice:
         self.slice_vertex = vertex.view(N, d + 1)
         self.splat_pixel = order.div(d + 1, rounding_mode="floor").int()  # by vertex
         self.splat_weight = self.slice_weight.view(-1)[order]
-        self.splat_start = F.pad(first.nonzero().view(-1), (0, 2), value=len(key)).int()  # (M + 2,)
-        steps = [*stride, stride.sum()]
-        self.neighbours = [_neighbours(key[first], step) for step in steps]  # d + 1 times (M + 1, 3)
+        start = first.nonzero().view(-1)  # (M,)
+        self.splat_start = F.pad(start, (0, 2), value=len(key)).int()  # (M + 2,)
+        self.neighbours = [_neighbours(key[start], step) for step in (*stride, stride.sum())]  # (M + 1, 3) each
 
     def blur(self, q: Tensor) -> Tensor:
         """Values of points (N, C) -> blurred values of vertices (M + 1, C); the last is a dummy, always 0."""
