@@ -109,10 +109,11 @@ def _colour_kernel(image: Tensor, sxy: float, srgb: float, weight: float):
 
 
 def _smooth_kernel(B: int, H: int, W: int, sigma: float, weight: float, device):
-    """Small Gaussian in two passes, both weighted sums of gathered rows: whole image rows, then pixels in a row."""
+    """Small Gaussian in two passes, both weighted sums of gathered rows: image rows, then pixels in a row."""
+    rows = _rows_at_once(B * H, W, device)
     above, vertical = (t.to(device) for t in _taps(H, B, sigma))  # (B H, T)
-    beside, horizontal = (t.to(device) for t in _taps(W, _rows_at_once(B * H, W, device), sigma))  # (strip, T')
-    horizontal = weight * horizontal
+    beside, horizontal = (t.to(device) for t in _taps(W, rows, sigma))  # (rows W, T')
+    horizontal *= weight
 
     def kernel(q):
         def message(a, b):
@@ -124,8 +125,8 @@ def _smooth_kernel(B: int, H: int, W: int, sigma: float, weight: float, device):
 
 
 def _taps(n: int, copies: int, sigma: float) -> tuple[Tensor, Tensor]:
-    """The symmetrically normalised n x n Gaussian, `copies` times down the diagonal: where its rows' non-zero elements
-    are and what they are, both (copies n, 2 radius + 1)."""
+    """The symmetrically normalised n x n Gaussian, `copies` times down the diagonal: the columns and the values of
+    what its rows hold, both (copies n, 2 radius + 1)."""
     radius = min(math.ceil(TRUNCATE * sigma), n - 1)
     step = torch.arange(-radius, radius + 1)
     other = torch.arange(n)[:, None] + step  # (n, 2 radius + 1)
@@ -179,7 +180,8 @@ class Lattice:
         self.splat_weight = self.slice_weight.view(-1)[order]
         start = first.nonzero().view(-1)  # (M,)
         self.splat_start = F.pad(start, (0, 2), value=len(key)).int()  # (M + 2,)
-        self.neighbours = [_neighbours(key[start], step) for step in (*stride, stride.sum())]  # (M + 1, 3) each
+        directions = [*stride, stride.sum()]
+        self.neighbours = [_neighbours(key[start], step) for step in directions]  # (M + 1, 3) each
 
     def blur(self, q: Tensor) -> Tensor:
         """Values of points (N, C) -> blurred values of vertices (M + 1, C); the last is a dummy, always 0."""
@@ -260,7 +262,7 @@ def upsample_along_edges(image: Tensor, probs: Tensor, *, srgb: float = UPSAMPLE
     image  (3, H, W) uint8, RGB.
     probs  (C, h, w) float, not below 0, with h <= H, w <= W and C <= 256, on the same device.
     srgb   standard deviation of the colour weight, levels of 0..255.
-    Returns (H, W) uint8, the most probable class. Extra memory is about 30 bytes a pixel, whatever C.
+    Returns (H, W) uint8, the most probable class. Extra memory is at most about 35 bytes a pixel, whatever C.
     """
     _check_upsampling(image, probs, srgb)
     (C, h, w), (_, H, W) = probs.shape, image.shape
