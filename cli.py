@@ -8,7 +8,6 @@ import logging
 import sys
 import time
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -69,7 +68,7 @@ def network_options(command):
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("stego"), prog_name="stego")
+@click.version_option(package_name="stego", prog_name="stego")
 def main():
     """Segment images without labels: find what recurs in a folder, then find it in any image."""
     logger = logging.getLogger("stego")

@@ -55,12 +55,11 @@ def test_fit_options_are_those_of_the_library():
 
     from stego import PRESETS, Stego
     signature = inspect.signature(Stego.fit).parameters
-    for option in main.commands["fit"].params:
-        if option.name in ("images", "output"):
-            continue
-        assert option.name in signature or option.name in PRESETS["small"], option.name
-        if option.name in signature:
-            assert option.default == signature[option.name].default or option.default is signature[option.name].default
+    options = main.commands["fit"].make_context("fit", ["images"]).params
+    for name, default in options.items():
+        if name not in ("images", "output"):
+            assert name in signature or name in PRESETS["small"], name
+            assert default == (signature[name].default if name in signature else None)
 
 
 def test_fit_then_predict(here, scenes):
@@ -136,7 +135,7 @@ def test_one_bad_image_among_good_ones(here, scenes, saved):
     (["predict", "ok.png", "-m", "MODEL", "-o", "."], 2, "would overwrite the image"),
     (["predict", "ok.png", "ok.bmp", "-m", "MODEL", "-o", "out"], 2, "would both be written to out/ok.png"),
     (["predict", "ok.png", "-m", "MODEL", "--resolution", "0"], 1, "resolution"),
-    (["predict", "ok.png", "-m", "MODEL", "--crf-size", "-1"], 1, "crf"),
+    (["predict", "ok.png", "-m", "MODEL", "--crf-size", "-1"], 1, "positive number of megapixels"),
     (["predict", "ok.png", "-m", "MODEL", "--weights", "text.jpg"], 1, "loaded safely"),
 ])
 def test_bad_input_is_one_sentence(here, scenes, saved, args, code, message):
