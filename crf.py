@@ -125,7 +125,7 @@ def _smooth_kernel(B: int, H: int, W: int, sigma: float, weight: float, device):
 
 
 def _taps(n: int, copies: int, sigma: float) -> tuple[Tensor, Tensor]:
-    """The symmetrically normalised n x n Gaussian, `copies` times down the diagonal: the columns and the values of
+    """The symmetrically normalised n x n Gaussian, `copies` times down the diagonal: columns and values of
     what its rows hold, both (copies n, 2 radius + 1)."""
     radius = min(math.ceil(TRUNCATE * sigma), n - 1)
     step = torch.arange(-radius, radius + 1)

@@ -188,12 +188,15 @@ def test_thin_images(size):
 @pytest.mark.parametrize("sigma", [crf.MIN_SIGMA, 0.05, 1e-3, 1e-30])
 def test_very_small_sigmas_leave_the_pixel_itself(sigma):
     """Neighbouring integers are then strangers: the kernel is the identity, to what float32 holds."""
-    image, scores = noise_image(), draw_scores()
-    expected = oracle(image, scores, sxy=1e-9, srgb=1e-9, smooth_compat=0).float()
-    for settings in (dict(sxy=sigma, srgb=sigma), dict(sxy=sigma), dict(srgb=sigma)):
-        q = dense_crf(image, scores, **settings, smooth_compat=0)
-        torch.testing.assert_close(q, expected, atol=1e-4, rtol=0)
-    assert gap(image, scores, smooth_sxy=max(sigma, 1e-9), compat=0) < 1e-4
+    ramp = torch.stack(torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")).to(torch.uint8)
+    ramp = torch.cat([ramp, ramp[:1]])  # neighbours are one level apart
+    scores = draw_scores()
+    for image in (ramp, noise_image()):
+        expected = oracle(image, scores, sxy=1e-9, srgb=1e-9, smooth_compat=0).float()
+        for settings in (dict(sxy=sigma, srgb=sigma), dict(sxy=sigma), dict(srgb=sigma)):
+            q = dense_crf(image, scores, **settings, smooth_compat=0)
+            torch.testing.assert_close(q, expected, atol=1e-4, rtol=0)
+        assert gap(image, scores, smooth_sxy=max(sigma, 1e-9), compat=0) < 1e-4
 
 
 def test_keys_stay_apart_when_they_do_not_fit_beside_positions(monkeypatch):
