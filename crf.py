@@ -26,7 +26,8 @@ NORM_EPS = 1e-20  # added to the kernel's row sums, as the authors' library does
 TRUNCATE = 4.0  # sigmas at which the small Gaussian ends; what is left out is 6e-5 of its mass
 MIN_SIGMA = 0.2  # pixels or levels; points 5 sigmas apart no longer meet in the lattice: less changes nothing
 STRIP = 25_000  # pixels in work at once on the CPU: their temporaries stay in cache
-MAX_KEY = 2**63 - 1
+MAX_KEY = 2**63 - 1  # lattice vertices bear int64 keys
+MAX_PIXELS = (2**31 - 1) // 6  # int32 indices, six vertices a pixel
 
 MEGAPIXELS = 0.5  # working size for photos, 10^6 pixels
 UPSAMPLE_SRGB = 10.0  # levels of 0..255; how far a pixel may be from a coarse neighbour it resembles
@@ -319,6 +320,8 @@ def _check_inputs(image: Tensor, scores: Tensor) -> None:
     if scores.dim() not in (3, 4) or shape != want or 0 in scores.shape:
         raise ValueError(f"got image {shape} and scores {tuple(scores.shape)}; need (3, H, W) and (C, H, W), "
                          "or (B, 3, H, W) and (B, C, H, W), of the same size and not empty")
+    if image[..., :1, :, :].numel() > MAX_PIXELS:
+        raise ValueError(f"got image {shape}, over {MAX_PIXELS} pixels in one call; use smaller batches")
     if image.device != scores.device:
         raise ValueError(f"image is on {image.device}, scores on {scores.device}; need both on one device")
 

@@ -281,6 +281,8 @@ BAD = {
     "flat scores": (lambda: (scene(), draw_scores().view(C, -1)), r"\(C, H, W\)"),
     "no pixels": (lambda: (scene()[:, :0], draw_scores()[:, :0]), "not empty"),
     "no classes": (lambda: (scene(), draw_scores()[:0]), "not empty"),
+    "too many pixels": (lambda: (scene().expand(2_000_000, 3, H, W), draw_scores().expand(2_000_000, C, H, W)),
+                        "use smaller batches"),
     "a NaN": (lambda: (scene(), draw_scores().index_fill(0, torch.tensor(1), math.nan)), "NaN"),
     "an infinite score": (lambda: (scene(), draw_scores().index_fill(0, torch.tensor(1), math.inf)), "inf"),
     "all impossible": (lambda: (scene(), torch.full((C, H, W), -math.inf)), "-inf"),
