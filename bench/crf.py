@@ -4,12 +4,12 @@
 
 Images: CamVid val, scaled and centre-cropped. Scores: the labels as one-hot planes averaged over 8 x 8 pixels
 and brought back bilinearly, plus noise of the same grain (standard deviation 0.3) on all 27 planes, times the
-factor at which the mean maximum probability is 0.10 (`soft`, what STEGO's cosine logits give) or 0.62 (`sharp`).
+factor at which the mean maximum probability is 0.10 (`soft`, as STEGO's cosine logits) or 0.62 (`sharp`).
 
 Times are medians of interleaved runs, one image a call, the build of the lattice included; `ratio` is to a
-2048 x 2048 float32 matrix product on one thread, timed between them. `exact` is the mean field over all pairs of
-pixels but those more than 7 standard deviations apart in colour (together below 2.5e-6 of any sum).
-Memory is the peak of the resident set during one call less the resident set before it, in a process of its own
+2048 x 2048 float32 matrix product on one thread, timed between them. `exact` is the mean field over all pairs
+of pixels but those whose kernel is below exp(-18) by colour alone.
+Memory is the peak of the resident set during a call less the resident set before it, in a process of its own
 that has made a small call first and has given freed memory back; the result is in it, the inputs are not.
 The C++ library (pydensecrf) has its rows where it can be imported.
 """
@@ -17,7 +17,6 @@ The C++ library (pydensecrf) has its rows where it can be imported.
 import argparse
 import ctypes
 import importlib.util
-import resource
 import subprocess
 import sys
 import time
@@ -34,8 +33,8 @@ from crf import dense_crf  # noqa: E402
 CLASSES = 27
 MEAN_MAX = {"soft": 0.10, "sharp": 0.62}  # mean maximum probability
 GRAIN, NOISE = 8, 0.3  # pixels, share of a one-hot plane
-REACH = 7.0  # standard deviations of colour at which the exact kernel counts as 0
-CHUNK = 512  # pixels a block of the exact kernel
+REACH = 6.0  # standard deviations of colour at which the exact kernel counts as 0
+BLOCK, GROUP = 256, 16  # pixels a block of alike colours, blocks of the exact kernel in work at once
 SIZES = [(320, 320), (360, 480), (960, 1280)]  # (H, W)
 
 
@@ -92,13 +91,16 @@ def exact_crf(image: torch.Tensor, scores: torch.Tensor, *, iterations=10, sxy=6
                      for n in (H, W))
 
     def bilateral(q):  # (N, D)
-        out = torch.empty_like(q)
+        out = torch.zeros_like(q)
         for block, others in zip(blocks, near):
-            other = torch.cat([blocks[i] for i in others.nonzero().view(-1).tolist()])
             centre = features[block].mean(0)  # so that float32 holds the difference of squares
-            a, b = features[block] - centre, features[other] - centre
-            half = -0.5 * ((a**2).sum(1)[:, None] + (b**2).sum(1))
-            out[block] = torch.addmm(half, a, b.T).clamp_(max=0).exp_() @ q[other]
+            a = features[block] - centre
+            a = torch.cat([a, -0.5 * (a**2).sum(1, keepdim=True), torch.ones(len(a), 1)], 1)
+            for group in others.nonzero().view(-1).split(GROUP):
+                other = torch.cat([blocks[i] for i in group.tolist()])
+                b = features[other] - centre
+                b = torch.cat([b, torch.ones(len(b), 1), -0.5 * (b**2).sum(1, keepdim=True)], 1)
+                out[block] += (a @ b.T).exp_() @ q[other]  # a . b = -|difference|^2 / 2
         return out
 
     def smooth(q):  # (N, D)
@@ -117,7 +119,7 @@ def exact_crf(image: torch.Tensor, scores: torch.Tensor, *, iterations=10, sxy=6
 
 def colour_blocks(colour: torch.Tensor, pixels: torch.Tensor) -> list[torch.Tensor]:
     """Pixels (n,) in blocks of alike colours: halved along the widest channel until they are small."""
-    if len(pixels) <= CHUNK:
+    if len(pixels) <= BLOCK:
         return [pixels]
     here = colour[pixels]
     order = pixels[here[:, (here.amax(0) - here.amin(0)).argmax()].argsort()]
@@ -138,8 +140,7 @@ def methods() -> dict:
     """Name -> (threads, function)."""
     found = {"ours, 1 thread": (1, dense_crf), "ours, 2 threads": (2, dense_crf)}
     if importlib.util.find_spec("pydensecrf"):
-        return found | {"C++ library": (1, cpp_crf)}
-    print("pydensecrf is not importable here: its rows are left out\n")
+        found["C++ library"] = (1, cpp_crf)
     return found
 
 
@@ -158,21 +159,20 @@ def median(values) -> float:
     return float(np.median(list(values)))
 
 
-def time_all(pairs: list, repeats: int) -> None:
-    """One line a size, kind and method: median seconds, and the median over the matrix product's."""
+def time_all(pairs: list, kind: str, repeats: int) -> None:
+    """A line a method: median seconds, and their ratio to the matrix product's. The first round warms up."""
     a = torch.randn(2048, 2048)
-    for kind in MEAN_MAX:
-        problems = [(image, make_scores(labels, kind)) for image, labels in pairs]
-        runs = {name: [] for name in ["matrix product", *methods()]}
-        for image, scores in problems * (repeats + 1):
-            runs["matrix product"].append(seconds(torch.mm, a, a))
-            for name, (threads, function) in methods().items():
-                runs[name].append(seconds(function, image, scores, threads=threads))
-        unit = median(runs["matrix product"][len(problems):])  # the first round warms up
-        for name, values in runs.items():
-            value = median(values[len(problems):])
-            H, W = pairs[0][0].shape[1:]
-            print(f"| {W} x {H} {kind} | {name} | {value:.3f} | {value / unit:.2f} |", flush=True)
+    problems = [(image, make_scores(labels, kind)) for image, labels in pairs]
+    runs = {name: [] for name in ["matrix product", *methods()]}
+    for image, scores in problems * (repeats + 1):
+        runs["matrix product"].append(seconds(torch.mm, a, a))
+        for name, (threads, function) in methods().items():
+            runs[name].append(seconds(function, image, scores, threads=threads))
+    runs = {name: median(values[len(problems):]) for name, values in runs.items()}
+    H, W = pairs[0][0].shape[1:]
+    for name, value in runs.items():
+        ratio = value / runs["matrix product"]
+        print(f"| {W} x {H} {kind} | {name} | {value:.3f} | {ratio:.2f} |", flush=True)
 
 
 def agreement(pairs: list) -> None:
@@ -188,7 +188,8 @@ def agreement(pairs: list) -> None:
             same = [(q.argmax(0) == e.argmax(0)).float().mean().item() * 100 for q, e in results]
             off = [(q - e).abs().mean().item() for q, e in results]
             method = name.split(",")[0]
-            print(f"| {method} | {kind} | {np.mean(same):.2f} | {min(same):.2f} | {np.mean(off):.5f} |", flush=True)
+            line = f"| {method} | {kind} | {np.mean(same):.2f} | {min(same):.2f} | {np.mean(off):.5f} |"
+            print(line, flush=True)
 
 
 def extra_memory(size: tuple[int, int], data: Path) -> float:
@@ -203,9 +204,16 @@ def memory_of_one_call(data: Path, size: tuple[int, int]) -> None:
     scores = make_scores(labels, "soft")
     dense_crf(image[:, :16, :16], scores[:, :16, :16], iterations=1)
     ctypes.CDLL(None).malloc_trim(0)  # else what earlier steps freed would be used again uncounted
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident("VmRSS")
     dense_crf(image, scores)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - before)
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> float:
+    """MB in a field of this process's status: VmRSS now, VmHWM at its peak."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) * 1024 / 1e6
 
 
 def cuda_rows(data: Path, repeats: int) -> None:
@@ -231,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with camvid/")
     parser.add_argument("--images", type=int, default=4, help="CamVid val images")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds over the images")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds over the images")
     parser.add_argument("--no-exact", action="store_true", help="leave the slow agreement out")
     parser.add_argument("--memory", type=int, nargs=2, metavar=("H", "W"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -239,10 +247,13 @@ def main() -> None:
         return memory_of_one_call(options.data, tuple(options.memory))
 
     torch.set_num_threads(1)
+    if "C++ library" not in methods():
+        print("pydensecrf is not importable here: its rows are left out\n")
     print("| size, scores | what | seconds | ratio |\n|---|---|---|---|")
-    for size in SIZES:
-        large = size[0] * size[1] > 5e5
-        time_all(camvid(options.data, 1 if large else options.images, size), 1 if large else options.repeats)
+    for kind in MEAN_MAX:
+        time_all(camvid(options.data, options.images, SIZES[0]), kind, options.repeats)
+    for size in SIZES[1:]:
+        time_all(camvid(options.data, 1, size), "soft", options.repeats)
     print("\n| size | peak extra memory, MB |\n|---|---|")
     for size in SIZES:
         print(f"| {size[1]} x {size[0]} | {extra_memory(size, options.data):.0f} |", flush=True)
