@@ -154,7 +154,7 @@ def _rows_at_once(rows: int, W: int, device) -> int:
 class Lattice:
     """Gaussian filter with unit standard deviation over points in d dimensions (Adams et al. 2010, Sec. 3).
 
-    With coordinates u = sqrt(2/3) T f, T T' = 1 + I, the permutohedral lattice becomes the integer grid. Its
+    In coordinates u = sqrt(2/3) T f, T T' = I + 1 1', the permutohedral lattice is the integer grid. Its
     simplices are the Freudenthal ones: from floor(u), step along the axes in the order of falling fractions.
     Its d + 1 blur directions are the axes and (1, ..., 1). sqrt(2/3) makes the variances of splat, blur and
     slice add up to 1. Constant factors are left out: normalisation takes them away.
@@ -181,8 +181,8 @@ class Lattice:
         self.splat_weight = self.slice_weight.view(-1)[order]
         start = first.nonzero().view(-1)  # (M,)
         self.splat_start = F.pad(start, (0, 2), value=len(key)).int()  # (M + 2,)
-        directions = [*stride, stride.sum()]
-        self.neighbours = [_neighbours(key[start], step) for step in directions]  # (M + 1, 3) each
+        key = key[start]
+        self.neighbours = [_neighbours(key, step) for step in (*stride, stride.sum())]  # (M + 1, 3) each
 
     def blur(self, q: Tensor) -> Tensor:
         """Values of points (N, C) -> blurred values of vertices (M + 1, C); the last is a dummy, always 0."""

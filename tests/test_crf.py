@@ -281,7 +281,7 @@ BAD = {
     "flat scores": (lambda: (scene(), draw_scores().view(C, -1)), r"\(C, H, W\)"),
     "no pixels": (lambda: (scene()[:, :0], draw_scores()[:, :0]), "not empty"),
     "no classes": (lambda: (scene(), draw_scores()[:0]), "not empty"),
-    "too many pixels": (lambda: [x.expand(2 * 10**6, *x.shape) for x in (scene(), draw_scores())], "use smaller"),
+    "too many pixels": (lambda: [x.expand(2 * 10**6, *x.shape) for x in (scene(), draw_scores())], "smaller"),
     "a NaN": (lambda: (scene(), draw_scores().index_fill(0, torch.tensor(1), math.nan)), "NaN"),
     "an infinite score": (lambda: (scene(), draw_scores().index_fill(0, torch.tensor(1), math.inf)), "inf"),
     "all impossible": (lambda: (scene(), torch.full((C, H, W), -math.inf)), "-inf"),
