@@ -83,8 +83,10 @@ def main():
 @click.option("-o", "--output", default="stego.pt", show_default=True, help="Where the model goes.")
 @click.option("--backbone", default="auto", show_default=True,
               help="dino_vits8, dino_vitb8, dinov2_vits14, ..., tiny (bundled); auto: dino_vits8, or tiny without network.")
-@click.option("--preset", type=click.Choice(PRESET_NAMES), default="small", show_default=True,
-              help="Published hyper-parameters to start from.")
+@click.option("--preset", type=click.Choice(PRESET_NAMES),
+              help="Published hyper-parameters to start from.  [default: small, with --balance auto]")
+@click.option("--balance", type=click.Choice(["auto", "fixed"]),
+              help="auto: set the b's from the data; fixed: keep the preset's.  [default: fixed with a preset, else auto]")
 @click.option("--steps", type=int, help="Training steps.  [default: the preset's]")
 @click.option("--batch-size", type=int, help="Crops per step.  [default: the preset's]")
 @click.option("--code-size", type=int, help="Length of a code.  [default: the preset's]")

@@ -42,6 +42,7 @@ PRESETS = {
                       code_size=90, steps=7000, batch_size=32, five_crop=True, centering=True),
     "potsdam": _SMALL | dict(b_self=0.08, b_knn=0.02, b_rand=0.76, five_crop=False),
 }
+BALANCE = {"b_self": -0.5, "b_knn": -0.5, "b_rand": 1.0}  # balance "auto": b in standard deviations from the mean
 POSITIONS = 121         # positions of an image that enter a step: 11 x 11 (Sec. 4)
 NEIGHBORS = 7           # nearest neighbours x_knn is drawn from (Sec. 4)
 DERANGEMENTS = 5        # ways a batch is shuffled for x_rand, averaged (reference implementation)
@@ -53,6 +54,7 @@ LOGIT_SCALE = 2.0       # cosine to a centre -> class score for the CRF (referen
 CRF_SIZE = 0.5          # megapixels at which the CRF runs on larger photos
 CACHE_SIZE = 8.0        # GB of scratch file for the tokens of all crops
 ENCODE_BATCH = 16       # crops that pass the backbone together
+BALANCE_CROPS = 64      # crops whose correspondences set the b's
 CLUSTER_ROWS = 200_000  # codes that k-means sees
 MAX_ASPECT = 4          # longer side : shorter side up to which the shorter side gets its full resolution
 STRIP_PIXELS = 500_000  # pixels of a large photo that get their scores at once
@@ -194,9 +196,29 @@ def correlation_loss(f: Tensor, g: Tensor, s: Tensor, t: Tensor, b: float, *, ce
     """
     with torch.no_grad():
         weight = correspondence(f, g)                                        # (B, P, Q)
+        mean = weight.mean(-1, keepdim=True) - weight.mean() if centering else 0
+        weight -= mean + b
+    return -(weight * correspondence(s, t).relu()).mean()                    # relu: the 0-clamp of Sec. 3.2
+
+
+def balanced_shifts(cache: TokenCache, neighbors: Tensor, *, centering: bool = True) -> dict:
+    """b_self, b_knn and b_rand from the data: a fixed number of standard deviations from the mean correspondence.
+
+    The published b's suit DINO's features and the data they were tuned on (App. A.11); where correspondences lie
+    higher or lower, all codes collapse or scatter. Measured on BALANCE_CROPS crops, a neighbour and a random partner of
+    each; BALANCE was chosen by unsupervised mIoU on three data sets (README, "Quality").
+    """
+    crops = torch.randperm(len(cache))[:BALANCE_CROPS]
+    partners = {"b_self": crops, "b_knn": neighbors[crops, torch.randint(neighbors.shape[1], crops.shape)],
+                "b_rand": crops.roll(1)}
+    f, shifts = unit(cache.sample(crops, POSITIONS)), {}
+    for name, partner in partners.items():
+        other = f if name == "b_self" else unit(cache.sample(partner, POSITIONS))
+        weight = correspondence(f, other)
         if centering:
             weight = weight - weight.mean(-1, keepdim=True) + weight.mean()
-    return -((weight - b) * correspondence(s, t).clamp(min=0)).mean()        # 0-clamp (Sec. 3.2)
+        shifts[name] = float(weight.mean() + BALANCE[name] * weight.std())
+    return shifts
 
 
 def derangement(count: int) -> Tensor:
@@ -247,11 +269,13 @@ def training_loss(head: Head, f: Tensor, g: Tensor, f_knn: Tensor, config: dict)
     return loss
 
 
-def train_head(cache: TokenCache, config: dict, *, device="cpu", progress=None) -> Head:
-    """Train a head on cached tokens; returns it in eval mode, rounded to float16 as it is saved."""
+def train_head(cache: TokenCache, neighbors: Tensor, config: dict, *, device="cpu", progress=None) -> Head:
+    """Train a head on cached tokens and the table of neighbours (n, <= 7) of their crops.
+
+    Returns it in eval mode, rounded to float16 as it is saved.
+    """
     head = Head(cache.tokens.shape[2], config["code_size"]).to(device).train()
     optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE)
-    neighbors = nearest_neighbors(cache.means[:len(cache)])
     crops = _shuffled(len(cache), min(config["batch_size"], len(cache)))
     for step in range(config["steps"]):
         anchor = next(crops)
@@ -305,17 +329,20 @@ class Stego:
         self._backbone = None
 
     @classmethod
-    def fit(cls, images, *, classes: int = 27, backbone: str = "auto", weights=None, preset: str = "small",
-            seed: int = 0, device: str = "auto", cache_size: float = CACHE_SIZE, progress=None, **overrides) -> "Stego":
+    def fit(cls, images, *, classes: int = 27, backbone: str = "auto", weights=None, preset: str | None = None,
+            balance: str | None = None, seed: int = 0, device: str = "auto", cache_size: float = CACHE_SIZE,
+            progress=None, **overrides) -> "Stego":
         """Find what recurs in images.
 
         Args:
             images: files, folders (recursive) or glob patterns, one or several.
             classes: number of segments K to look for, 1..255.
             backbone: a name from `stego_backbones.NAMES`, or "auto"; weights: a local weight file for it.
-            preset: the hyper-parameters to start from, one of PRESETS; any of them can be overridden by keyword
-                (lambda_self, lambda_knn, lambda_rand, b_self, b_knn, b_rand, code_size, steps, batch_size,
-                five_crop, centering).
+            preset: the hyper-parameters to start from, one of PRESETS ("small" unless named); each can be overridden
+                by keyword (lambda_self, lambda_knn, lambda_rand, b_self, b_knn, b_rand, code_size, steps,
+                batch_size, five_crop, centering).
+            balance: "auto" sets the b's that are not given from the features' own correspondences, "fixed" keeps
+                the preset's. Default: "fixed" for a named preset, else "auto".
             seed: same images, seed, machine and threads: same model.
             device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", "mps".
             cache_size: bound of the token cache, in GB (10^9 bytes).
@@ -323,7 +350,8 @@ class Stego:
 
         Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
         """
-        config = fit_config(classes=classes, preset=preset, seed=seed, cache_size=cache_size, **overrides)
+        config = fit_config(classes=classes, preset=preset, balance=balance, seed=seed, cache_size=cache_size,
+                            **overrides)
         device = pick_device(device)
         paths = [path for path, _ in find_images(images)]
         network = load_backbone(backbone, weights=weights, device=device, progress=progress is not None)
@@ -332,7 +360,11 @@ class Stego:
             torch.manual_seed(seed)
             cache = encode(network, paths, five_crop=config["five_crop"], cache_size=cache_size, device=device,
                            progress=progress)
-            head = train_head(cache, config, device=device, progress=progress)
+            neighbors = nearest_neighbors(cache.means[:len(cache)])
+            if config["balance"] == "auto":
+                shifts = balanced_shifts(cache, neighbors, centering=config["centering"])
+                config |= {name: b for name, b in shifts.items() if overrides.get(name) is None}
+            head = train_head(cache, neighbors, config, device=device, progress=progress)
             centers, share = cluster_codes(head, cache, classes, seed=seed, device=device)
         config["crops"] = len(cache)
         model = cls(config, head, centers, share, backbone_sha256=network.sha256, device=device, weights=weights)
@@ -435,8 +467,13 @@ class Stego:
             raise ValueError(f"{path} is a damaged stego model ({str(error).splitlines()[0]}); fit it again.") from error
 
 
-def fit_config(*, classes: int, preset: str, seed: int, cache_size: float, **overrides) -> dict:
+def fit_config(*, classes: int, preset: str | None = None, balance: str | None = None, seed: int = 0,
+               cache_size: float = CACHE_SIZE, **overrides) -> dict:
     """Every option of a fit under its name: the preset with what was overridden; ValueError for what cannot be."""
+    balance = balance or ("fixed" if preset else "auto")
+    preset = preset or "small"
+    if balance not in ("auto", "fixed"):
+        raise ValueError(f"Unknown balance {balance!r}; choose auto or fixed.")
     if preset not in PRESETS:
         raise ValueError(f"Unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}.")
     if unknown := overrides.keys() - PRESETS[preset].keys():
@@ -447,7 +484,7 @@ def fit_config(*, classes: int, preset: str, seed: int, cache_size: float, **ove
     for key in ("steps", "batch_size", "code_size"):
         if config[key] < 1:
             raise ValueError(f"Got {key} {config[key]}; it must be at least 1.")
-    return dict(classes=classes, preset=preset, seed=seed, cache_size=cache_size, **config)
+    return dict(classes=classes, preset=preset, balance=balance, seed=seed, cache_size=cache_size, **config)
 
 
 def pick_device(device: str = "auto") -> torch.device:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stego import cluster_codes, encode, fit_config, pixels, train_head, unit  # noqa: E402
+from stego import balanced_shifts, cluster_codes, encode, fit_config, nearest_neighbors, pixels, train_head, unit  # noqa: E402
 from stego_backbones import load_backbone  # noqa: E402
 from stego_images import find_images, to_tensor  # noqa: E402
 from stego_protocol import (cluster_map, confusion_matrix, folder_pairs, match_clusters, read_pair,  # noqa: E402
@@ -49,6 +49,14 @@ def head_map(head):
     return lambda x: head(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
+def fit_head(cache, config):
+    """A head trained as `Stego.fit` does it."""
+    neighbors = nearest_neighbors(cache.means)
+    if config["balance"] == "auto":
+        config = config | balanced_shifts(cache, neighbors, centering=config["centering"])
+    return train_head(cache, neighbors, config)
+
+
 def run_set(network, folder, classes, seeds, crf, overrides):
     """Rows (method, [(mIoU, accuracy) for each seed])."""
     cache = encode(network, [path for path, _ in find_images(folder / "images/train")])
@@ -58,9 +66,8 @@ def run_set(network, folder, classes, seeds, crf, overrides):
         torch.manual_seed(seed)
         centers, _ = cluster_codes(unit, cache, classes, seed=seed)
         rows["raw k-means"].append(score(lambda x: x, centers, val, classes, False))
-        config = fit_config(classes=classes, preset="small", seed=seed, cache_size=8, **overrides)
         torch.manual_seed(seed)
-        head = train_head(cache, config)
+        head = fit_head(cache, fit_config(classes=classes, **overrides))
         centers, _ = cluster_codes(head, cache, classes, seed=seed)
         rows["stego"].append(score(head_map(head), centers, val, classes, False))
         if crf:
@@ -75,13 +82,14 @@ def run_set(network, folder, classes, seeds, crf, overrides):
 @click.option("--backbone", default="tiny")
 @click.option("--crf", is_flag=True)
 @click.option("--steps", type=int)
-def main(data, sets, seeds, backbone, crf, steps):
+@click.option("--preset", help="A published preset with its b's instead of the default.")
+def main(data, sets, seeds, backbone, crf, **overrides):
     network, ratios = load_backbone(backbone), []
     print(f"{'set':8} {'method':12} {'mIoU':>6} {'+-':>5} {'acc':>6}  seeds 0..{seeds - 1}, {backbone}")
     for name in sets.split(","):
         began = time.monotonic()
         classes = len((data / name / "classes.txt").read_text().split())
-        rows = run_set(network, data / name, classes, seeds, crf, {"steps": steps})
+        rows = run_set(network, data / name, classes, seeds, crf, overrides)
         for method, results in rows.items():
             miou, accuracy = np.array(results).T
             print(f"{name:8} {method:12} {miou.mean():6.2f} {miou.std():5.2f} {accuracy.mean():6.2f}", flush=True)

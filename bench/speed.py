@@ -59,18 +59,18 @@ def main(images, backbone, limit, batch_size, threads):
     torch.set_num_threads(threads)
     network = load_backbone("tiny") if backbone == "tiny" else ViT(BACKBONES[backbone]).eval().requires_grad_(False)
     paths = [path for path, _ in find_images(images)]
-    config = fit_config(classes=27, preset="small", seed=0, cache_size=8, batch_size=batch_size)
+    config = fit_config(classes=27, batch_size=batch_size)
 
     began = time.perf_counter()
     cache = encode(network, paths[:limit], five_crop=True)
     encoding = (time.perf_counter() - began) * len(paths) / min(limit, len(paths))
     began = time.perf_counter()
-    nearest_neighbors(cache.means)
+    neighbors = nearest_neighbors(cache.means)
     knn = time.perf_counter() - began
 
     steps = 20
-    train_head(cache, config | {"steps": 3})                                 # warm up
-    ours = timed(lambda: train_head(cache, config | {"steps": steps}), 3) / steps
+    train_head(cache, neighbors, config | {"steps": 3})                                 # warm up
+    ours = timed(lambda: train_head(cache, neighbors, config | {"steps": steps}), 3) / steps
     head = Head(network.channels, config["code_size"]).train()
     optimizer = torch.optim.Adam(head.parameters())
     theirs = timed(lambda: reference_step(network, head, optimizer, config), 3)

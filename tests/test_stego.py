@@ -50,7 +50,7 @@ def test_centering_keeps_the_mean():
 def test_full_loss_is_the_weighted_sum():
     """Eq. 5 without dropout; with two crops there is only one derangement, so the random term is known."""
     torch.manual_seed(0)
-    head, config = Head(8, 4).eval(), fit_config(classes=2, preset="small", seed=0, cache_size=1)
+    head, config = Head(8, 4).eval(), fit_config(classes=2, preset="small")
     f, g, k = torch.randn(3, 2, 5, 8).unbind()
     terms = (("self", f, f, slice(None)), ("knn", f, k, slice(None)), ("rand", f, g, [1, 0]))
     want = sum(config[f"lambda_{name}"] * direct_loss(x, y[order], head(x), head(y)[order], config[f"b_{name}"], True)
@@ -171,10 +171,10 @@ def test_training_moves_the_loss(scenes):
     losses = []
     for steps in (1, 80):
         torch.manual_seed(0)
-        config = fit_config(classes=2, preset="small", seed=0, cache_size=1, steps=steps)
-        head = stego.train_head(cache, config)
-        crops = torch.arange(len(cache))
-        partner = nearest_neighbors(cache.means)[:, 0]
+        config = fit_config(classes=2, steps=steps)
+        neighbors = nearest_neighbors(cache.means)
+        head = stego.train_head(cache, neighbors, config)
+        crops, partner = torch.arange(len(cache)), neighbors[:, 0]
         losses.append(training_loss(head, cache.sample(crops, 121), cache.sample(crops, 121),
                                     cache.sample(partner, 121), config).item())
     assert losses[1] < losses[0]
@@ -200,7 +200,7 @@ def test_unreadable_images_are_named_and_left_out(tmp_path, scenes, caplog):
 
 @pytest.mark.parametrize("options, message", [
     (dict(classes=256), "1 to 255"), (dict(classes=0), "1 to 255"), (dict(preset="moon"), "Unknown preset 'moon'"),
-    (dict(stepz=3), "Unknown option 'stepz'"), (dict(steps=0), "steps 0"), (dict(backbone="vgg"), "Unknown backbone"),
+    (dict(balance="yes"), "choose auto or fixed"), (dict(stepz=3), "Unknown option 'stepz'"), (dict(steps=0), "steps 0"), (dict(backbone="vgg"), "Unknown backbone"),
     (dict(device="cuda:99"), "not available"), (dict(device="abacus"), "not available"),
 ])
 def test_bad_options(scenes, options, message):
@@ -212,6 +212,27 @@ def test_more_classes_than_positions(tmp_path, scenes):
     Image.open(scenes / "scene00.png").save(tmp_path / "only.png")
     with pytest.raises(ValueError, match="more than there are positions"):
         Stego.fit(tmp_path, classes=200, backbone="tiny", steps=1, cache_size=5 * 2 * 600 * 10 / 1e9)
+
+
+def test_balance_follows_the_features():
+    """Tokens around one direction correspond more than scattered ones: every b moves with them, by the documented rule."""
+    torch.manual_seed(0)
+    shifts = {}
+    for common in (0.0, 2.0):
+        cache = TokenCache(20, 400, 16)
+        cache.append(torch.randn(20, 16, 20, 20) + common)
+        shifts[common] = stego.balanced_shifts(cache, nearest_neighbors(cache.means))
+    for name in stego.BALANCE:
+        assert shifts[2.0][name] > shifts[0.0][name] + 0.5
+    scattered = 1 / 16 ** 0.5                                                # standard deviation of random cosines
+    assert shifts[0.0]["b_rand"] == pytest.approx(stego.BALANCE["b_rand"] * scattered, abs=0.02)
+
+
+def test_balance_keeps_what_is_given(scenes):
+    one = Stego.fit(scenes, classes=2, backbone="tiny", steps=1, b_rand=0.7).config
+    assert one["b_rand"] == 0.7 and one["b_self"] != 0.18
+    fixed = Stego.fit(scenes, classes=2, backbone="tiny", steps=1, preset="small").config
+    assert (fixed["balance"], fixed["b_self"], fixed["b_rand"]) == ("fixed", 0.18, 0.46)
 
 
 def test_presets_are_the_published_ones():
@@ -282,7 +303,7 @@ def test_a_loaded_model_is_the_saved_one(model, tmp_path):
 def test_the_file_is_small_and_plain(model, tmp_path):
     model.save(tmp_path / "a.pt")
     state = torch.load(tmp_path / "a.pt", weights_only=True)
-    assert state["config"]["classes"] == 3 and state["config"]["b_rand"] == 0.46 and state["config"]["backbone"] == "tiny"
+    assert state["config"]["classes"] == 3 and state["config"]["balance"] == "auto" and state["config"]["backbone"] == "tiny"
     large = Stego(model.config, Head(768, 100), unit(torch.randn(255, 100)), torch.ones(255) / 255, backbone_sha256="")
     large.save(tmp_path / "large.pt")
     assert (tmp_path / "large.pt").stat().st_size < 2e6
