@@ -38,8 +38,10 @@ def test_commands_run_as_printed(place):
 
 
 def test_python_snippets_run_as_printed(place):
+    given = "import torch; image = torch.zeros(3, 8, 9, dtype=torch.uint8); scores = torch.randn(4, 8, 9)\n"
+    assert len(blocks("python")) >= 2
     for snippet in blocks("python"):
-        snippet = snippet.replace('Stego.fit("images"', 'Stego.fit("images", backbone="tiny", steps=5')
+        snippet = given + snippet.replace('Stego.fit("images"', 'Stego.fit("images", backbone="tiny", steps=5')
         result = subprocess.run([sys.executable, "-c", snippet], cwd=place, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, (snippet, result.stderr)
 
