@@ -1,48 +1,54 @@
 """`tiny`: the bundled backbone, small enough to come with the package. How it was made: TINY.md, tools/pretrain.py.
 
 The first layer is a learned dictionary of image patches with triangle activations (Coates, Lee & Ng 2011, "An
-analysis of single-layer networks in unsupervised feature learning").
+analysis of single-layer networks in unsupervised feature learning"), pooled at four scales. A convolutional trunk of
+depthwise 7 x 7 blocks (Liu et al. 2022, "A ConvNet for the 2020s") reads it, and a linear map, learned in closed
+form, weighs the directions of both by how well they are shared between neighbouring positions.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIDE, STRIDE = 8, 4  # pixels: side of a dictionary patch, and the step from one patch to the next
+SIDE, STRIDE = 8, 4      # pixels: side of a dictionary patch, and the step from one patch to the next
+SCALES = (1, 3, 7, 15)   # sides, in positions of 8 pixels, of the windows over which activations are averaged
 
 
 class Dictionary(nn.Module):
-    """How near a patch is to each of `atoms` learned ones, pooled at several scales and projected.
+    """How near a patch is to each of `atoms` learned ones, pooled at four scales and projected.
 
     (B, 3, H, W) normalised images, H and W multiples of 8 -> (B, channels, H / 8, W / 8).
-    scales: sides, in positions of 8 pixels, of the windows over which the activations are averaged.
+    dims: leading whitened directions that take part in the distance, 192 for all.
     """
 
     patch = 8  # pixels
 
-    def __init__(self, atoms: int = 256, channels: int = 128, *, scales: tuple = (1, 3, 7, 15)):
+    def __init__(self, atoms: int = 256, channels: int = 128, *, dims: int = 3 * SIDE * SIDE):
         super().__init__()
-        self.atoms, self.channels, self.scales = atoms, channels, scales
-        self.register_buffer("whiten", torch.zeros(3 * SIDE * SIDE, 3, SIDE, SIDE))
-        self.register_buffer("whiten_bias", torch.zeros(3 * SIDE * SIDE))
-        self.register_buffer("atom", torch.zeros(atoms, 3 * SIDE * SIDE))    # in whitened coordinates
-        self.register_buffer("mean", torch.zeros(atoms * len(scales)))
-        self.register_buffer("project", torch.zeros(channels, atoms * len(scales)))
+        self.channels = channels
+        self.register_buffer("whiten", torch.zeros(dims, 3, SIDE, SIDE))
+        self.register_buffer("whiten_bias", torch.zeros(dims))
+        self.register_buffer("atom", torch.zeros(atoms, dims))               # in whitened coordinates
+        self.register_buffer("mean", torch.zeros(atoms * len(SCALES)))
+        self.register_buffer("project", torch.zeros(channels, atoms * len(SCALES)))
 
     def forward(self, x: Tensor) -> Tensor:
-        centred = self.pooled(x) - self.mean[:, None, None]                  # (B, scales * atoms, h, w)
-        return F.conv2d(centred, self.project[:, :, None, None])             # (B, channels, h, w)
+        near = self.activations(x)
+        # Projecting first and pooling then is the same, and pools far fewer channels.
+        maps = [F.conv2d(near, part[:, :, None, None]) for part in self.project.chunk(len(SCALES), 1)]
+        pooled = sum(_box(part, side) for part, side in zip(maps, SCALES))   # (B, channels, h, w)
+        return pooled - (self.project @ self.mean)[:, None, None]
 
     def pooled(self, x: Tensor) -> Tensor:
         """Activations averaged over each window: (B, scales * atoms, h, w)."""
-        codes = self.activations(x)
-        return torch.cat([_box(codes, side) for side in self.scales], 1)
+        near = self.activations(x)
+        return torch.cat([_box(near, side) for side in SCALES], 1)
 
     def activations(self, x: Tensor) -> Tensor:
         """Triangle activations max(0, mean distance - distance to the atom): (B, atoms, h, w)."""
         margin = (SIDE - STRIDE) // 2
         x = F.pad(x, (margin,) * 4, mode="reflect")
-        white = F.conv2d(x, self.whiten, self.whiten_bias, stride=STRIDE)    # (B, 192, 2h, 2w)
+        white = F.conv2d(x, self.whiten, self.whiten_bias, stride=STRIDE)    # (B, dims, 2h, 2w)
         dots = F.conv2d(white, self.atom[:, :, None, None])                  # (B, atoms, 2h, 2w)
         norms = white.square().sum(1, keepdim=True) + self.atom.square().sum(1)[:, None, None]
         distance = (norms - 2 * dots).clamp(min=0).sqrt()
@@ -52,11 +58,62 @@ class Dictionary(nn.Module):
 
 def _box(x: Tensor, side: int) -> Tensor:
     """Mean over side x side windows, edges repeated; the size stays."""
-    return F.avg_pool2d(F.pad(x, (side // 2,) * 4, mode="replicate"), side, stride=1) if side > 1 else x
+    if side == 1:
+        return x
+    x = F.pad(x, (side // 2,) * 4, mode="replicate")
+    return F.avg_pool2d(F.avg_pool2d(x, (side, 1), stride=1), (1, side), stride=1)
 
 
-class Tiny(Dictionary):
-    """The bundled network; its weights lie beside this file."""
+class Block(nn.Module):
+    """Depthwise 7 x 7 convolution, LayerNorm, two linear layers, added to the input."""
 
-    def __init__(self):
-        super().__init__(atoms=384, channels=192)
+    def __init__(self, width: int):
+        super().__init__()
+        self.look = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.scale = nn.Parameter(torch.full((width,), 0.3))                 # near identity: trains steadily
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.look(x).permute(0, 2, 3, 1))                      # (B, h, w, width)
+        y = self.down(F.gelu(self.up(y))) * self.scale
+        return x + y.permute(0, 3, 1, 2)                                     # (B, width, h, w)
+
+
+class Trunk(nn.Module):
+    """(B, inputs, h, w) -> (B, width, h, w): the part of tiny that is trained by gradient descent."""
+
+    def __init__(self, inputs: int, width: int, depth: int):
+        super().__init__()
+        self.enter = nn.Conv2d(inputs, width, 1)
+        self.blocks = nn.Sequential(*[Block(width) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.enter(x.contiguous(memory_format=torch.channels_last)))
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)          # (B, width, h, w)
+
+
+class Tiny(nn.Module):
+    """The bundled network; its weights lie beside this file.
+
+    (B, 3, H, W) float32, normalised with ImageNet's mean and deviation, H and W multiples of 8
+    -> (B, channels, H / 8, W / 8).
+    """
+
+    patch = 8  # pixels
+
+    def __init__(self, *, atoms: int = 384, width: int = 192, depth: int = 4, channels: int = 256):
+        super().__init__()
+        self.channels = channels
+        self.dictionary = Dictionary(atoms, width, dims=64)
+        self.trunk = Trunk(width, width, depth)
+        self.head = nn.Conv2d(2 * width, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.levels(x))                                     # (B, channels, h, w)
+
+    def levels(self, x: Tensor) -> Tensor:
+        """What the head reads: dictionary and trunk features (B, 2 * width, h, w)."""
+        found = self.dictionary(x)
+        return torch.cat([found, self.trunk(found)], 1)

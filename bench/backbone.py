@@ -1,0 +1,204 @@
+"""How good are a backbone's raw features, and how fast? (FACTS section 3: 320 protocol, train on train, score on val.)
+
+    python bench/backbone.py tiny [dino_vits8 ...] --data ../shared/data [--sets camvid,aerial,natural] [--seeds 3]
+
+For each labelled set DATA/<name>/{images,labels}/{train,val}: a linear probe, and cosine k-means with as many clusters
+as classes and Hungarian matching (mean over seeds). Printed in percent, accuracy / mIoU, with the baselines in the same
+table: the same network before any training, colour and position, and a dictionary of image patches (256 atoms of
+whitened 8 x 8 patches, triangle activations, four scales, 128 principal components). Then milliseconds an image of
+320 x 320 as a ratio to dino_vits8's layout with random weights, measured in turn in this run.
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from kmeans import CosineKMeans  # noqa: E402
+from pretrain import IMAGE_SIDE, find_images, learn_dictionary, spread  # noqa: E402
+from pretrain import square as square_tensor  # noqa: E402
+from stego import mirror_averaged  # noqa: E402
+from stego_backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone  # noqa: E402
+from stego_backbones.tiny import Dictionary, Tiny  # noqa: E402
+from stego_images import to_tensor  # noqa: E402
+from stego_protocol import SIDE, cluster_map, confusion_matrix, folder_pairs, match_clusters, read_pair, scores  # noqa: E402
+
+UNLABELLED = ("unlabelled", "camvid/images/train", "aerial/images/train", "natural/images/train",
+              "natural_coco/images/train")  # what tiny and the dictionary are learned from
+DICTIONARY_IMAGES = 2000     # a dictionary of 256 atoms needs no more
+PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 500, 4096, 1e-2
+KMEANS_ROWS = 200_000        # positions of the train images that k-means is fitted on
+
+
+# ---- baselines -------------------------------------------------------------------------------------------------
+
+class ColourAndPosition(nn.Module):
+    """Mean colour of a square of 8 x 8 pixels, and where it lies in the image."""
+    patch, channels = 8, 5
+
+    def forward(self, x: Tensor) -> Tensor:
+        colour = F.avg_pool2d(x, self.patch)                                 # (B, 3, h, w)
+        y, x = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in colour.shape[2:]), indexing="ij")
+        return torch.cat([colour, torch.stack([y, x]).expand(len(colour), -1, -1, -1)], 1)  # (B, 5, h, w)
+
+
+def untrained(seed: int = 0) -> Tiny:
+    """The bundled network as it is before it has seen an image: random atoms, trunk and head."""
+    torch.manual_seed(seed)
+    network = Tiny()
+    for name, buffer in network.dictionary.named_buffers():
+        if name in ("whiten", "atom", "project"):
+            buffer.normal_(std=buffer[0].numel() ** -0.5)
+    return network
+
+
+def dictionary_backbone(data: Path, *, seed: int = 0) -> Dictionary:
+    """The patch dictionary of the table, learned from the images tiny was learned from: (B, 3, H, W) -> (B, 128, h, w)."""
+    paths = find_images([data / name for name in UNLABELLED])
+    paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(DICTIONARY_IMAGES, len(paths))).astype(int)]
+    images = torch.stack([square_tensor(path, IMAGE_SIDE) for path in paths])
+    return learn_dictionary(images, Dictionary(256, 128), whitened=False, seed=seed)
+
+
+# ---- probes ----------------------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def features(network, folder: Path, split: str, *, mirror: bool):
+    """Features (N, C, h, w) float16 and label maps [(SIDE, SIDE) uint8] of a split."""
+    maps, labels = [], []
+    for pair in folder_pairs(folder / "images" / split, folder / "labels" / split):
+        image, label = read_pair(*pair, side=math.ceil(SIDE / network.patch) * network.patch)
+        x = to_tensor(image)[None]
+        maps.append((mirror_averaged(network, x) if mirror else network(x)).half())
+        labels.append(label)
+    return torch.cat(maps), labels
+
+
+def rows_and_labels(maps: Tensor, labels, patch: int):
+    """Each position's feature (n, C) and the label under its centre (n,)."""
+    here = torch.from_numpy(np.stack([label[patch // 2::patch, patch // 2::patch] for label in labels]))
+    return maps.permute(0, 2, 3, 1).flatten(0, 2), here.flatten().long()
+
+
+def linear_probe(rows: Tensor, labels: Tensor, classes: int):
+    """Weight (C, classes) and bias of a softmax regression on standardised features, by Adam."""
+    known = labels < classes
+    rows, labels = rows[known], labels[known]
+    mean, deviation = rows.float().mean(0), rows.float().std(0) + 1e-6
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.zeros(rows.shape[1], classes, requires_grad=True), torch.zeros(classes, requires_grad=True)
+    optimiser = torch.optim.Adam([weight, bias], lr=PROBE_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1, 0.01, PROBE_STEPS)
+    for _ in range(PROBE_STEPS):
+        drawn = torch.randint(len(rows), (PROBE_BATCH,), generator=generator)
+        loss = F.cross_entropy((rows[drawn].float() - mean) / deviation @ weight + bias, labels[drawn])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    weight = weight.detach() / deviation[:, None]
+    return weight, bias.detach() - mean @ weight
+
+
+def percent(confusion) -> np.ndarray:
+    """(accuracy, mIoU) in percent after Hungarian matching."""
+    result = scores(confusion, match_clusters(confusion))
+    return 100 * np.array([result["accuracy"], result["miou"]])
+
+
+def probe_score(maps: Tensor, labels, weight: Tensor, bias: Tensor) -> np.ndarray:
+    """(accuracy, mIoU) in percent of a linear probe; features linear in, so logits are upsampled instead."""
+    classes = len(bias)
+    confusion = np.zeros((classes, classes), np.int64)
+    for x, label in zip(maps, labels):
+        logits = torch.einsum("chw,ck->khw", x.float(), weight) + bias[:, None, None]
+        logits = F.interpolate(logits[None], size=label.shape, mode="bilinear", align_corners=False)[0]
+        confusion += confusion_matrix(label, logits.argmax(0).numpy(), n_classes=classes, n_clusters=classes)
+    result = scores(confusion, np.arange(classes))
+    return 100 * np.array([result["accuracy"], result["miou"]])
+
+
+def kmeans_score(rows: Tensor, maps: Tensor, labels, classes: int, seed: int) -> np.ndarray:
+    """(accuracy, mIoU) in percent of cosine k-means on raw features."""
+    centres = CosineKMeans(classes, seed=seed).fit(spread(rows, KMEANS_ROWS).float()).cluster_centers_
+    confusion = np.zeros((classes, classes), np.int64)
+    for x, label in zip(maps, labels):
+        found = cluster_map(x[None].float(), centres, label.shape)
+        confusion += confusion_matrix(label, found, n_classes=classes, n_clusters=classes)
+    return percent(confusion)
+
+
+def measure(network, folder: Path, seeds: int):
+    """Linear probe and k-means, each (accuracy, mIoU) in percent, on one labelled set."""
+    classes = len((folder / "classes.txt").read_text().split())
+    maps, labels = features(network, folder, "train", mirror=False)
+    rows, here = rows_and_labels(maps, labels, network.patch)
+    val, val_labels = features(network, folder, "val", mirror=True)
+    linear = probe_score(val, val_labels, *linear_probe(rows, here, classes))
+    return linear, np.mean([kmeans_score(rows, val, val_labels, classes, seed) for seed in range(seeds)], 0)
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def milliseconds(networks: dict, rounds: int = 5) -> dict:
+    """Median time of one 320 x 320 image for each network, taken in turn so that a busy spell hits all alike."""
+    times = {name: [] for name in networks}
+    for _ in range(rounds + 1):                                              # the first round warms up
+        for name, network in networks.items():
+            side = SIDE // network.patch * network.patch
+            x, began = torch.randn(1, 3, side, side), time.perf_counter()
+            network(x)
+            times[name].append(1000 * (time.perf_counter() - began))
+    return {name: float(np.median(values[1:])) for name, values in times.items()}
+
+
+def file_size(name: str) -> str:
+    path = TINY_FILE if name == "tiny" else checkpoint_path(name) if name in BACKBONES else None
+    return f"{path.stat().st_size / 1e6:.1f}" if path and path.exists() else "-"
+
+
+def print_quality(networks: dict, data: Path, sets, seeds: int):
+    print("Linear probe and cosine k-means on raw features, accuracy / mIoU in percent\n")
+    columns = [f"{name} {what}" for name in sets for what in ("linear", "k-means")]
+    print("| backbone | " + " | ".join(columns) + " | mean mIoU linear, k-means |\n" + "|---" * (len(columns) + 2) + "|")
+    for name, network in networks.items():
+        found = np.array([measure(network, data / folder, seeds) for folder in sets])  # (sets, 2, 2)
+        cells = [f"{accuracy:.1f} / {miou:.1f}" for accuracy, miou in found.reshape(-1, 2)]
+        print(f"| {name} | " + " | ".join(cells) + " | {:.1f}, {:.1f} |".format(*found[:, :, 1].mean(0)), flush=True)
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--data", default="../shared/data", show_default=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--sets", default="camvid,aerial,natural", show_default=True)
+@click.option("--seeds", default=3, show_default=True, help="Runs of k-means that are averaged.")
+@click.option("--no-baselines", is_flag=True)
+@click.option("--only", type=click.Choice(["quality", "speed"]))
+def main(names, data, sets, seeds, no_baselines, only):
+    """Table of the backbones NAMES (default tiny) and the baselines."""
+    networks = {name: load_backbone(name) for name in names or ("tiny",)}
+    reference = ViT(BACKBONES["dino_vits8"]).eval()
+    if not no_baselines:
+        networks |= {"tiny, untrained": untrained(), "dictionary": dictionary_backbone(data),
+                     "colour and position": ColourAndPosition()}
+    if only != "speed":
+        print_quality(networks, data, sets.split(","), seeds)
+    if only != "quality":
+        times = milliseconds({**networks, "dino_vits8 layout": reference})
+        print("\n| backbone | ms an image | share of dino_vits8 | file, MB |\n|---|---|---|---|")
+        for name, value in times.items():
+            print(f"| {name} | {value:.0f} | {value / times['dino_vits8 layout']:.2f} | {file_size(name)} |")
+        print(f"\n320 x 320, CPU, {torch.get_num_threads()} thread(s), medians of 5")
+
+
+if __name__ == "__main__":
+    main()
