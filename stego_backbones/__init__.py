@@ -25,7 +25,7 @@ from stego_backbones.tiny import Tiny
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in 0..1: what every backbone was trained with
 NET_TIMEOUT = 10  # seconds without an answer from the server before a download is given up
 TINY_FILE = Path(__file__).with_name("tiny.pt")
-TINY_SHA256 = "0068fe7015d9dae8aa7299d3032cdbf0b738bb467e3074f6938b3c7bdcd98fec"
+TINY_SHA256 = "1a2178c4823fa67f838845a58b2a094c0c2f05c2886d25947e368bba4c21ec7c"
 FALLBACK = "tiny"  # what `auto` takes when AUTO can neither be found nor downloaded
 AUTO = "dino_vits8"
 
