@@ -29,7 +29,8 @@ from stego import mirror_averaged  # noqa: E402
 from stego_backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone  # noqa: E402
 from stego_backbones.tiny import Dictionary, Tiny  # noqa: E402
 from stego_images import to_tensor  # noqa: E402
-from stego_protocol import SIDE, cluster_map, confusion_matrix, folder_pairs, match_clusters, read_pair, scores  # noqa: E402
+from stego_protocol import (SIDE, cluster_map, confusion_matrix, folder_pairs, match_clusters, read_pair,  # noqa: E402
+                            scores)
 
 UNLABELLED = ("unlabelled", "camvid/images/train", "aerial/images/train", "natural/images/train",
               "natural_coco/images/train")  # what tiny and the dictionary are learned from
@@ -61,7 +62,7 @@ def untrained(seed: int = 0) -> Tiny:
 
 
 def dictionary_backbone(data: Path, *, seed: int = 0) -> Dictionary:
-    """The patch dictionary of the table, learned from the images tiny was learned from: (B, 3, H, W) -> (B, 128, h, w)."""
+    """The patch dictionary of the table, a backbone of 128 channels learned from images that tiny was learned from."""
     paths = find_images([data / name for name in UNLABELLED])
     paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(DICTIONARY_IMAGES, len(paths))).astype(int)]
     images = torch.stack([square_tensor(path, IMAGE_SIDE) for path in paths])
@@ -169,7 +170,8 @@ def file_size(name: str) -> str:
 def print_quality(networks: dict, data: Path, sets, seeds: int):
     print("Linear probe and cosine k-means on raw features, accuracy / mIoU in percent\n")
     columns = [f"{name} {what}" for name in sets for what in ("linear", "k-means")]
-    print("| backbone | " + " | ".join(columns) + " | mean mIoU linear, k-means |\n" + "|---" * (len(columns) + 2) + "|")
+    print("| backbone | " + " | ".join(columns) + " | mean mIoU linear, k-means |")
+    print("|---" * (len(columns) + 2) + "|")
     for name, network in networks.items():
         found = np.array([measure(network, data / folder, seeds) for folder in sets])  # (sets, 2, 2)
         cells = [f"{accuracy:.1f} / {miou:.1f}" for accuracy, miou in found.reshape(-1, 2)]

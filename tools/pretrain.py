@@ -10,7 +10,8 @@
    and, at less weight, the dictionary's own leading directions, for the detail that neighbours do not share.
 
 No label is read, except by --probe, which only reports. An interrupted run goes on from its checkpoint and ends with
-the same weights; another --steps then changes the rest of the schedule. On Linux the CPU spends up to half its time in page faults of short-lived tensors; this avoids them:
+the same weights; another --steps then changes the rest of the schedule. On Linux the CPU may spend half its time in
+page faults of short-lived tensors; this avoids them:
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 OMP_NUM_THREADS=1 python tools/pretrain.py ...
 """
 
@@ -337,7 +338,7 @@ def neighbour_covariance(maps: Tensor, rows: int, columns: int) -> Tensor:
 
 @torch.no_grad()
 def probe(tiny: Tiny, folder: Path, *, count: int = 60, side: int = 320) -> float:
-    """mIoU on images/val of a ridge regression from features to classes, fitted on images/train (position by position)."""
+    """mIoU on images/val of a ridge regression from each position's features to its class, fitted on images/train."""
     (x, y), (x_val, y_val) = (labelled_rows(tiny, folder, split, count, side) for split in ("train", "val"))
     classes = int(max(y.max(), y_val.max())) + 1
     mean, deviation = x.mean(0), x.std(0) + 1e-6
@@ -366,7 +367,7 @@ def say(*words):
     print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
 
 
-def pretrain(images: Tensor, output: Path, *, steps: int = 1000, batch: int = 32, device: str = "cpu", seed: int = 0,
+def pretrain(images: Tensor, output: Path, *, steps: int = 700, batch: int = 32, device: str = "cpu", seed: int = 0,
              log_every: int = 50, save_every: int = 50, probe_every: int = 250, probes=(), stop_at: int | None = None):
     """Train on images (N, side, side, 3) uint8 and write the float16 state dict of a Tiny.
 
@@ -391,18 +392,16 @@ def pretrain(images: Tensor, output: Path, *, steps: int = 1000, batch: int = 32
         if run.step % save_every == 0 or run.step == stop_at:
             run.save(checkpoint)
         if probes and run.step % probe_every == 0 and run.step < steps:
-            report(images, tiny, probes)
+            learn_head(images, tiny)  # what the head is now has no influence on the training
+            report(tiny, probes)
     if run.step < steps:
         return
     learn_head(images, tiny)
     write(output, {name: value.cpu().half().contiguous() for name, value in tiny.state_dict().items()})
-    for folder in probes:
-        say(f"{folder}: linear probe mIoU {100 * probe(tiny, Path(folder)):.1f} %")
+    report(tiny, probes)
 
 
-def report(images: Tensor, tiny: Tiny, probes):
-    """Linear-probe figures of the network as it is now; changes nothing that the training uses."""
-    learn_head(images, tiny)
+def report(tiny: Tiny, probes):
     for folder in probes:
         say(f"{folder}: linear probe mIoU {100 * probe(tiny, Path(folder)):.1f} %")
 
@@ -410,7 +409,7 @@ def report(images: Tensor, tiny: Tiny, probes):
 @click.command()
 @click.argument("places", metavar="IMAGES...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Weight file to write.")
-@click.option("--steps", default=1000, show_default=True)
+@click.option("--steps", default=700, show_default=True)
 @click.option("--batch", default=32, show_default=True, help="Images a step, two crops each.")
 @click.option("--device", default="auto", show_default=True, help="auto: a GPU if there is one.")
 @click.option("--seed", default=0, show_default=True)
