@@ -82,20 +82,20 @@ def main():
 @click.option("-k", "--classes", default=27, show_default=True, help="Number of segments to look for, 1 to 255.")
 @click.option("-o", "--output", default="stego.pt", show_default=True, help="Where the model goes.")
 @click.option("--backbone", default="auto", show_default=True,
-              help="dino_vits8, dino_vitb8, dinov2_vits14, ..., tiny (bundled); auto: dino_vits8, or tiny without network.")
+              help="dino_vits8, dino_vitb8, dinov2_vits14, ..., tiny; auto: dino_vits8, or tiny without network.")
 @click.option("--preset", type=click.Choice(PRESET_NAMES),
               help="Published hyper-parameters to start from.  [default: small, with --balance auto]")
 @click.option("--balance", type=click.Choice(["auto", "fixed"]),
-              help="auto: set the b's from the data; fixed: keep the preset's.  [default: fixed with a preset, else auto]")
-@click.option("--steps", type=int, help="Training steps.  [default: the preset's]")
+              help="b's from the data, or the preset's.  [default: fixed with a preset, else auto]")
+@click.option("--steps", type=int, help="Training steps.  [default: 2000, or the named preset's]")
 @click.option("--batch-size", type=int, help="Crops per step.  [default: the preset's]")
 @click.option("--code-size", type=int, help="Length of a code.  [default: the preset's]")
 @click.option("--lambda-self", type=float, help="Weight of the image with itself.  [default: the preset's]")
 @click.option("--lambda-knn", type=float, help="Weight of nearest neighbours.  [default: the preset's]")
 @click.option("--lambda-rand", type=float, help="Weight of random pairs.  [default: the preset's]")
-@click.option("--b-self", type=float, help="Negative pressure within an image.  [default: the preset's]")
-@click.option("--b-knn", type=float, help="Negative pressure with neighbours.  [default: the preset's]")
-@click.option("--b-rand", type=float, help="Negative pressure with random images.  [default: the preset's]")
+@click.option("--b-self", type=float, help="Negative pressure within an image.  [default: from the data]")
+@click.option("--b-knn", type=float, help="Negative pressure with neighbours.  [default: from the data]")
+@click.option("--b-rand", type=float, help="Negative pressure with random images.  [default: from the data]")
 @click.option("--five-crop/--no-five-crop", default=None, help="Cut images into five crops.  [default: the preset's]")
 @click.option("--centering/--no-centering", default=None, help="Spatial centering.  [default: the preset's]")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same images, same machine: same model.")
@@ -112,7 +112,7 @@ def fit(images, output, **options):
     with clear_errors():
         output = Path(output)
         if output.is_dir():
-            raise click.UsageError(f"The output {output} is a folder; name a file for the model, like {output}/stego.pt.")
+            raise click.UsageError(f"The output {output} is a folder; name a file, like {output / 'stego.pt'}.")
         from stego import Stego, find_images
         began, paths = time.monotonic(), [path for path, _ in find_images(images)]
         model = Stego.fit(paths, progress=Progress(), **options)

@@ -42,6 +42,7 @@ PRESETS = {
                       code_size=90, steps=7000, batch_size=32, five_crop=True, centering=True),
     "potsdam": _SMALL | dict(b_self=0.08, b_knn=0.02, b_rand=0.76, five_crop=False),
 }
+AUTO_STEPS = 2000       # steps where no preset is named: minutes on a laptop
 BALANCE = {"b_self": -0.5, "b_knn": -0.5, "b_rand": 1.0}  # balance "auto": b in standard deviations from the mean
 POSITIONS = 121         # positions of an image that enter a step: 11 x 11 (Sec. 4)
 NEIGHBORS = 7           # nearest neighbours x_knn is drawn from (Sec. 4)
@@ -113,7 +114,8 @@ def encode(backbone, paths, *, five_crop=True, cache_size=CACHE_SIZE, device="cp
     crops, positions = len(paths) * (5 if five_crop else 1), (side // backbone.patch) ** 2
     kept = min(positions, int(cache_size * 1e9 / (crops * backbone.channels * 2)))
     if kept < 1:
-        raise ValueError(f"A cache of {cache_size} GB holds not one position of {crops} crops; set a larger --cache-size.")
+        raise ValueError(f"A cache of {cache_size} GB holds not one position of {crops} crops; "
+                         "set a larger --cache-size.")
     if kept < positions:
         log.warning("The token cache is bounded to %g GB: keeping %d random positions of %d per crop.",
                     cache_size, kept, positions)
@@ -398,7 +400,8 @@ class Stego:
         return codes.transpose(1, 2).unflatten(2, features.shape[2:])        # (B, D, h, w)
 
     @torch.inference_mode()
-    def predict(self, image, *, resolution: int = RESOLUTION, crf: bool = True, crf_size: float = CRF_SIZE) -> np.ndarray:
+    def predict(self, image, *, resolution: int = RESOLUTION, crf: bool = True,
+                crf_size: float = CRF_SIZE) -> np.ndarray:
         """Segment one image of any size: a mask (H, W) uint8 of cluster ids at the displayed size of the image.
 
         Args:
@@ -471,6 +474,7 @@ def fit_config(*, classes: int, preset: str | None = None, balance: str | None =
                cache_size: float = CACHE_SIZE, **overrides) -> dict:
     """Every option of a fit under its name: the preset with what was overridden; ValueError for what cannot be."""
     balance = balance or ("fixed" if preset else "auto")
+    steps = {} if preset else {"steps": AUTO_STEPS}
     preset = preset or "small"
     if balance not in ("auto", "fixed"):
         raise ValueError(f"Unknown balance {balance!r}; choose auto or fixed.")
@@ -480,7 +484,7 @@ def fit_config(*, classes: int, preset: str | None = None, balance: str | None =
         raise ValueError(f"Unknown option {sorted(unknown)[0]!r}; a preset has {', '.join(PRESETS[preset])}.")
     if not 1 <= classes <= MAX_CLASSES:
         raise ValueError(f"Got {classes} classes; a mask of 8 bits holds 1 to {MAX_CLASSES}.")
-    config = PRESETS[preset] | {key: value for key, value in overrides.items() if value is not None}
+    config = PRESETS[preset] | steps | {key: value for key, value in overrides.items() if value is not None}
     for key in ("steps", "batch_size", "code_size"):
         if config[key] < 1:
             raise ValueError(f"Got {key} {config[key]}; it must be at least 1.")
