@@ -43,7 +43,7 @@ PRESETS = {
     "potsdam": _SMALL | dict(b_self=0.08, b_knn=0.02, b_rand=0.76, five_crop=False),
 }
 AUTO_STEPS = 2000       # steps where no preset is named: minutes on a laptop
-BALANCE = {"b_self": -0.5, "b_knn": -0.5, "b_rand": 1.0}  # balance "auto": b in standard deviations from the mean
+BALANCE = {"b_self": -0.5, "b_knn": -0.5, "b_rand": 2.0}  # balance "auto": b in standard deviations from the mean
 POSITIONS = 121         # positions of an image that enter a step: 11 x 11 (Sec. 4)
 NEIGHBORS = 7           # nearest neighbours x_knn is drawn from (Sec. 4)
 DERANGEMENTS = 5        # ways a batch is shuffled for x_rand, averaged (reference implementation)

@@ -15,7 +15,9 @@ import click
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from backbone import dictionary_backbone  # noqa: E402
+
 from stego import balanced_shifts, cluster_codes, encode, fit_config, nearest_neighbors, pixels, train_head, unit  # noqa: E402
 from stego_backbones import load_backbone  # noqa: E402
 from stego_images import find_images, to_tensor  # noqa: E402
@@ -79,12 +81,12 @@ def run_set(network, folder, classes, seeds, crf, overrides):
 @click.option("--data", default="../shared/data", type=Path)
 @click.option("--sets", default="camvid,aerial,natural")
 @click.option("--seeds", default=3)
-@click.option("--backbone", default="tiny")
+@click.option("--backbone", default="tiny", help="A backbone's name, or the learned patch dictionary: dictionary.")
 @click.option("--crf", is_flag=True)
 @click.option("--steps", type=int)
 @click.option("--preset", help="A published preset with its b's instead of the default.")
 def main(data, sets, seeds, backbone, crf, **overrides):
-    network, ratios = load_backbone(backbone), []
+    network, ratios = dictionary_backbone(data) if backbone == "dictionary" else load_backbone(backbone), []
     print(f"{'set':8} {'method':12} {'mIoU':>6} {'+-':>5} {'acc':>6}  seeds 0..{seeds - 1}, {backbone}")
     for name in sets.split(","):
         began = time.monotonic()
