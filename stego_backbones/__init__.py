@@ -6,11 +6,13 @@
 """
 
 import hashlib
+import io
 import logging
 import pickle
 import re
 import socket
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -173,11 +175,13 @@ def _download(name: str, progress: bool) -> dict:
     spec, path = BACKBONES[name], checkpoint_path(name)
     if path.exists():
         return _read_weights(path, spec.sha256)
+    watched = progress and sys.stderr.isatty()
     by_hand = f"put the file at {path} by hand, pass it as --weights FILE, or use --backbone tiny (no download)."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _net_timeout(NET_TIMEOUT):  # torch.hub writes to a temporary name and renames, but sets no time-out
-            torch.hub.load_state_dict_from_url(spec.url, map_location="cpu", progress=progress, weights_only=True)
+        with _net_timeout(NET_TIMEOUT), _announced(watched=watched):
+            # torch.hub writes to a temporary name and renames, but sets no time-out
+            torch.hub.load_state_dict_from_url(spec.url, map_location="cpu", progress=watched, weights_only=True)
         return _read_weights(path, spec.sha256)
     except OSError as error:
         raise FileNotFoundError(f"Could not download {name} from {spec.url} ({_first_line(error)}): {by_hand}") from error
@@ -185,6 +189,11 @@ def _download(name: str, progress: bool) -> dict:
         path.unlink(missing_ok=True)
         raise FileNotFoundError(f"What {spec.url} sent is not a usable weight file ({_first_line(error)}): "
                                 f"try again, {by_hand}") from error
+
+
+def _announced(*, watched: bool):
+    """torch.hub announces downloads on stdout, which is for results: to stderr if somebody watches, else nowhere."""
+    return redirect_stdout(sys.stderr if watched else io.StringIO())
 
 
 @contextmanager

@@ -174,10 +174,11 @@ def test_a_named_backbone_never_falls_back(small, monkeypatch):
         assert part in str(error.value)
 
 
-def test_auto_falls_back_and_says_so(small, monkeypatch, caplog):
+def test_auto_falls_back_and_says_so(small, monkeypatch, caplog, capsys):
     monkeypatch.setitem(BACKBONES, "dino_vits8", BACKBONES["dino_vits8"]._replace(url=unreachable()))
     assert load_backbone("auto").name == "tiny"
-    assert "using the bundled backbone tiny" in caplog.text
+    assert "using the bundled backbone tiny" in caplog.text and len(caplog.records) == 1
+    assert capsys.readouterr() == ("", "")                                   # torch.hub's own announcement is kept away
 
 
 def test_a_damaged_or_missing_bundled_file(monkeypatch, tmp_path):
