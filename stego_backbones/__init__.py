@@ -134,10 +134,11 @@ def load_backbone(name: str = "auto", *, weights: str | Path | None = None, devi
         return _load_auto(weights=weights, device=device, progress=progress)
     if name not in NAMES:
         raise ValueError(f"Unknown backbone {name!r}; choose one of: auto, {', '.join(NAMES)}.")
+    with torch.random.fork_rng(devices=[]):  # the first values are overwritten: draw them at nobody's cost
+        module = Tiny() if name == "tiny" else ViT(BACKBONES[name])
     if name == "tiny":
-        module, state = Tiny(), _read_tiny(weights)
+        state = _read_tiny(weights)
     else:
-        module = ViT(BACKBONES[name])
         state = _read_weights(Path(weights)) if weights else _download(name, progress)
         state = {"registers": module.registers.data, **convert_dino(state)}
     _fill(module, state, name, source=weights or f"the weights of {name}")
