@@ -416,7 +416,7 @@ class Stego:
         height, width = working_size((image.height, image.width), megapixels=crf_size)
         small = pixels(image.resize((width, height), BILINEAR)).to(self.device)  # (3, h, w)
         scores = class_scores(codes, self.centers, (height, width))[0]       # (K, h, w)
-        return upsample_along_edges(pixels(image), dense_crf(small, scores)).cpu().numpy()
+        return upsample_along_edges(pixels(image).to(self.device), dense_crf(small, scores)).cpu().numpy()
 
     def _working_size(self, image, resolution: int) -> tuple[int, int]:
         """(width, height) for the backbone: shorter side to `resolution`, less for extreme shapes, whole patches."""
@@ -454,7 +454,7 @@ class Stego:
 
         Raises FileNotFoundError, or ValueError if the file is no stego model or a damaged one.
         """
-        state = _read_model(Path(path))
+        state, device = _read_model(Path(path)), pick_device(device)
         try:
             channels, code_size = state["head"]["linear.weight"].shape[::-1]
             head = Head(channels, code_size)
@@ -465,7 +465,7 @@ class Stego:
             if not sound:
                 raise ValueError("shapes that do not fit or values that are not finite")
             return cls(dict(state["config"]), head.requires_grad_(False).eval(), centers, share, palette=palette,
-                       backbone_sha256=state["backbone_sha256"], device=pick_device(device), weights=weights)
+                       backbone_sha256=state["backbone_sha256"], device=device, weights=weights)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is a damaged stego model ({str(error).splitlines()[0]}); fit it again.") from error
 
