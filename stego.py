@@ -120,7 +120,7 @@ def encode(backbone, paths, *, five_crop=True, cache_size=CACHE_SIZE, device="cp
         log.warning("The token cache is bounded to %g GB: keeping %d random positions of %d per crop.",
                     cache_size, kept, positions)
     cache, waiting = TokenCache(crops, kept, backbone.channels), []
-    for done, tensors in enumerate(_ahead(lambda path: _crops(path, side, five_crop, backbone.patch), paths), 1):
+    for done, tensors in enumerate(ahead(lambda path: _crops(path, side, five_crop, backbone.patch), paths), 1):
         waiting += tensors
         while len(waiting) >= ENCODE_BATCH or (waiting and done == len(paths)):
             with torch.inference_mode():
@@ -149,7 +149,7 @@ def _check_size(image, patch: int, name="The image"):
                          f"({patch} x {patch}); use a larger image.")
 
 
-def _ahead(function, items, *, window: int = 8):
+def ahead(function, items, *, window: int = 8):
     """Results of function over items in order, computed a few ahead in a thread: decoding while the backbone works."""
     items = iter(items)
     with ThreadPoolExecutor(1) as pool:

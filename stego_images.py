@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy.io import loadmat
 from torch import Tensor
 
 from stego_backbones import MEAN, STD
@@ -22,6 +23,8 @@ BACKDROP = (255, 255, 255)  # transparent pixels are shown on white
 IGNORE = 255                # mask value of "no segment"
 SHEET_CELL = 240            # pixels: longer side of a picture on the contact sheet
 SHEET_GAP = 8               # pixels between them
+FONT = 13                   # pixels: height of the letters in charts
+INK, FAINT = (40, 40, 40), (225, 225, 225)  # letters and axes; grid lines
 
 
 # ---- the door in -----------------------------------------------------------------------------------------------
@@ -76,6 +79,8 @@ def read_image(source) -> Image.Image:
         return _to_rgb(source)
     if not Path(source).is_file():  # a FIFO would block, a folder would confuse
         raise FileNotFoundError(f"{source} is not an image file.")
+    if Path(source).suffix.lower() == ".mat":
+        return Image.fromarray(np.ascontiguousarray(read_mat(source, "img")[..., :3]))
     try:
         with Image.open(source) as image:
             return _to_rgb(image)
@@ -83,6 +88,18 @@ def read_image(source) -> Image.Image:
         raise ValueError(f"{source} is too large to open safely: {error}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ValueError(f"Cannot read {source} as an image ({str(error).splitlines()[0] or 'broken file'}).") from error
+
+
+def read_mat(path, key: str) -> np.ndarray:
+    """The uint8 array under `key` in a MATLAB file, as Potsdam-3 comes; ValueError for anything else."""
+    try:
+        found = loadmat(path).get(key)
+    except Exception as error:  # scipy documents no errors of its own: struct, zlib, Type-, Index-, MatReadError, ...
+        raise ValueError(f"Cannot read {path} as a MATLAB file ({error}).") from error
+    dims = {"img": 3, "gt": 2}[key]
+    if not isinstance(found, np.ndarray) or found.dtype != np.uint8 or found.ndim != dims:
+        raise ValueError(f"{path} has no uint8 array of {dims} dimensions under the key {key!r}.")
+    return found
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -207,3 +224,80 @@ def contact_sheet(pairs, palette: np.ndarray, *, columns: int = 3) -> Image.Imag
             sheet.paste(image, (x, y))
             sheet.paste(coloured, (x + image.width + SHEET_GAP // 4, y))
     return sheet
+
+
+# ---- charts ----------------------------------------------------------------------------------------------------
+
+def line_chart(series: dict, *, title: str, x_label: str, y_label: str, size=(560, 400), y_range=None) -> Image.Image:
+    """Curves {name: (xs, ys)} with axes, ticks and a legend -> RGB picture of size (width, height).
+
+    Values that are not finite are left out; y_range (low, high) fixes the vertical axis.
+    """
+    curves = {name: np.array([xs, ys], dtype=float).T for name, (xs, ys) in series.items()}  # (n, 2) each
+    curves = {name: points[np.isfinite(points).all(1)] for name, points in curves.items()}
+    every = np.concatenate([np.zeros((0, 2)), *curves.values()]) if curves else np.zeros((0, 2))
+    low, high = (every.min(0), every.max(0)) if len(every) else (np.zeros(2), np.ones(2))
+    if y_range:
+        low[1], high[1] = y_range
+    high = np.where(high > low, high, low + 1)
+    picture = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT)
+    left, top, right, bottom = 5 * FONT, 3 * FONT, size[0] - 2 * FONT, size[1] - (4 + len(curves)) * FONT - FONT // 2
+    corner, extent = np.array([left, bottom]), np.array([right - left, top - bottom])
+
+    def place(points):
+        return corner + (points - low) / (high - low) * extent
+
+    for axis in (0, 1):
+        for tick in _ticks(low[axis], high[axis]):
+            at = place(np.where(np.arange(2) == axis, tick, low))[axis]
+            draw.line([(at, top), (at, bottom)] if axis == 0 else [(left, at), (right, at)], fill=FAINT)
+            where, anchor = ((at, bottom + 4), "ma") if axis == 0 else ((left - 6, at), "rm")
+            draw.text(where, f"{tick:g}", fill=INK, font=font, anchor=anchor)
+    draw.rectangle([left, top, right, bottom], outline=INK)
+    draw.text((size[0] / 2, 6), title, fill=INK, font=font, anchor="ma")
+    draw.text(((left + right) / 2, bottom + 1.4 * FONT), x_label, fill=INK, font=font, anchor="ma")
+    draw.text((6, top - 4), y_label, fill=INK, font=font, anchor="lb")
+    for i, (name, points) in enumerate(curves.items()):
+        colour, y = tuple(voc_palette()[i].tolist()), bottom + (3.5 + i) * FONT
+        if len(points) > 1:
+            draw.line([tuple(point) for point in place(points)], fill=colour, width=2, joint="curve")
+        draw.line([(left, y), (left + 2 * FONT, y)], fill=colour, width=3)
+        draw.text((left + 2.5 * FONT, y), name, fill=INK, font=font, anchor="lm")
+    return picture
+
+
+def _ticks(low: float, high: float, count: int = 5) -> np.ndarray:
+    """Round numbers (steps of 1, 2 or 5 times a power of ten) between low and high, about `count` of them."""
+    step = 10 ** np.floor(np.log10((high - low) / count))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= count)
+    return np.round(np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step, 12) + 0.0  # no -0
+
+
+def matrix_picture(matrix: np.ndarray, rows, columns, *, title: str, cell: int = 22) -> Image.Image:
+    """A matrix of shares 0..1 (n, k) as blue squares, with the names of its rows and columns -> RGB picture.
+
+    A share of at least 0.05 is also written, in percent. NaN stays grey.
+    """
+    font, small = ImageFont.load_default(FONT), ImageFont.load_default(10)
+    left = 12 + int(max([font.getlength(name) for name in rows], default=0))
+    top = 30 + int(max([font.getlength(name) for name in columns], default=0))
+    size = (max(left + cell * len(columns), int(font.getlength(title))) + 12, top + cell * len(rows) + 12)
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((6, 6), title, fill=INK, font=font)
+    for j, name in enumerate(columns):
+        upright = Image.new("L", (max(int(font.getlength(name)), 1) + 2, FONT + 4))
+        ImageDraw.Draw(upright).text((0, 0), name, fill=255, font=font)
+        upright = upright.transpose(Image.Transpose.ROTATE_90)
+        picture.paste(INK, (left + cell * j + (cell - upright.width) // 2, top - 4 - upright.height), upright)
+    for i, name in enumerate(rows):
+        draw.text((left - 6, top + cell * (i + 0.5)), name, fill=INK, font=font, anchor="rm")
+        for j, share in enumerate(matrix[i]):
+            x, y = left + cell * j, top + cell * i
+            colour = (200, 200, 200) if np.isnan(share) else tuple(int(255 - share * d) for d in (225, 160, 80))
+            draw.rectangle([x, y, x + cell - 2, y + cell - 2], fill=colour)
+            if share >= 0.05:
+                draw.text((x + cell / 2 - 1, y + cell / 2 - 1), f"{100 * share:.0f}", font=small, anchor="mm",
+                          fill="white" if share > 0.5 else INK)
+    return picture
