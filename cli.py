@@ -5,6 +5,7 @@ commands, so that --help and --version answer at once.
 """
 
 import logging
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 import click
 
 PRESET_NAMES = ("small", "cityscapes", "cocostuff", "potsdam")  # stego.PRESETS, known here without importing torch
+DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")       # stego_protocol.LAYOUTS, likewise
 OVERLAY_SUFFIX = ".overlay.jpg"
 REFRESH = 0.2  # seconds between two updates of the progress line
 
@@ -67,6 +69,16 @@ def network_options(command):
                         help="cpu, cuda, cuda:1, mps; auto takes CUDA where there is one.")(command)
 
 
+def dataset_options(command):
+    command = click.option("--root", type=click.Path(),
+                           help="Its folder.  [default: $STEGO_DATA/DATASET, or ./data/DATASET]")(command)
+    return click.option("--dataset", type=click.Choice(DATASET_NAMES), help="A published dataset.")(command)
+
+
+def dataset_root(dataset: str, root) -> Path:
+    return Path(root) if root else Path(os.environ.get("STEGO_DATA", "data")) / dataset
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="stego", prog_name="stego")
 def main():
@@ -78,8 +90,9 @@ def main():
 # ---- fit -------------------------------------------------------------------------------------------------------
 
 @main.command()
-@click.argument("images", nargs=-1, required=True)
-@click.option("-k", "--classes", default=27, show_default=True, help="Number of segments to look for, 1 to 255.")
+@click.argument("images", nargs=-1)
+@dataset_options
+@click.option("-k", "--classes", type=int, help="Number of segments, 1 to 255.  [default: 27, or the dataset's]")
 @click.option("-o", "--output", default="stego.pt", show_default=True, help="Where the model goes.")
 @click.option("--backbone", default="auto", show_default=True,
               help="dino_vits8, dino_vitb8, dinov2_vits14, ..., tiny; auto: dino_vits8, or tiny without network.")
@@ -101,21 +114,34 @@ def main():
 @click.option("--seed", default=0, show_default=True, help="Same seed, same images, same machine: same model.")
 @click.option("--cache-size", default=8.0, show_default=True, help="Scratch space for features, in GB.")
 @network_options
-def fit(images, output, **options):
+def fit(images, output, dataset, root, classes, preset, **options):
     """Find the things that recur in IMAGES: files, folders (searched recursively) or "patterns/*.jpg".
+
+    With --dataset in their place: the train split of a published dataset and its published hyper-parameters.
 
     \b
     Examples:
       stego fit ./images
       stego fit a/ b/ "c/*.jpg" -k 27 -o model.pt --backbone dino_vits8 --steps 5000
+      stego fit --dataset cityscapes --root ~/data/cityscapes
     """
+    if bool(images) == bool(dataset):
+        raise click.UsageError("Give images to fit on, or a --dataset, one of the two.")
     with clear_errors():
         output = Path(output)
         if output.is_dir():
             raise click.UsageError(f"The output {output} is a folder; name a file, like {output / 'stego.pt'}.")
         from stego import Stego, find_images
-        began, paths = time.monotonic(), [path for path, _ in find_images(images)]
-        model = Stego.fit(paths, progress=Progress(), **options)
+        began = time.monotonic()
+        if dataset:
+            from stego_protocol import PRESET_OF, labelled_set
+            labelled = labelled_set(dataset, dataset_root(dataset, root), "train")
+            paths, classes = [image for image, _ in labelled.pairs], classes or len(labelled.classes)
+            preset = preset or PRESET_OF[dataset]
+        else:
+            paths = [path for path, _ in find_images(images)]
+        classes = 27 if classes is None else classes
+        model = Stego.fit(paths, classes=classes, preset=preset, progress=Progress(), **options)
         model.save(output)
         from stego_images import write_image
         sheet = output.with_name(f"{output.stem}-fit.png")
@@ -201,6 +227,65 @@ def predict_one(model, source: Path, target: Path, overlay: bool, options: dict)
     if overlay:  # first, so that a mask on disk says that the image is done
         write_image(blend(image, mask, model.palette), target.with_suffix(OVERLAY_SUFFIX))
     write_image(mask_image(mask, model.palette), target)
+
+
+# ---- eval ------------------------------------------------------------------------------------------------------
+
+@main.command("eval")
+@dataset_options
+@click.option("--images", type=click.Path(), help="In place of --dataset: a folder of your own images,")
+@click.option("--labels", type=click.Path(), help="and one of their label maps, paired by stem; 255 is ignored.")
+@click.option("--names", type=click.Path(), help="Text file with the names of your classes, one a line.")
+@click.option("--train-images", type=click.Path(), help="Your train images, for the linear probe and the baseline,")
+@click.option("--train-labels", type=click.Path(), help="and their label maps.")
+@model_option
+@click.option("--crf/--no-crf", default=True, show_default=True, help="Score with the dense CRF as well (slow).")
+@click.option("--diagnostics", is_flag=True, help="Also what correspondences know about labels (Sec. 3.1, A.6).")
+@click.option("--json", "json_file", type=click.Path(), help="Write everything that was measured to this file.")
+@click.option("--figures", type=click.Path(), help="Write the confusion matrix and example strips into this folder.")
+@click.option("--seed", default=0, show_default=True, help="For the probes and the baseline's k-means.")
+@network_options
+def evaluate(model, crf, diagnostics, json_file, figures, seed, device, weights, **data):
+    """Score a model against ground truth by the published protocol, beside its backbone alone.
+
+    \b
+    Examples:
+      stego eval --dataset cityscapes --root ~/data/cityscapes
+      stego eval --images val/ --labels val_labels/ --names classes.txt --json scores.json --figures figures/
+    """
+    with clear_errors():
+        labelled, train = labelled_sets(**data)
+        import stego_protocol
+        from stego import Stego
+        fitted, progress = Stego.load(model, device=device, weights=weights), Progress()
+        report = stego_protocol.evaluate(fitted, labelled, train=train, crf=crf, seed=seed, progress=progress)
+        if diagnostics:
+            report["diagnostics"] = stego_protocol.diagnose(fitted, labelled, seed=seed, progress=progress)
+        click.echo(stego_protocol.table(report))
+        if json_file:
+            stego_protocol.write_json(report, json_file)
+        if figures:
+            stego_protocol.write_figures(report, fitted, labelled, figures)
+
+
+def labelled_sets(dataset, root, images, labels, names, train_images, train_labels):
+    """The set to score on, and the train split or None."""
+    if bool(dataset) == bool(images):
+        raise click.UsageError("Give a --dataset, or your own --images and --labels.")
+    if bool(images) != bool(labels) or bool(train_images) != bool(train_labels):
+        raise click.UsageError("Images and labels belong together: give both folders.")
+    from stego_protocol import folder_set, labelled_set
+    if dataset:
+        root = dataset_root(dataset, root)
+        return labelled_set(dataset, root, "val"), labelled_set(dataset, root, "train")
+    labelled = folder_set(images, labels, names=names)
+    if not train_images:
+        return labelled, None
+    train = folder_set(train_images, train_labels, names=names)
+    classes = max(labelled.classes, train.classes, key=len)  # without names, a class may occur in one of them only
+    for each in (labelled, train):
+        each.classes, each.lookup = classes, max(labelled, train, key=lambda found: len(found.classes)).lookup
+    return labelled, train
 
 
 if __name__ == "__main__":

@@ -504,7 +504,12 @@ def pick_device(device: str = "auto") -> torch.device:
 
 def mirror_averaged(network, x: Tensor) -> Tensor:
     """Dense output of network for x (B, 3, H, W), averaged with that of the mirror image turned back."""
-    plain, mirrored = network(torch.cat([x, x.flip(-1)])).chunk(2)           # (B, D, h, w) each
+    return unmirror(network(torch.cat([x, x.flip(-1)])))
+
+
+def unmirror(both: Tensor) -> Tensor:
+    """Maps of images and then of their mirror images (2B, D, h, w) -> their average, upright (B, D, h, w)."""
+    plain, mirrored = both.chunk(2)                                          # (B, D, h, w) each
     return (plain + mirrored.flip(-1)) / 2
 
 

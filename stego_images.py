@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from scipy.io import loadmat
 from torch import Tensor
 
 from stego_backbones import MEAN, STD
@@ -92,12 +91,14 @@ def read_image(source) -> Image.Image:
 
 def read_mat(path, key: str) -> np.ndarray:
     """The uint8 array under `key` in a MATLAB file, as Potsdam-3 comes; ValueError for anything else."""
+    from scipy.io import loadmat  # here: an eighth of a second that only Potsdam needs
     try:
         found = loadmat(path).get(key)
     except Exception as error:  # scipy documents no errors of its own: struct, zlib, Type-, Index-, MatReadError, ...
         raise ValueError(f"Cannot read {path} as a MATLAB file ({error}).") from error
     dims = {"img": 3, "gt": 2}[key]
-    if not isinstance(found, np.ndarray) or found.dtype != np.uint8 or found.ndim != dims:
+    sound = isinstance(found, np.ndarray) and found.dtype == np.uint8 and found.ndim == dims and found.size
+    if not sound or (dims == 3 and found.shape[2] < 3):
         raise ValueError(f"{path} has no uint8 array of {dims} dimensions under the key {key!r}.")
     return found
 
@@ -224,6 +225,40 @@ def contact_sheet(pairs, palette: np.ndarray, *, columns: int = 3) -> Image.Imag
             sheet.paste(image, (x, y))
             sheet.paste(coloured, (x + image.width + SHEET_GAP // 4, y))
     return sheet
+
+
+def strips(rows, *, legend: dict) -> Image.Image:
+    """Rows of (caption, RGB pictures), one below the other, and a legend {name: colour} below -> one RGB picture."""
+    high = [FONT + SHEET_GAP + max(picture.height for picture in pictures) + SHEET_GAP for _, pictures in rows]
+    wide = max(sum(picture.width + SHEET_GAP for picture in pictures) for _, pictures in rows) + SHEET_GAP
+    names = legend_strip(legend, wide)
+    sheet = Image.new("RGB", (wide, sum(high) + SHEET_GAP + names.height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
+    for r, (caption, pictures) in enumerate(rows):
+        x, y = SHEET_GAP, SHEET_GAP + sum(high[:r])
+        draw.text((x, y), caption, fill=INK, font=font)
+        for picture in pictures:
+            sheet.paste(picture, (x, y + FONT + SHEET_GAP))
+            x += picture.width + SHEET_GAP
+    sheet.paste(names, (0, sum(high) + SHEET_GAP))
+    return sheet
+
+
+def legend_strip(legend: dict, wide: int) -> Image.Image:
+    """Names beside squares of their colours, {name: (r, g, b)}, in as many lines as the width asks for."""
+    font, places, x, y = ImageFont.load_default(FONT), [], SHEET_GAP, 0
+    for name in legend:
+        needed = int(font.getlength(name)) + 2 * FONT + SHEET_GAP
+        if x > SHEET_GAP and x + needed > wide:
+            x, y = SHEET_GAP, y + FONT + SHEET_GAP
+        places.append((x, y))
+        x += needed
+    strip = Image.new("RGB", (wide, y + FONT + SHEET_GAP), "white")
+    draw = ImageDraw.Draw(strip)
+    for (name, colour), (x, y) in zip(legend.items(), places):
+        draw.rectangle([x, y, x + FONT, y + FONT], fill=tuple(colour))
+        draw.text((x + 1.4 * FONT, y + FONT / 2), name, fill=INK, font=font, anchor="lm")
+    return strip
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,191 @@
+"""Labelled sets in their official layouts: label ids, lists, and what is said when something is missing."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from stego_images import read_image
+from stego_protocol import IGNORE, LAYOUTS, folder_set, labelled_set, read_pair
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def picture(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def every_id(count, side=16):
+    """A label map of side x side pixels, squares of the ids 0..count - 1 and 255 in rows."""
+    ids = np.append(np.arange(count), IGNORE).astype(np.uint8)
+    return np.repeat(np.repeat(np.resize(ids, (side, side)), 8, 0), 8, 1)
+
+
+def rgb(label):
+    return np.random.default_rng(0).integers(0, 255, (*label.shape, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def cityscapes(tmp_path):
+    for split, city in (("train", "aachen"), ("val", "frankfurt")):
+        label = every_id(34)
+        picture(tmp_path / f"leftImg8bit/{split}/{city}/{city}_000000_000001_leftImg8bit.png", rgb(label))
+        picture(tmp_path / f"gtFine/{split}/{city}/{city}_000000_000001_gtFine_labelIds.png", label)
+    return tmp_path
+
+
+@pytest.fixture
+def cocostuff(tmp_path):
+    for split in ("train", "val"):
+        for stem in ("000000000001", "000000000002"):
+            label = every_id(182)
+            picture(tmp_path / f"images/{split}2017/{stem}.jpg", rgb(label))
+            picture(tmp_path / f"annotations/{split}2017/{stem}.png", label)
+    return tmp_path
+
+
+@pytest.fixture
+def potsdam(tmp_path):
+    for stem in ("2_10_0_0", "2_10_0_1"):
+        label = every_id(6)
+        for folder, key, value in (("imgs", "img", np.dstack([rgb(label), label])), ("gt", "gt", label)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            savemat(tmp_path / folder / f"{stem}.mat", {key: value})
+    (tmp_path / "labelled_train.txt").write_text("2_10_0_0\n")
+    (tmp_path / "labelled_test.txt").write_text("2_10_0_1\n")
+    return tmp_path
+
+
+def class_of_id(labelled):
+    """{id: class} as the label maps come out, from the squares drawn by every_id."""
+    _, label = labelled.read(0, side=128)
+    ids = every_id(int((labelled.lookup >= 0).sum()) - 1)
+    return {int(i): set(label[ids == i].tolist()) for i in np.unique(ids)}
+
+
+def test_every_cityscapes_id(cityscapes):
+    found = class_of_id(labelled_set("cityscapes", cityscapes, "val"))
+    assert found == {i: {i - 7 if 7 <= i <= 33 else IGNORE} for i in [*range(34), 255]}  # id -1 is stored as 255
+    names = labelled_set("cityscapes", cityscapes, "train").classes
+    assert [names[i - 7] for i in (7, 11, 17, 23, 26, 33)] == ["road", "building", "pole", "sky", "car", "bicycle"]
+    assert len(names) == 27
+
+
+def test_every_potsdam_id(potsdam):
+    labelled = labelled_set("potsdam3", potsdam, "val")
+    assert class_of_id(labelled) == {0: {0}, 4: {0}, 1: {1}, 5: {1}, 2: {2}, 3: {2}, 255: {IGNORE}}
+    assert [image.stem for image, _ in labelled.pairs] == ["2_10_0_1"] and labelled.source == "labelled_test.txt"
+    assert np.array_equal(np.asarray(read_image(labelled.pairs[0][0])), rgb(every_id(6)))  # RGB of four channels
+
+
+def test_every_cocostuff_id(cocostuff):
+    labelled = labelled_set("cocostuff27", cocostuff, "val")
+    found = class_of_id(labelled)
+    name = {i: labelled.classes[min(found[i])] for i in range(182)}
+    assert found[255] == {IGNORE} and len(labelled.classes) == 27
+    spots = {0: "person", 1: "vehicle", 15: "animal", 46: "food", 61: "furniture", 71: "electronic", 156: "sky",
+             168: "plant", 181: "plant", 177: "water", 148: "ground"}
+    table = SHARED / "cocostuff27.csv"
+    if table.exists():
+        rows = list(csv.DictReader(table.open()))
+        assert [labelled.lookup[int(row["fine_id"])] for row in rows] == [int(row["coarse_id"]) for row in rows]
+        assert len(rows) == 182
+        spots = {i: labelled.classes[int(rows[i]["coarse_id"])] for i in spots}
+    assert {i: name[i] for i in spots} == spots
+
+
+def test_cocostuff_lists(cocostuff):
+    assert len(labelled_set("cocostuff27", cocostuff, "train").pairs) == 2
+    assert "not comparable" in labelled_set("cocostuff27", cocostuff, "train").source
+    for split, name in (("train", "Coarse.txt"), ("val", "Coarse_7.txt")):
+        listed = cocostuff / f"curated/{split}2017/Coco164kFull_Stuff_{name}"
+        listed.parent.mkdir(parents=True)
+        listed.write_text("000000000002\n")
+        labelled = labelled_set("cocostuff27", cocostuff, split)
+        assert [image.stem for image, _ in labelled.pairs] == ["000000000002"] and name in labelled.source
+
+
+@pytest.mark.parametrize("name, missing", [
+    ("cityscapes", "leftImg8bit"), ("cityscapes", "gtFine/val"), ("cocostuff27", "images/val2017"),
+    ("cocostuff27", "annotations/val2017/000000000002.png"), ("potsdam3", "labelled_test.txt"),
+    ("potsdam3", "gt/2_10_0_1.mat")])
+def test_first_missing_path_and_the_expected_tree(name, missing, request):
+    root = request.getfixturevalue({"cocostuff27": "cocostuff", "potsdam3": "potsdam"}.get(name, name))
+    (root / missing).rename(root / "elsewhere")
+    with pytest.raises(FileNotFoundError) as caught:
+        labelled_set(name, root, "val")
+    assert missing in str(caught.value) and LAYOUTS[name] in str(caught.value)
+
+
+def test_unknown_dataset(tmp_path):
+    with pytest.raises(ValueError, match="Unknown dataset 'ade20k'; choose one of"):
+        labelled_set("ade20k", tmp_path, "val")
+
+
+@pytest.fixture
+def own(tmp_path):
+    for i, stem in enumerate("ab"):
+        label = np.full((40, 60), i, np.uint8)
+        label[:5] = IGNORE
+        picture(tmp_path / f"images/{stem}.jpg", rgb(label))
+        picture(tmp_path / f"labels/{stem}.png", label)
+    return tmp_path
+
+
+def test_own_folders(own):
+    labelled = folder_set(own / "images", own / "labels")
+    assert labelled.classes == ["class 0", "class 1"] and [p.stem for p, _ in labelled.pairs] == ["a", "b"]
+    assert np.unique(labelled.read(1)[1]).tolist() == [1, IGNORE]
+    (own / "names.txt").write_text("wall\nfloor plan\ndoor\n")
+    assert folder_set(own / "images", own / "labels", names=own / "names.txt").classes == ["wall", "floor plan", "door"]
+
+
+def test_pairs_go_by_stem_not_by_order(own):
+    (own / "labels/a.png").rename(own / "labels/z.png")
+    with pytest.raises(ValueError, match="1 of 2 images have no label of the same stem.*a.jpg"):
+        folder_set(own / "images", own / "labels")
+
+
+def test_two_labels_for_one_image(own):
+    picture(own / "labels/a.bmp", every_id(2))
+    with pytest.raises(ValueError, match="Two labels for one image"):
+        folder_set(own / "images", own / "labels")
+
+
+def test_labels_of_another_size_value_or_kind(own):
+    labelled = folder_set(own / "images", own / "labels")
+    picture(own / "labels/a.png", np.full((40, 60), 7, np.uint8))
+    with pytest.raises(ValueError, match=r"a.png holds the label 7; labels lie in 0..1, or are 255"):
+        labelled.read(0)
+    picture(own / "labels/a.png", np.zeros((40, 61), np.uint8))
+    with pytest.raises(ValueError, match="61 x 40 pixels and its image 60 x 40"):
+        labelled.read(0)
+    picture(own / "labels/a.png", rgb(np.zeros((40, 60))))
+    with pytest.raises(ValueError, match="a.png as a label map .*mode RGB"):
+        labelled.read(0)
+    (own / "labels/a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="Cannot read .*a.png as a label map"):
+        labelled.read(0)
+
+
+def test_pair_is_the_central_square_with_untouched_label_values(own):
+    label = np.zeros((40, 80), np.uint8)
+    label[:, 30:50], label[:, :20] = 9, 200                                  # 200 lies outside the central square
+    picture(own / "labels/a.png", label)
+    picture(own / "images/a.jpg", rgb(label))
+    image, found = read_pair(own / "images/a.jpg", own / "labels/a.png", side=320)
+    assert image.size == (320, 320) and found.shape == (320, 320)
+    assert np.unique(found).tolist() == [0, 9] and (found[:, 80:240] == 9).all() and (found == 9).mean() == 0.5
+
+
+def test_broken_matlab_file(potsdam):
+    (potsdam / "imgs/2_10_0_1.mat").write_bytes(b"MATLAB 5.0" + bytes(300))
+    with pytest.raises(ValueError, match="2_10_0_1.mat"):
+        labelled_set("potsdam3", potsdam, "val").read(0)
+    savemat(potsdam / "imgs/2_10_0_1.mat", {"other": np.zeros(3)})
+    with pytest.raises(ValueError, match="no uint8 array of 3 dimensions under the key 'img'"):
+        labelled_set("potsdam3", potsdam, "val").read(0)
