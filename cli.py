@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 PRESET_NAMES = ("small", "cityscapes", "cocostuff", "potsdam")  # stego.PRESETS, known here without importing torch
 DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")       # stego_protocol.LAYOUTS, likewise
@@ -92,7 +93,7 @@ def main():
 @main.command()
 @click.argument("images", nargs=-1)
 @dataset_options
-@click.option("-k", "--classes", type=int, help="Number of segments, 1 to 255.  [default: 27, or the dataset's]")
+@click.option("-k", "--classes", default=27, show_default="27, or the dataset's", help="Number of segments, 1 to 255.")
 @click.option("-o", "--output", default="stego.pt", show_default=True, help="Where the model goes.")
 @click.option("--backbone", default="auto", show_default=True,
               help="dino_vits8, dino_vitb8, dinov2_vits14, ..., tiny; auto: dino_vits8, or tiny without network.")
@@ -136,11 +137,11 @@ def fit(images, output, dataset, root, classes, preset, **options):
         if dataset:
             from stego_protocol import PRESET_OF, labelled_set
             labelled = labelled_set(dataset, dataset_root(dataset, root), "train")
-            paths, classes = [image for image, _ in labelled.pairs], classes or len(labelled.classes)
-            preset = preset or PRESET_OF[dataset]
+            paths, preset = [image for image, _ in labelled.pairs], preset or PRESET_OF[dataset]
+            if click.get_current_context().get_parameter_source("classes") == ParameterSource.DEFAULT:
+                classes = len(labelled.classes)
         else:
             paths = [path for path, _ in find_images(images)]
-        classes = 27 if classes is None else classes
         model = Stego.fit(paths, classes=classes, preset=preset, progress=Progress(), **options)
         model.save(output)
         from stego_images import write_image

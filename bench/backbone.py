@@ -2,6 +2,8 @@
 
     python bench/backbone.py tiny [dino_vits8 ...] --data ../shared/data [--sets camvid,aerial,natural] [--seeds 3]
 
+A name may be followed by a weight file, tiny=FILE.
+
 For each labelled set DATA/<name>/{images,labels}/{train,val}: a linear probe, and cosine k-means with as many clusters
 as classes and Hungarian matching (mean over seeds). Printed in percent, accuracy / mIoU, with the baselines in the same
 table: the same network before any training, colour and position, and a dictionary of image patches (256 atoms of
@@ -23,19 +25,18 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from kmeans import CosineKMeans  # noqa: E402
-from pretrain import IMAGE_SIDE, find_images, learn_dictionary, spread  # noqa: E402
+from pretrain import IMAGE_SIDE, find_images, learn_dictionary  # noqa: E402
 from pretrain import square as square_tensor  # noqa: E402
 from stego import mirror_averaged  # noqa: E402
 from stego_backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone  # noqa: E402
 from stego_backbones.tiny import Dictionary, Tiny  # noqa: E402
 from stego_images import to_tensor  # noqa: E402
-from stego_protocol import (SIDE, cluster_map, confusion_matrix, folder_pairs, match_clusters, read_pair,  # noqa: E402
-                            scores)
+from stego_protocol import (PROBE_ROWS, SIDE, class_shares, cluster_map, confusion_matrix, folder_pairs,  # noqa: E402
+                            linear_probe, match_clusters, read_pair, scores)
 
 UNLABELLED = ("unlabelled", "camvid/images/train", "aerial/images/train", "natural/images/train",
               "natural_coco/images/train")  # what tiny and the dictionary are learned from
 DICTIONARY_IMAGES = 2000     # a dictionary of 256 atoms needs no more
-PROBE_STEPS, PROBE_BATCH, PROBE_RATE = 500, 4096, 1e-2
 KMEANS_ROWS = 200_000        # positions of the train images that k-means is fitted on
 
 
@@ -83,68 +84,34 @@ def features(network, folder: Path, split: str, *, mirror: bool):
     return torch.cat(maps), labels
 
 
-def rows_and_labels(maps: Tensor, labels, patch: int):
-    """Each position's feature (n, C) and the label under its centre (n,)."""
-    here = torch.from_numpy(np.stack([label[patch // 2::patch, patch // 2::patch] for label in labels]))
-    return maps.permute(0, 2, 3, 1).flatten(0, 2), here.flatten().long()
+def train_rows(maps: Tensor, labels, classes: int, patch: int):
+    """Features (n, C) and shares of classes (n, classes) of at most PROBE_ROWS positions, drawn at random."""
+    rows = maps.permute(0, 2, 3, 1).flatten(0, 2)
+    shares = torch.cat([class_shares(label, classes, patch) for label in labels])
+    kept = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:PROBE_ROWS]
+    return rows[kept], shares[kept]
 
 
-def linear_probe(rows: Tensor, labels: Tensor, classes: int):
-    """Weight (C, classes) and bias of a softmax regression on standardised features, by Adam."""
-    known = labels < classes
-    rows, labels = rows[known], labels[known]
-    mean, deviation = rows.float().mean(0), rows.float().std(0) + 1e-6
-    generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.zeros(rows.shape[1], classes, requires_grad=True), torch.zeros(classes, requires_grad=True)
-    optimiser = torch.optim.Adam([weight, bias], lr=PROBE_RATE)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1, 0.01, PROBE_STEPS)
-    for _ in range(PROBE_STEPS):
-        drawn = torch.randint(len(rows), (PROBE_BATCH,), generator=generator)
-        loss = F.cross_entropy((rows[drawn].float() - mean) / deviation @ weight + bias, labels[drawn])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    weight = weight.detach() / deviation[:, None]
-    return weight, bias.detach() - mean @ weight
-
-
-def percent(confusion) -> np.ndarray:
-    """(accuracy, mIoU) in percent after Hungarian matching."""
-    result = scores(confusion, match_clusters(confusion))
-    return 100 * np.array([result["accuracy"], result["miou"]])
-
-
-def probe_score(maps: Tensor, labels, weight: Tensor, bias: Tensor) -> np.ndarray:
-    """(accuracy, mIoU) in percent of a linear probe; features linear in, so logits are upsampled instead."""
-    classes = len(bias)
+def percent(maps: Tensor, labels, classes: int, weight: Tensor, bias: Tensor | None = None) -> np.ndarray:
+    """(accuracy, mIoU) in percent of a linear probe, or without bias of clusters after Hungarian matching."""
     confusion = np.zeros((classes, classes), np.int64)
     for x, label in zip(maps, labels):
-        logits = torch.einsum("chw,ck->khw", x.float(), weight) + bias[:, None, None]
-        logits = F.interpolate(logits[None], size=label.shape, mode="bilinear", align_corners=False)[0]
-        confusion += confusion_matrix(label, logits.argmax(0).numpy(), n_classes=classes, n_clusters=classes)
-    result = scores(confusion, np.arange(classes))
-    return 100 * np.array([result["accuracy"], result["miou"]])
-
-
-def kmeans_score(rows: Tensor, maps: Tensor, labels, classes: int, seed: int) -> np.ndarray:
-    """(accuracy, mIoU) in percent of cosine k-means on raw features."""
-    centres = CosineKMeans(classes, seed=seed).fit(spread(rows, KMEANS_ROWS).float()).cluster_centers_
-    confusion = np.zeros((classes, classes), np.int64)
-    for x, label in zip(maps, labels):
-        found = cluster_map(x[None].float(), centres, label.shape)
+        found = cluster_map(x[None].float(), weight, label.shape, bias=bias)
         confusion += confusion_matrix(label, found, n_classes=classes, n_clusters=classes)
-    return percent(confusion)
+    result = scores(confusion, match_clusters(confusion) if bias is None else np.arange(classes))
+    return 100 * np.array([result["accuracy"], result["miou"]])
 
 
 def measure(network, folder: Path, seeds: int):
     """Linear probe and k-means, each (accuracy, mIoU) in percent, on one labelled set."""
     classes = len((folder / "classes.txt").read_text().split())
     maps, labels = features(network, folder, "train", mirror=False)
-    rows, here = rows_and_labels(maps, labels, network.patch)
-    val, val_labels = features(network, folder, "val", mirror=True)
-    linear = probe_score(val, val_labels, *linear_probe(rows, here, classes))
-    return linear, np.mean([kmeans_score(rows, val, val_labels, classes, seed) for seed in range(seeds)], 0)
+    rows, shares = train_rows(maps, labels, classes, network.patch)
+    val = features(network, folder, "val", mirror=True)
+    sample, clusters = rows[:KMEANS_ROWS].float(), []
+    for seed in range(seeds):
+        clusters.append(percent(*val, classes, CosineKMeans(classes, seed=seed).fit(sample).cluster_centers_))
+    return percent(*val, classes, *linear_probe(rows, shares)), np.mean(clusters, 0)
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------
@@ -187,7 +154,8 @@ def print_quality(networks: dict, data: Path, sets, seeds: int):
 @click.option("--only", type=click.Choice(["quality", "speed"]))
 def main(names, data, sets, seeds, no_baselines, only):
     """Table of the backbones NAMES (default tiny) and the baselines."""
-    networks = {name: load_backbone(name) for name in names or ("tiny",)}
+    networks = {name: load_backbone(*name.split("=")[:1], weights=name.partition("=")[2] or None)
+                for name in names or ("tiny",)}
     reference = ViT(BACKBONES["dino_vits8"]).eval()
     if not no_baselines:
         networks |= {"tiny, untrained": untrained(), "dictionary": dictionary_backbone(data),

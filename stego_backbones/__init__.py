@@ -12,6 +12,7 @@ import pickle
 import re
 import socket
 import sys
+import zipfile
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,10 @@ TINY_FILE = Path(__file__).with_name("tiny.pt")
 TINY_SHA256 = "1a2178c4823fa67f838845a58b2a094c0c2f05c2886d25947e368bba4c21ec7c"
 FALLBACK = "tiny"  # what `auto` takes when AUTO can neither be found nor downloaded
 AUTO = "dino_vits8"
+
+# What torch.load raises on files that are no checkpoints, cut short or made to confuse.
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError,
+              IndexError, AssertionError, MemoryError, OverflowError, ImportError, OSError, zipfile.BadZipFile)
 
 log = logging.getLogger("stego")
 
@@ -98,6 +103,7 @@ class ViT(nn.Module):
 
 # ---- weights ---------------------------------------------------------------------------------------------------
 
+RELEASED = "net.model."  # prefix of the backbone in the released STEGO checkpoints
 RENAME = (  # DINO's names -> torchvision's, applied in turn
     (r"^cls_token$", "vit.class_token"), (r"^pos_embed$", "vit.encoder.pos_embedding"),
     (r"^register_tokens$", "registers"), (r"^patch_embed\.proj\.", "vit.conv_proj."),
@@ -107,8 +113,10 @@ RENAME = (  # DINO's names -> torchvision's, applied in turn
 
 
 def convert_dino(state: dict) -> dict:
-    """A DINO or DINOv2 state dict (plain, or a training checkpoint with `teacher`) under torchvision's names."""
+    """A DINO or DINOv2 state dict under torchvision's names; also a training checkpoint's, or a released STEGO's."""
     state = state.get("teacher", state)
+    if any(key.startswith(RELEASED) for key in state.get("state_dict", {})):
+        state = {key[len(RELEASED):]: value for key, value in state["state_dict"].items() if key.startswith(RELEASED)}
     state = {re.sub(r"^(module\.)?(backbone\.)?", "", key): value for key, value in state.items()}
     for key in [key for key in state if re.search(r"\.ls[12]\.gamma$", key)]:  # LayerScale: y * gamma = (gamma W) x
         gamma, linear = state.pop(key), "attn.proj" if ".ls1." in key else "mlp.fc2"
@@ -223,13 +231,65 @@ def _read_weights(path: Path, sha256: str = "") -> dict:
         raise FileNotFoundError(f"No weight file at {path}; give the path of a .pth file.")
     if sha256 and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
         raise ValueError(f"{path} is damaged: its SHA-256 is {found[:12]}…, it should be {sha256[:12]}….")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a weight file that can be loaded safely ({_first_line(error)}).") from error
+    state = read_checkpoint(path)
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}; a backbone needs a dict of tensors.")
+        what = "foreign object" if isinstance(state, Inert) else type(state).__name__
+        raise ValueError(f"{path} holds a {what}; a backbone needs a dict of tensors.")
     return state
+
+
+def read_checkpoint(path: Path):
+    """What torch.save wrote, nothing executed: tensors and plain values, an Inert for any other object.
+
+    weights_only=True refuses files that name unknown classes, as Lightning checkpoints do (their omegaconf
+    hyper-parameters); those are read again with every such class turned into Inert. Raises ValueError.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("constants.pkl") for name in archive.namelist()):
+                    raise ValueError("a TorchScript program")                # torch.load would run it
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_InertPickle)
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is not a weight file that can be loaded safely ({_first_line(error)}).") from error
+
+
+class Inert:
+    """Stands for an object of a stranger's pickle: takes whatever it is given and does nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def nothing(self, *args, **kwargs):
+        return None
+
+    __setstate__ = __setitem__ = append = extend = add = nothing
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Builds tensors and ordered dicts; whatever else a pickle names becomes Inert, never the thing named."""
+
+    def find_class(self, module, name):
+        rebuilds = module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter")
+        storage = module == "torch" and re.fullmatch(r"[A-Z][A-Za-z0-9]*Storage", name)
+        if rebuilds or storage or (module, name) == ("collections", "OrderedDict"):
+            return super().find_class(module, name)
+        return Inert
+
+
+class _InertPickle:
+    """What torch.load asks of a pickle module."""
+    Unpickler = _InertUnpickler
+
+    @staticmethod
+    def load(file, **options):
+        return _InertUnpickler(file, **options).load()
 
 
 def _fill(module: nn.Module, state: dict, name: str, *, source):

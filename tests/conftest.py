@@ -1,5 +1,7 @@
 """Data the tests draw themselves: small scenes of textured sky, ground and blocks, with their label maps."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,13 @@ def draw_scene(seed: int, height: int = 96, width: int = 128):
     image += np.where((labels == 2)[..., None], stripes, 0) + np.where((labels == 1)[..., None], 1, 0) * rng.normal(
         0, 20, (height, width, 1))
     return image.clip(0, 255).astype(np.uint8), labels
+
+
+@pytest.fixture(autouse=True)
+def library_logging():
+    """The command line sends the library's warnings to stderr; each test starts without that."""
+    logger = logging.getLogger("stego")
+    logger.handlers, logger.propagate = [], True
 
 
 @pytest.fixture(scope="session")

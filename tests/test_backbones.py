@@ -204,7 +204,7 @@ class Evil:
 
 def test_unusable_weight_files(small, capsys):
     state = dino_state(BACKBONES["dino_vits8"])
-    cases = {"evil": (Evil(), "loaded safely"), "list": ([1], "holds a list"),
+    cases = {"evil": (Evil(), "holds a foreign object"), "list": ([1], "holds a list"),
              "lacks": ({k: v for k, v in state.items() if k != "norm.bias"}, "lacks vit.encoder.ln.bias"),
              "extra": (state | {"surprise": torch.zeros(1)}, "unknown entry surprise"),
              "shape": (state | {"norm.bias": torch.zeros(5)}, r"is \(5,\), it should be \(24,\)"),
