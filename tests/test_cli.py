@@ -112,7 +112,7 @@ def test_one_bad_image_among_good_ones(here, scenes, saved):
 
 
 @pytest.mark.parametrize("args, code, message", [
-    (["fit"], 2, "Missing argument"),
+    (["fit"], 2, "Give images to fit on, or a --dataset"),
     (["fit", "void"], 1, "No images in void"),
     (["fit", "nowhere"], 1, "No such file or folder: nowhere"),
     (["fit", "text.jpg", "--backbone", "tiny"], 1, "None of the 1 images"),
