@@ -80,13 +80,20 @@ def read_image(source) -> Image.Image:
         raise FileNotFoundError(f"{source} is not an image file.")
     if Path(source).suffix.lower() == ".mat":
         return Image.fromarray(np.ascontiguousarray(read_mat(source, "img")[..., :3]))
+    with opened(source, "an image") as image:
+        return _to_rgb(image)
+
+
+@contextmanager
+def opened(path, what: str):
+    """A Pillow image; what goes wrong with it, also while its pixels are read, becomes one ValueError."""
     try:
-        with Image.open(source) as image:
-            return _to_rgb(image)
+        with Image.open(path) as image:
+            yield image
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{source} is too large to open safely: {error}") from error
+        raise ValueError(f"{path} is too large to open safely: {error}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ValueError(f"Cannot read {source} as an image ({str(error).splitlines()[0] or 'broken file'}).") from error
+        raise ValueError(f"Cannot read {path} as {what} ({str(error).splitlines()[0] or 'broken file'}).") from error
 
 
 def read_mat(path, key: str) -> np.ndarray:

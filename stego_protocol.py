@@ -23,8 +23,8 @@ from torchvision.datasets import Cityscapes
 from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY, SRGB, SXY, dense_crf
 from kmeans import CosineKMeans
 from stego import ahead, along, class_scores, correspondence, nearest_neighbors, pixels, unit, unmirror
-from stego_images import (IGNORE, find_images, line_chart, mask_image, matrix_picture, read_image, read_mat, replacing,
-                          square, strips, to_tensor, voc_palette, write_image)
+from stego_images import (IGNORE, find_images, line_chart, mask_image, matrix_picture, opened, read_image, read_mat,
+                          replacing, square, strips, to_tensor, voc_palette, write_image)
 
 SIDE = 320               # pixels (Sec. 4); rounded up to whole patches: 322 for patches of 14
 PROBE_IMAGES = 2000      # train images that the probes are fitted on, drawn at random from larger sets
@@ -201,13 +201,10 @@ def read_label(path) -> np.ndarray:
     """Label ids of a picture of mode L or P, or of a MATLAB file under the key gt: (H, W) uint8."""
     if Path(path).suffix.lower() == ".mat":
         return read_mat(path, "gt")
-    try:
-        with Image.open(path) as file:
-            if file.mode not in ("L", "P"):
-                raise ValueError(f"it has mode {file.mode}; a label map has one 8-bit value a pixel")
-            return np.array(file)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"Cannot read {path} as a label map ({error}).") from error
+    with opened(path, "a label map") as file:
+        if file.mode not in ("L", "P"):
+            raise ValueError(f"it has mode {file.mode}; a label map has one 8-bit value a pixel")
+        return np.array(file)
 
 
 def read_pair(image_path, label_path, *, lookup=None, side: int = SIDE) -> tuple[Image.Image, np.ndarray]:
