@@ -63,8 +63,17 @@ def model_option(command):
     return click.option("-m", "--model", default="stego.pt", show_default=True, help="The fitted model.")(command)
 
 
+def limit_pixels(context, option, megapixels):
+    """Pillow refuses to decode pictures above twice its limit, which may be bombs: move that limit."""
+    if megapixels:
+        from PIL import Image
+        Image.MAX_IMAGE_PIXELS = round(megapixels * 1e6 / 2)
+
+
 def network_options(command):
     """Options of everything that runs the backbone."""
+    command = click.option("--max-megapixels", type=float, callback=limit_pixels, expose_value=False,
+                           help="Refuse larger images.  [default: 179]")(command)
     command = click.option("--weights", type=click.Path(), help="Local file with the backbone's weights.")(command)
     return click.option("--device", default="auto", show_default=True,
                         help="cpu, cuda, cuda:1, mps; auto takes CUDA where there is one.")(command)
@@ -194,7 +203,8 @@ def predict(images, model, output, overlay, skip_existing, device, weights, **op
             predict_one(fitted, source, target, overlay, options)
         except (ValueError, OSError) as error:
             failed += 1
-            click.echo(f"stego: {error}", err=True)
+            named = str(source) in str(error)
+            click.echo(f"stego: {error}" if named else f"stego: {source}: {error}", err=True)
         progress("predict", done, len(jobs))
     click.echo(f"{len(jobs) - failed} of {len(jobs)} images, {time.monotonic() - began:.0f} s: masks in {output}")
     sys.exit(1 if failed else 0)

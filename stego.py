@@ -9,6 +9,7 @@ training, clusters and prediction (Sec. 4). One thing differs from the reference
 matter of minutes: the backbone is frozen and nothing is augmented, so every crop passes through it exactly once.
 """
 
+import io
 import logging
 import os
 import tempfile
@@ -447,8 +448,10 @@ class Stego:
         state = dict(format=FORMAT, version=VERSION, config=self.config, backbone_sha256=self.backbone_sha256,
                      head={key: value.half().cpu() for key, value in self.head.state_dict().items()},
                      centers=self.centers.cpu(), share=self.share, palette=torch.from_numpy(self.palette))
-        with replacing(path) as part, open(part, "wb") as file:
-            torch.save(state, file)                                          # a file object: bytes free of its name
+        packed = io.BytesIO()                                                # bytes free of the file's name,
+        torch.save(state, packed)                                            # and a full disk is an OSError
+        with replacing(path) as part:
+            part.write_bytes(packed.getvalue())
 
     @classmethod
     def _released(cls, state: dict, path, device) -> "Stego":

@@ -7,6 +7,7 @@ every file is written under a temporary name and renamed, so that a reader never
 import glob
 import os
 import tempfile
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,10 +89,13 @@ def read_image(source) -> Image.Image:
 def opened(path, what: str):
     """A Pillow image; what goes wrong with it, also while its pixels are read, becomes one ValueError."""
     try:
-        with Image.open(path) as image:
-            yield image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photo; twice that is an error
+            with Image.open(path) as image:
+                yield image
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large to open safely: {error}") from error
+        raise ValueError(f"{path} is too large to be opened safely ({error}); if you trust it, raise the limit with "
+                         "--max-megapixels.") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ValueError(f"Cannot read {path} as {what} ({str(error).splitlines()[0] or 'broken file'}).") from error
 
