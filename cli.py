@@ -4,6 +4,8 @@ Exit codes: 0 all done, 1 something failed (the rest is still written), 2 usage.
 commands, so that --help and --version answer at once.
 """
 
+import io
+import json
 import logging
 import os
 import sys
@@ -16,8 +18,14 @@ from click.core import ParameterSource
 
 PRESET_NAMES = ("small", "cityscapes", "cocostuff", "potsdam")  # stego.PRESETS, known here without importing torch
 DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")       # stego_protocol.LAYOUTS, likewise
+PIPE = "-"  # stdin as an image, stdout as an output
+SUFFIXES = {"mask": (".png",), "overlay": (".jpg", ".jpeg", ".png"), "both": (".png",), "npz": (".npz",),
+            "json": (".json",), "coco": (".json",)}  # formats of predict and the file names they take
+ONE_FILE = ("json", "coco")  # formats with one file for all images
 OVERLAY_SUFFIX = ".overlay.jpg"
 REFRESH = 0.2  # seconds between two updates of the progress line
+
+log = logging.getLogger("stego")
 
 
 # ---- what the commands share -----------------------------------------------------------------------------------
@@ -43,7 +51,7 @@ class Progress:
         now = time.monotonic()
         if stage != self.stage:
             self.stage, self.began = stage, now
-        if not sys.stderr.isatty() or (now - self.shown < REFRESH and done < total):
+        if not sys.stderr.isatty() or is_quiet() or (now - self.shown < REFRESH and done < total):
             return
         self.shown = now
         left = (now - self.began) * (total - done) / max(done, 1)
@@ -53,14 +61,38 @@ class Progress:
 
 
 class StderrHandler(logging.Handler):
-    """The library's warnings as plain lines on stderr."""
+    """The library's messages as plain lines on stderr."""
 
     def emit(self, record):
-        click.echo(f"stego: {record.getMessage()}", err=True)
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.capitalize()}: "
+        click.echo(f"{prefix}{record.getMessage()}", err=True)
+
+
+def is_quiet() -> bool:
+    return not log.isEnabledFor(logging.WARNING)
+
+
+def summary(text: str, *, err: bool = False):
+    """The last line of a command: what was done, how long it took, where the outputs are."""
+    if not is_quiet():
+        click.echo(text, err=err)
+
+
+def talk_options(command):
+    """-q and -v: how much is said."""
+    def set_level(context, option, given):
+        if given:
+            log.setLevel(logging.ERROR if option.name == "quiet" else logging.INFO)
+    quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=set_level,
+                         help="Say nothing but errors.")
+    verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=set_level,
+                           help="Say what is done with each image and what was chosen.")
+    return quiet(verbose(command))
 
 
 def model_option(command):
-    return click.option("-m", "--model", default="stego.pt", show_default=True, help="The fitted model.")(command)
+    return click.option("-m", "--model", default="stego.pt", show_default=True, type=click.Path(),
+                        help="The fitted model.")(command)
 
 
 def limit_pixels(context, option, megapixels):
@@ -93,8 +125,10 @@ def dataset_root(dataset: str, root) -> Path:
 @click.version_option(package_name="stego", prog_name="stego")
 def main():
     """Segment images without labels: find what recurs in a folder, then find it in any image."""
-    logger = logging.getLogger("stego")
-    logger.handlers, logger.propagate = [StderrHandler()], False
+    log.handlers, log.propagate = [StderrHandler()], False
+    log.setLevel(logging.WARNING)
+    if os.environ.get("NO_COLOR"):
+        click.get_current_context().color = False
 
 
 # ---- fit -------------------------------------------------------------------------------------------------------
@@ -124,6 +158,7 @@ def main():
 @click.option("--seed", default=0, show_default=True, help="Same seed, same images, same machine: same model.")
 @click.option("--cache-size", default=8.0, show_default=True, help="Scratch space for features, in GB.")
 @network_options
+@talk_options
 def fit(images, output, dataset, root, classes, preset, **options):
     """Find the things that recur in IMAGES: files, folders (searched recursively) or "patterns/*.jpg".
 
@@ -157,87 +192,225 @@ def fit(images, output, dataset, root, classes, preset, **options):
         sheet = output.with_name(f"{output.stem}-fit.png")
         write_image(model.contact_sheet(paths), sheet)
     print_usage(model)
-    click.echo(f"{len(paths)} images, {model.config['backbone']}, {time.monotonic() - began:.0f} s: "
+    for key, value in model.config.items():
+        log.info("%s: %s", key, value)
+    summary(f"{len(paths)} images, {model.config['backbone']}, {time.monotonic() - began:.0f} s: "
                f"model {output}, picture {sheet}")
 
 
 def print_usage(model):
-    """One line a cluster: its number, its share of the training images, a bar."""
-    for k, share in enumerate(model.share.tolist()):
-        click.echo(f"cluster {k:3d} {share:6.1%} {'#' * round(60 * share)}")
+    """One line a cluster: its colour, number, share of the training images, name."""
+    if is_quiet():
+        return
+    for k, (share, name) in enumerate(zip(model.share.tolist(), model.names)):
+        bar = click.style("#" * max(round(60 * share), 1), fg=tuple(model.palette[k].tolist()))
+        click.echo(f"cluster {k:3d} {share:6.1%} {bar} {name}".rstrip())
 
 
 # ---- predict ---------------------------------------------------------------------------------------------------
 
 @main.command()
-@click.argument("images", nargs=-1, required=True)
+@click.argument("images", nargs=-1, required=True, type=click.Path())
 @model_option
-@click.option("-o", "--output", default="stego-out", show_default=True,
-              help="A .png file for one image, a folder for several.")
-@click.option("--overlay", is_flag=True, help=f"Also write the picture with its segments over it (*{OVERLAY_SUFFIX}).")
+@click.option("-o", "--output", default="stego-out", show_default=True, type=click.Path(),
+              help="A file for one image, a folder for several; - for stdout.")
+@click.option("--format", "kind", default="mask", show_default=True, type=click.Choice(list(SUFFIXES)),
+              help="mask: indexed PNG; overlay: the picture with its segments and a legend; both; npz: probabilities; "
+                   "json: the share of each cluster, one file; coco: RLE segments, one file.")
+@click.option("--overlay", is_flag=True, help="The same as --format both.")
+@click.option("--only", metavar="NAMES", help="Clusters to keep, by name or number: road,sky,7.  [default: all]")
 @click.option("--crf/--no-crf", default=True, show_default=True, help="Sharpen the segments with a dense CRF.")
-@click.option("--crf-size", default=0.5, show_default=True, help="Megapixels at which the CRF works on larger photos.")
-@click.option("--resolution", default=320, show_default=True, help="Pixels of the shorter side that the backbone sees.")
-@click.option("--skip-existing", is_flag=True, help="Leave images alone whose mask is there already.")
+@click.option("--crf-size", default=0.5, show_default=True,
+              help="Megapixels at which the CRF works on larger photos, and most megapixels of probabilities.")
+@click.option("--resolution", default=320, show_default=True,
+              help="Pixels of the shorter side that the backbone sees; twice as many: finer, four times the work.")
+@click.option("--skip-existing", is_flag=True, help="Leave images alone whose output is there already.")
 @network_options
-def predict(images, model, output, overlay, skip_existing, device, weights, **options):
-    """Segment IMAGES with a fitted model: files, folders (their tree is mirrored) or "patterns/*.jpg".
+@talk_options
+def predict(images, model, output, kind, overlay, only, skip_existing, device, weights, **options):
+    """Segment IMAGES with a fitted model: files, folders (their tree is mirrored), "patterns/*.jpg", or - for stdin.
 
     Masks are indexed PNG: cluster numbers from 0, 255 for none.
 
     \b
     Examples:
       stego predict img.jpg -o mask.png
-      stego predict folder/ more/*.png -o out/ --overlay
+      stego predict folder/ "more/*.png" -o out/ --format both
+      stego predict img.jpg -o road.png --only road,3 --resolution 480
+      stego predict folder/ -o segments.json --format coco
+      cat img.jpg | stego predict - -o - > mask.png
     """
+    kind = check_kind("both" if overlay else kind, output, only, skip_existing)
     with clear_errors():
         from stego import Stego, find_images
-        jobs = plan_outputs(find_images(images), Path(output))
+        found = [(sys.stdin.buffer, Path("stdin"))] if images == (PIPE,) else find_images(images)
+        jobs = plan_outputs(found, Path(output), kind)
         if skip_existing:
-            jobs = [(source, target) for source, target in jobs if not target.exists()]
+            jobs = [job for job in jobs if not job[2].exists()]
         fitted = Stego.load(model, device=device, weights=weights)
+        keep = fitted.select(only.split(",")) if only else None
         fitted.backbone  # noqa: B018 - a wrong backbone is one error, not one for every image
-    began, failed, progress = time.monotonic(), 0, Progress()
-    for done, (source, target) in enumerate(jobs, 1):
+    began, progress, entries, failed = time.monotonic(), Progress(), [], 0
+    for done, (source, place, target) in enumerate(jobs, 1):
         try:
-            predict_one(fitted, source, target, overlay, options)
+            entries.append(predict_one(fitted, source, place, target, kind, keep, options))
+            log.info("%s -> %s", place, target)
         except (ValueError, OSError) as error:
             failed += 1
-            named = str(source) in str(error)
-            click.echo(f"stego: {error}" if named else f"stego: {source}: {error}", err=True)
+            named = str(place) in str(error) or str(source) in str(error)
+            log.error("%s", error if named else f"{place}: {error}")
         progress("predict", done, len(jobs))
-    click.echo(f"{len(jobs) - failed} of {len(jobs)} images, {time.monotonic() - began:.0f} s: masks in {output}")
+    if kind in ONE_FILE:
+        with clear_errors():
+            output = document_path(Path(output), kind)
+            write_document(fitted, entries, output, kind, keep)
+    summary(f"{len(jobs) - failed} of {len(jobs)} images, {time.monotonic() - began:.0f} s: "
+            f"{kind} in {'stdout' if str(output) == PIPE else output}", err=str(output) == PIPE)
     sys.exit(1 if failed else 0)
 
 
-def plan_outputs(found, output: Path) -> list[tuple[Path, Path]]:
-    """Where each image's mask goes; refuses to overwrite an input or to write two masks to one place."""
+def check_kind(kind: str, output: str, only: str | None, skip_existing: bool) -> str:
+    """The format asked for; refuses what does not go together."""
+    if output == PIPE and kind == "both":
+        raise click.UsageError("Two pictures do not go into one stdout; choose --format mask or overlay.")
+    if skip_existing and (output == PIPE or kind in ONE_FILE):
+        raise click.UsageError("--skip-existing looks for an output for each image; choose another format or -o.")
+    if only and kind == "npz":
+        raise click.UsageError("--format npz holds the probabilities of all clusters; leave --only out.")
+    return kind
+
+
+def plan_outputs(found, output: Path, kind: str) -> list[tuple]:
+    """(source, place, target) of each image; refuses to overwrite an input or to write two outputs to one place."""
+    suffixes = SUFFIXES[kind]
+    if kind in ONE_FILE or str(output) == PIPE:
+        if len(found) > 1 and kind not in ONE_FILE:
+            raise click.UsageError(f"{len(found)} images do not go into one stdout; name a folder with -o.")
+        jobs = [(source, place, document_path(output, kind)) for source, place in found]
+        check_overwriting(jobs[:1], [source for source, _ in found])
+        return jobs
     if output.suffix and not output.is_dir():
-        if output.suffix.lower() != ".png":
-            raise click.UsageError(f"The output {output} is not a .png file; masks are indexed PNG.")
+        if output.suffix.lower() not in suffixes:
+            raise click.UsageError(f"The output {output} is not a {' or '.join(suffixes)} file, which {kind} needs.")
         if len(found) > 1:
             raise click.UsageError(f"{len(found)} images cannot go into the one file {output}; name a folder with -o.")
-        jobs = [(found[0][0], output)]
+        jobs = [(*found[0], output)]
     else:
-        jobs = [(source, output / place.with_suffix(".png")) for source, place in found]
-    sources, targets = {source.resolve() for source, _ in jobs}, {}
-    for source, target in jobs:
+        suffix = OVERLAY_SUFFIX if kind == "overlay" else suffixes[0]
+        jobs = [(source, place, output / place.with_suffix(suffix)) for source, place in found]
+    check_overwriting(jobs, [source for source, _ in found])
+    return jobs
+
+
+def check_overwriting(jobs, sources):
+    """UsageError if an output would replace an image, or another output."""
+    sources, targets = {source.resolve() for source in sources if isinstance(source, Path)}, {}
+    for source, _, target in jobs:
         if target.resolve() in sources:
-            raise click.UsageError(f"The mask of {source} would overwrite the image {target}; choose another -o.")
+            raise click.UsageError(f"The output for {source} would overwrite the image {target}; choose another -o.")
         if target in targets:
             raise click.UsageError(f"{targets[target]} and {source} would both be written to {target}; "
                                    "predict them into different folders.")
         targets[target] = source
-    return jobs
 
 
-def predict_one(model, source: Path, target: Path, overlay: bool, options: dict):
-    from stego_images import mask_image, overlay as blend, read_image, write_image
+def document_path(output: Path, kind: str) -> Path:
+    """Where JSON for all images goes: the file named, or a file in the folder named."""
+    if str(output) == PIPE or kind not in ONE_FILE:
+        return output
+    if output.suffix and not output.is_dir():
+        if output.suffix.lower() not in SUFFIXES[kind]:
+            raise click.UsageError(f"The output {output} is not a .json file, which {kind} needs.")
+        return output
+    return output / ("coco.json" if kind == "coco" else "shares.json")
+
+
+def predict_one(model, source, place: Path, target: Path, kind: str, keep, options: dict) -> dict:
+    """Segment one image and write what kind asks for; returns its entry for the kinds with one file for all."""
+    import numpy as np
+    from stego_images import (IGNORE, cluster_shares, coco_annotations, mask_image, overlay, read_image, with_legend)
     image = read_image(source)
+    if kind == "npz":
+        with opened(target) as file:
+            np.savez_compressed(file, probabilities=model.probabilities(image, **options).astype(np.float16),
+                                names=np.array(model.labels), size=np.array([image.height, image.width]))
+        return {}
     mask = model.predict(image, **options)
-    if overlay:  # first, so that a mask on disk says that the image is done
-        write_image(blend(image, mask, model.palette), target.with_suffix(OVERLAY_SUFFIX))
-    write_image(mask_image(mask, model.palette), target)
+    if keep is not None:
+        mask[~np.isin(mask, keep)] = IGNORE
+    if kind in ("overlay", "both"):  # first, so that a mask on disk says that the image is done
+        picture = with_legend(overlay(image, mask, model.palette), mask, model.palette, model.labels)
+        write_picture(picture, target.with_suffix(OVERLAY_SUFFIX) if kind == "both" else target)
+    if kind in ("mask", "both"):
+        write_picture(mask_image(mask, model.palette), target)
+    if kind not in ONE_FILE:
+        return {}
+    inside = {"clusters": cluster_shares(mask, model.labels)} if kind == "json" else {"found": coco_annotations(mask)}
+    return {"file_name": place.as_posix(), "height": image.height, "width": image.width, **inside}
+
+
+def write_document(model, entries: list[dict], target: Path, kind: str, keep):
+    """The one JSON file of the formats json and coco."""
+    clusters = range(len(model.labels)) if keep is None else keep
+    if kind == "json":
+        for entry in entries:
+            entry["clusters"] = [entry["clusters"][k] for k in clusters]
+        document = {"images": entries}
+    else:
+        found = [(number, each) for number, entry in enumerate(entries, 1) for each in entry.pop("found")]
+        document = {"info": {"description": "segments found by stego"},
+                    "images": [{"id": number, **entry} for number, entry in enumerate(entries, 1)],
+                    "categories": [{"id": k, "name": model.labels[k]} for k in clusters],
+                    "annotations": [{"id": i, "image_id": number, **each} for i, (number, each) in enumerate(found, 1)]}
+    with opened(target) as file:
+        file.write(json.dumps(document).encode() + b"\n")
+
+
+@contextmanager
+def opened(target: Path):
+    """A binary file that becomes the target, or goes to stdout, when the block ends well."""
+    if str(target) == PIPE:
+        whole = io.BytesIO()
+        yield whole
+        sys.stdout.buffer.write(whole.getvalue())
+        sys.stdout.buffer.flush()
+    else:
+        from stego_images import replacing
+        with replacing(target) as part, open(part, "wb") as file:
+            yield file
+
+
+def write_picture(picture, target: Path):
+    """A picture in the format of the target's suffix, PNG on stdout."""
+    form = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(target.suffix.lower(), "PNG")
+    with opened(target) as file:
+        picture.save(file, format=form, quality=90)
+
+
+# ---- name ------------------------------------------------------------------------------------------------------
+
+@main.command()
+@click.argument("model", type=click.Path())
+@click.argument("names", nargs=-1, required=True, metavar="NUMBER=NAME...")
+@talk_options
+def name(model, names):
+    """Give clusters of MODEL names, kept in the model; `NUMBER=` takes one away.
+
+    Names appear in legends, JSON, COCO categories and `stego show`, and --only understands them.
+
+    \b
+    Example:
+      stego name stego.pt 3=road 5=sky
+    """
+    pairs = [pair.partition("=") for pair in names]
+    if wrong := [first for first, equals, _ in pairs if not (first.isdecimal() and equals)]:
+        raise click.UsageError(f"Got {wrong[0]!r}; name clusters by number, like 3=road.")
+    with clear_errors():
+        from stego import Stego
+        fitted = Stego.load(model, device="cpu")
+        fitted.rename({int(first): last.strip() for first, _, last in pairs})
+        fitted.save(model)
+    print_usage(fitted)
 
 
 # ---- eval ------------------------------------------------------------------------------------------------------

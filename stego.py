@@ -322,15 +322,17 @@ class Stego:
     """A fitted model: a head and cluster centres over a frozen backbone.
 
     Learned: `head`, `centers` (K, D) unit rows, `share` (K,) of each cluster in the training images; `config` holds
-    every option of `fit` under its name, `palette` (K, 3) uint8 the colours; `backbone` is loaded when first used.
+    every option of `fit` under its name, `palette` (K, 3) uint8 the colours, `names` what a person calls the clusters
+    ("" where not named); `backbone` is loaded when first used.
     """
 
     def __init__(self, config: dict, head: Head, centers: Tensor, share: Tensor, *, backbone_sha256: str,
-                 palette=None, device="cpu", weights=None):
+                 palette=None, names=None, device="cpu", weights=None):
         self.config, self.backbone_sha256, self.device, self.weights = config, backbone_sha256, device, weights
         self.head, self.centers, self.share = head.to(device), centers.to(device), share
         self.palette = voc_palette(len(centers)) if palette is None else palette
         self.linear = None                                                   # weight, bias: a released linear probe
+        self.names = [""] * len(centers) if names is None else list(names)
         self._backbone = None
 
     @classmethod
@@ -402,6 +404,30 @@ class Stego:
         codes = self.head(features.flatten(2).transpose(1, 2))               # (B, h * w, D)
         return codes.transpose(1, 2).unflatten(2, features.shape[2:])        # (B, D, h, w)
 
+    @property
+    def labels(self) -> list[str]:
+        """What to call each cluster: its name, or else its number."""
+        return [name or str(k) for k, name in enumerate(self.names)]
+
+    def rename(self, names: dict[int, str]):
+        """Call clusters by these names; "" takes a name away. Clusters that are one thing may share a name."""
+        for k, name in names.items():
+            if not 0 <= k < len(self.names):
+                raise ValueError(f"There is no cluster {k}; the model has 0 to {len(self.names) - 1}.")
+            if name.isdecimal() or "," in name or "=" in name or not name.isprintable() or name != name.strip():
+                raise ValueError(f"Got the name {name!r}; use a word that is no number, without comma and equals sign.")
+        for k, name in names.items():
+            self.names[k] = name
+
+    def select(self, wanted) -> list[int]:
+        """The clusters that numbers or names mean: ["road", "5"] -> [3, 5, 7] if 3 and 7 are called road."""
+        wanted, labels = {str(each).strip() for each in wanted}, self.labels
+        known = {str(k) for k in range(len(labels))} | set(labels)
+        if unknown := wanted - known:
+            raise ValueError(f"The model has no cluster {sorted(unknown)[0]!r}; it has the numbers 0 to "
+                             f"{len(labels) - 1} and the names {', '.join(filter(None, self.names)) or '(none yet)'}.")
+        return [k for k, label in enumerate(labels) if wanted & {label, str(k)}]
+
     @torch.inference_mode()
     def predict(self, image, *, resolution: int = RESOLUTION, crf: bool = True,
                 crf_size: float = CRF_SIZE) -> np.ndarray:
@@ -413,13 +439,35 @@ class Stego:
             crf: sharpen with a dense CRF; crf_size: the megapixels it works on, larger images are brought down.
         """
         image = read_image(image)
-        codes = self.codes(to_tensor(image.resize(self._working_size(image, resolution), BILINEAR))[None])
+        codes = self._image_codes(image, resolution)
         if not crf:
             return upsampled_argmax(along(codes, self.centers)[0], image.height, image.width)
+        q = self._probabilities(image, codes, crf=True, crf_size=crf_size)
+        return upsample_along_edges(pixels(image).to(self.device), q).cpu().numpy()
+
+    @torch.inference_mode()
+    def probabilities(self, image, *, resolution: int = RESOLUTION, crf: bool = True,
+                      crf_size: float = CRF_SIZE) -> np.ndarray:
+        """Probability of each cluster at each pixel, (K, h, w) float32; the arguments are those of `predict`.
+
+        (h, w) is the displayed size of the image where that is at most crf_size megapixels, else it is brought down
+        to that many: bounded memory, 54 MB for 27 clusters at the default.
+        """
+        image = read_image(image)
+        codes = self._image_codes(image, resolution)
+        return self._probabilities(image, codes, crf=crf, crf_size=crf_size).cpu().numpy()
+
+    def _image_codes(self, image, resolution: int) -> Tensor:
+        """Codes (1, D, h, w) of one picture of any size."""
+        return self.codes(to_tensor(image.resize(self._working_size(image, resolution), BILINEAR))[None])
+
+    def _probabilities(self, image, codes: Tensor, *, crf: bool, crf_size: float) -> Tensor:
         height, width = working_size((image.height, image.width), megapixels=crf_size)
-        small = pixels(image.resize((width, height), BILINEAR)).to(self.device)  # (3, h, w)
         scores = class_scores(codes, self.centers, (height, width))[0]       # (K, h, w)
-        return upsample_along_edges(pixels(image).to(self.device), dense_crf(small, scores)).cpu().numpy()
+        if not crf:
+            return scores.softmax(0)
+        small = pixels(image.resize((width, height), BILINEAR)).to(self.device)  # (3, h, w)
+        return dense_crf(small, scores)
 
     def _working_size(self, image, resolution: int) -> tuple[int, int]:
         """(width, height) for the backbone: shorter side to `resolution`, less for extreme shapes, whole patches."""
@@ -447,7 +495,8 @@ class Stego:
         """Write the model: one file, a plain dict of tensors and values; without the backbone's weights."""
         state = dict(format=FORMAT, version=VERSION, config=self.config, backbone_sha256=self.backbone_sha256,
                      head={key: value.half().cpu() for key, value in self.head.state_dict().items()},
-                     centers=self.centers.cpu(), share=self.share, palette=torch.from_numpy(self.palette))
+                     centers=self.centers.cpu(), share=self.share, palette=torch.from_numpy(self.palette),
+                     names=self.names)
         packed = io.BytesIO()                                                # bytes free of the file's name,
         torch.save(state, packed)                                            # and a full disk is an OSError
         with replacing(path) as part:
@@ -496,12 +545,14 @@ class Stego:
             head = Head(channels, code_size)
             head.load_state_dict(state["head"])
             centers, share, palette = state["centers"], state["share"], state["palette"].numpy()
+            names = state.get("names", [""] * len(share))                    # models of version 0.1.0 have none
             sound = (centers.shape == (len(share), code_size) and palette.shape == (len(share), 3)
+                     and len(names) == len(share) and all(isinstance(name, str) for name in names)
                      and all(torch.isfinite(value).all() for value in (centers, share, *head.state_dict().values())))
             if not sound:
                 raise ValueError("shapes that do not fit or values that are not finite")
             return cls(dict(state["config"]), head.requires_grad_(False).eval(), centers, share, palette=palette,
-                       backbone_sha256=state["backbone_sha256"], device=device, weights=weights)
+                       names=names, backbone_sha256=state["backbone_sha256"], device=device, weights=weights)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is a damaged stego model ({str(error).splitlines()[0]}); fit it again.") from error
 

@@ -5,6 +5,7 @@ every file is written under a temporary name and renamed, so that a reader never
 """
 
 import glob
+import io
 import os
 import tempfile
 import warnings
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from stego_backbones import MEAN, STD
@@ -25,6 +26,7 @@ SHEET_CELL = 240            # pixels: longer side of a picture on the contact sh
 SHEET_GAP = 8               # pixels between them
 FONT = 13                   # pixels: height of the letters in charts
 INK, FAINT = (40, 40, 40), (225, 225, 225)  # letters and axes; grid lines
+LEGEND_TEXT = 12            # pixels: smallest letters of a legend
 
 
 # ---- the door in -----------------------------------------------------------------------------------------------
@@ -66,7 +68,7 @@ def _expand(source: Path) -> list[tuple[Path, Path]]:
 
 
 def read_image(source) -> Image.Image:
-    """An upright 8-bit RGB picture from a path, a PIL image or an array (H, W, 3) uint8.
+    """An upright 8-bit RGB picture from a path, a binary file, a PIL image or an array (H, W, 3) uint8.
 
     EXIF rotation is applied, 16-bit and float greys are scaled to 8 bits, transparency is laid on white, of an
     animation the first frame is taken. Raises FileNotFoundError, or ValueError naming the file and what is wrong.
@@ -77,27 +79,33 @@ def read_image(source) -> Image.Image:
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
         return _to_rgb(source)
-    if not Path(source).is_file():  # a FIFO would block, a folder would confuse
+    name = source
+    if hasattr(source, "read"):  # a pipe cannot be wound back: read it whole
+        name, source = getattr(source, "name", "the image"), io.BytesIO(source.read())
+    elif not Path(source).is_file():  # a FIFO would block, a folder would confuse
         raise FileNotFoundError(f"{source} is not an image file.")
-    if Path(source).suffix.lower() == ".mat":
+    if Path(name).suffix.lower() == ".mat":
         return Image.fromarray(np.ascontiguousarray(read_mat(source, "img")[..., :3]))
-    with opened(source, "an image") as image:
+    with opened(source, "an image", name=name) as image:
         return _to_rgb(image)
 
 
 @contextmanager
-def opened(path, what: str):
-    """A Pillow image; what goes wrong with it, also while its pixels are read, becomes one ValueError."""
+def opened(path, what: str, *, name=None):
+    """A Pillow image of a path or binary file; what goes wrong with it, also while its pixels are read, becomes one ValueError."""
+    name = path if name is None else name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photo; twice that is an error
             with Image.open(path) as image:
                 yield image
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large to be opened safely ({error}); if you trust it, raise the limit with "
+        raise ValueError(f"{name} is too large to be opened safely ({error}); if you trust it, raise the limit with "
                          "--max-megapixels.") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"Cannot read {name} as {what} (no known format).") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ValueError(f"Cannot read {path} as {what} ({str(error).splitlines()[0] or 'broken file'}).") from error
+        raise ValueError(f"Cannot read {name} as {what} ({str(error).splitlines()[0] or 'broken file'}).") from error
 
 
 def read_mat(path, key: str) -> np.ndarray:
@@ -208,14 +216,38 @@ def write_image(image: Image.Image, path):
 
 
 def overlay(image: Image.Image, mask: np.ndarray, palette: np.ndarray, *, opacity: float = 0.5) -> Image.Image:
-    """The picture with its segments' colours over it and a thin dark line between segments."""
+    """The picture with its segments' colours over it and a thin dark line between segments; none where mask is 255."""
     colours = mask_image(mask, palette).convert("RGB")
     blended = np.array(Image.blend(image, colours, opacity))                 # (H, W, 3)
+    blended[mask == IGNORE] = np.asarray(image)[mask == IGNORE]
     edge = np.zeros(mask.shape, dtype=bool)
     edge[1:] |= mask[1:] != mask[:-1]
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     blended[edge] = blended[edge] // 3
     return Image.fromarray(blended)
+
+
+def with_legend(image: Image.Image, mask: np.ndarray, palette: np.ndarray, labels) -> Image.Image:
+    """The picture over a strip that names the clusters of mask (H, W), the largest first; labels: (K,) str."""
+    sizes = np.bincount(mask.ravel(), minlength=IGNORE + 1)[:len(palette)]
+    present = [k for k in sizes.argsort(kind="stable")[::-1] if sizes[k]]
+    em = max(LEGEND_TEXT, image.width // 50)                                 # pixels
+    font, width = ImageFont.load_default(em), max(image.width, 16 * em)
+    places, x, y = [], em // 2, em // 2
+    for k in present:
+        wide = round(font.getlength(labels[k])) + 5 * em // 2                # swatch, gap, text, gap
+        if x > em // 2 and x + wide > width:
+            x, y = em // 2, y + 3 * em // 2
+        places.append((k, x, y))
+        x += wide
+    sheet = Image.new("RGB", (width, image.height + y + 3 * em // 2), "white")
+    sheet.paste(image)
+    draw = ImageDraw.Draw(sheet)
+    for k, x, y in places:
+        box = (x, image.height + y, x + em, image.height + y + em)
+        draw.rectangle(box, fill=tuple(palette[k].tolist()), outline="black")
+        draw.text((x + 3 * em // 2, image.height + y + em // 2), labels[k], fill="black", font=font, anchor="lm")
+    return sheet
 
 
 def contact_sheet(pairs, palette: np.ndarray, *, columns: int = 3) -> Image.Image:
@@ -347,3 +379,44 @@ def matrix_picture(matrix: np.ndarray, rows, columns, *, title: str, cell: int =
                 draw.text((x + cell / 2 - 1, y + cell / 2 - 1), f"{100 * share:.0f}", font=small, anchor="mm",
                           fill="white" if share > 0.5 else INK)
     return picture
+
+
+# ---- segments as JSON: shares and COCO -------------------------------------------------------------------------
+
+def cluster_shares(mask: np.ndarray, labels) -> list[dict]:
+    """What part of a mask (H, W) each cluster covers, 0 to 1; labels: (K,) str."""
+    sizes = np.bincount(mask.ravel(), minlength=IGNORE + 1)[:len(labels)]
+    return [{"cluster": k, "name": name, "share": round(size / mask.size, 6)}
+            for k, (name, size) in enumerate(zip(labels, sizes.tolist()))]
+
+
+def coco_annotations(mask: np.ndarray) -> list[dict]:
+    """One COCO annotation for each cluster of a mask (H, W): category_id is its number, segmentation compressed RLE."""
+    found = []
+    for k in np.unique(mask[mask != IGNORE]).tolist():
+        segment = mask == k
+        rows, columns = np.flatnonzero(segment.any(1)), np.flatnonzero(segment.any(0))
+        x, y, right, bottom = (int(i) for i in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+        found.append({"category_id": k, "segmentation": run_lengths(segment), "area": int(segment.sum()),
+                      "bbox": [x, y, right - x, bottom - y], "iscrowd": 0})
+    return found
+
+
+def run_lengths(segment: np.ndarray) -> dict:
+    """COCO's compressed run-length encoding of a segment (H, W) bool.
+
+    Lengths of runs in column order, outside first; from the fourth on as the difference to the one two before; each in
+    groups of five bits from the low end, the sixth bit says that more follow, a character is 48 + group.
+    """
+    column_order = segment.ravel(order="F")
+    changes = np.flatnonzero(np.diff(column_order, prepend=False))
+    runs = np.diff(changes, prepend=0, append=column_order.size)
+    runs[3:] -= runs[1:-2].copy()
+    characters = []
+    for run in runs.tolist():
+        more = True
+        while more:
+            group, run = run & 31, run >> 5
+            more = run != (-1 if group & 16 else 0)                          # the fifth bit bears the sign
+            characters.append(48 + group + 32 * more)
+    return {"size": list(segment.shape), "counts": bytes(characters).decode()}

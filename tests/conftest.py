@@ -51,3 +51,27 @@ def model(scenes):
     """A model fitted on the drawn scenes with the bundled backbone, in a second or two."""
     from stego import Stego
     return Stego.fit(scenes, classes=3, backbone="tiny", steps=60, batch_size=8)
+
+
+@pytest.fixture(scope="session")
+def saved(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "stego.pt"
+    model.save(path)
+    return path
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*args, code=0, **settings):
+    """One command of the tool, in this process."""
+    from click.testing import CliRunner
+
+    from cli import main
+    result = CliRunner().invoke(main, [str(arg) for arg in args], **settings)
+    assert result.exit_code == code, (result.output, result.exception)
+    assert "Traceback" not in result.output
+    return result

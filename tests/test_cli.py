@@ -6,30 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from conftest import run
 from PIL import Image
 
 from cli import main
-
-
-def run(*args, code=0):
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    assert result.exit_code == code, (result.output, result.exception)
-    assert "Traceback" not in result.output
-    return result
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(scope="session")
-def saved(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "stego.pt"
-    model.save(path)
-    return path
 
 
 def test_help_loads_no_torch():
