@@ -81,7 +81,7 @@ def read_image(source) -> Image.Image:
         return _to_rgb(source)
     name = source
     if hasattr(source, "read"):  # a pipe cannot be wound back: read it whole
-        name, source = getattr(source, "name", "the image"), io.BytesIO(source.read())
+        name, source = str(getattr(source, "name", "the image")), io.BytesIO(source.read())
     elif not Path(source).is_file():  # a FIFO would block, a folder would confuse
         raise FileNotFoundError(f"{source} is not an image file.")
     if Path(name).suffix.lower() == ".mat":
