@@ -51,4 +51,4 @@ def test_every_option_of_the_commands_has_help():
     for command in main.commands.values():
         assert command.help
         for option in command.params:
-            assert option.name == "images" or option.help, f"{command.name} {option.name}"
+            assert option.param_type_name == "argument" or option.help, f"{command.name} {option.name}"
