@@ -23,6 +23,7 @@ SUFFIXES = {"mask": (".png",), "overlay": (".jpg", ".jpeg", ".png"), "both": (".
             "json": (".json",), "coco": (".json",)}  # formats of predict and the file names they take
 ONE_FILE = ("json", "coco")  # formats with one file for all images
 OVERLAY_SUFFIX = ".overlay.jpg"
+DEMO_SCENES, DEMO_STEPS = {"train": 30, "val": 10}, 400  # two minutes on two cores
 REFRESH = 0.2  # seconds between two updates of the progress line
 
 log = logging.getLogger("stego")
@@ -156,6 +157,8 @@ def main():
 @click.option("--five-crop/--no-five-crop", default=None, help="Cut images into five crops.  [default: the preset's]")
 @click.option("--centering/--no-centering", default=None, help="Spatial centering.  [default: the preset's]")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same images, same machine: same model.")
+@click.option("--match", type=click.Path(), metavar="MODEL",
+              help="An earlier model: clusters that are the same keep its numbers, names and colours.  [default: none]")
 @click.option("--cache-size", default=8.0, show_default=True, help="Scratch space for features, in GB.")
 @network_options
 @talk_options
@@ -202,9 +205,11 @@ def print_usage(model):
     """One line a cluster: its colour, number, share of the training images, name."""
     if is_quiet():
         return
-    for k, (share, name) in enumerate(zip(model.share.tolist(), model.names)):
-        bar = click.style("#" * max(round(60 * share), 1), fg=tuple(model.palette[k].tolist()))
-        click.echo(f"cluster {k:3d} {share:6.1%} {bar} {name}".rstrip())
+    wide = max(map(len, model.names))
+    for k, (share, name, colour) in enumerate(zip(model.share.tolist(), model.names, model.palette.tolist())):
+        bar = click.style("#" * max(round(60 * share), 1), fg=tuple(colour))
+        code = "#%02x%02x%02x" % tuple(colour)
+        click.echo(f"cluster {k:3d} {f'{name:{wide}} ' if wide else ''}{share:6.1%} {code} {bar}")
 
 
 # ---- predict ---------------------------------------------------------------------------------------------------
@@ -328,7 +333,7 @@ def document_path(output: Path, kind: str) -> Path:
 def predict_one(model, source, place: Path, target: Path, kind: str, keep, options: dict) -> dict:
     """Segment one image and write what kind asks for; returns its entry for the kinds with one file for all."""
     import numpy as np
-    from stego_images import (IGNORE, cluster_shares, coco_annotations, mask_image, overlay, read_image, with_legend)
+    from stego_images import IGNORE, cluster_shares, coco_annotations, mask_image, read_image
     image = read_image(source)
     if kind == "npz":
         with opened(target) as file:
@@ -339,7 +344,7 @@ def predict_one(model, source, place: Path, target: Path, kind: str, keep, optio
     if keep is not None:
         mask[~np.isin(mask, keep)] = IGNORE
     if kind in ("overlay", "both"):  # first, so that a mask on disk says that the image is done
-        picture = with_legend(overlay(image, mask, model.palette), mask, model.palette, model.labels)
+        picture = legend_overlay(model, image, mask)
         write_picture(picture, target.with_suffix(OVERLAY_SUFFIX) if kind == "both" else target)
     if kind in ("mask", "both"):
         write_picture(mask_image(mask, model.palette), target)
@@ -347,6 +352,11 @@ def predict_one(model, source, place: Path, target: Path, kind: str, keep, optio
         return {}
     inside = {"clusters": cluster_shares(mask, model.labels)} if kind == "json" else {"found": coco_annotations(mask)}
     return {"file_name": place.as_posix(), "height": image.height, "width": image.width, **inside}
+
+
+def legend_overlay(model, image, mask):
+    from stego_images import overlay, with_legend
+    return with_legend(overlay(image, mask, model.palette), mask, model.palette, model.labels)
 
 
 def write_document(model, entries: list[dict], target: Path, kind: str, keep):
@@ -429,6 +439,7 @@ def name(model, names):
 @click.option("--figures", type=click.Path(), help="Write the confusion matrix and example strips into this folder.")
 @click.option("--seed", default=0, show_default=True, help="For the probes and the baseline's k-means.")
 @network_options
+@talk_options
 def evaluate(model, crf, diagnostics, json_file, figures, seed, device, weights, **data):
     """Score a model against ground truth by the published protocol, beside its backbone alone.
 
@@ -470,6 +481,111 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
     for each in (labelled, train):
         each.classes, each.lookup = classes, max(labelled, train, key=lambda found: len(found.classes)).lookup
     return labelled, train
+
+
+# ---- show ------------------------------------------------------------------------------------------------------
+
+@main.command()
+@click.argument("model", default="stego.pt", type=click.Path())
+@click.argument("images", nargs=-1, type=click.Path())
+@click.option("--sheet", type=click.Path(), help="Write a picture of the regions of IMAGES that fit each cluster best.")
+@network_options
+@talk_options
+def show(model, images, sheet, device, weights):
+    """Say what is in MODEL, and show on IMAGES what each cluster is, so that you can name it.
+
+    \b
+    Examples:
+      stego show stego.pt
+      stego show stego.pt images/ --sheet sheet.png
+    """
+    if bool(images) != bool(sheet):
+        raise click.UsageError("Give images and a sheet, or neither: `stego show stego.pt images/ --sheet sheet.png`.")
+    with clear_errors():
+        from stego import Stego, find_images
+        fitted = Stego.load(model, device=device, weights=weights)
+        for line in description(fitted):
+            click.echo(line)
+        print_usage(fitted)
+        if sheet:
+            from stego_images import region_sheet, write_image
+            began, paths = time.monotonic(), [path for path, _ in find_images(images)]
+            captions = [f"{label}\n{share:.1%}" for label, share in zip(fitted.labels, fitted.share.tolist())]
+            regions = fitted.best_regions(paths, progress=Progress())
+            write_image(region_sheet(regions, fitted.palette, captions), sheet)
+            summary(f"{len(paths)} images, {time.monotonic() - began:.0f} s: sheet {sheet}")
+
+
+def description(model) -> list[str]:
+    """How a model was made, for people."""
+    c = model.config
+    weights = " ".join(f"{key} {c[key]:.2f}" for key in ("lambda_self", "lambda_knn", "lambda_rand"))
+    shifts = " ".join(f"{key} {c[key]:.2f}" for key in ("b_self", "b_knn", "b_rand"))
+    return [f"backbone  {c['backbone']}, weights {model.backbone_sha256[:12]}",
+            f"data      {c['crops'] // (5 if c['five_crop'] else 1)} images, {c['crops']} crops",
+            f"training  {c['steps']} steps of {c['batch_size']} crops, codes of {c['code_size']}, seed {c['seed']}",
+            f"balance   {c['balance']}, preset {c['preset']}: {weights} {shifts}"]
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------
+
+@main.command()
+@click.option("-o", "--output", default="stego-demo", show_default=True, type=click.Path(), help="The folder it makes.")
+@click.option("--seed", default=0, show_default=True, help="Other seeds draw other scenes.")
+@talk_options
+def demo(output, seed):
+    """Try everything on drawn scenes, without data and network: fit, predict and score. About two minutes.
+
+    Leaves images, labels, the model, masks, overlays, sheets and scores in a folder.
+
+    \b
+    Example:
+      stego demo
+      stego demo -o /tmp/demo --seed 7
+    """
+    began, output, progress = time.monotonic(), Path(output), Progress()
+    with clear_errors():
+        from stego import Stego, find_images
+        from stego_images import SCENE_CLASSES, mask_image, read_image, region_sheet, write_image
+        from stego_protocol import evaluate, folder_set, headline, table, write_figures, write_json
+        draw_scenes(output, seed, progress)
+        paths = [path for path, _ in find_images(output / "images" / "train")]
+        model = Stego.fit(paths, classes=len(SCENE_CLASSES), backbone="tiny", steps=DEMO_STEPS, seed=seed,
+                          progress=progress)
+        train, val = (folder_set(output / "images" / split, output / "labels" / split, names=output / "classes.txt")
+                      for split in ("train", "val"))
+        report = evaluate(model, val, train=train, seed=seed, progress=progress)
+        model.rename({k: SCENE_CLASSES[c] for k, c in enumerate(headline(report)["assignment"])})
+        model.save(output / "stego.pt")
+        write_json(report, output / "scores.json")
+        write_figures(report, model, val, output / "figures")
+        write_image(model.contact_sheet(paths), output / "stego-fit.png")
+        regions = model.best_regions(paths, progress=progress)
+        write_image(region_sheet(regions, model.palette, model.labels), output / "clusters.png")
+        for done, (path, _) in enumerate(val.pairs, 1):
+            image = read_image(path)
+            mask = model.predict(image)
+            write_image(mask_image(mask, model.palette), output / "masks" / path.name)
+            write_image(legend_overlay(model, image, mask), output / "overlays" / path.with_suffix(".jpg").name)
+            progress("predict", done, len(val.pairs))
+    click.echo(table(report))
+    summary(f"{sum(DEMO_SCENES.values())} drawn scenes, {time.monotonic() - began:.0f} s: everything in {output}")
+
+
+def draw_scenes(folder: Path, seed: int, progress):
+    """images/ and labels/ with train/ and val/, and classes.txt, as `stego eval` reads them."""
+    from PIL import Image
+    from stego_images import SCENE_CLASSES, draw_scene, replacing, write_image
+    number = 0
+    for split, count in DEMO_SCENES.items():
+        for i in range(count):
+            image, labels = draw_scene(1000 * seed + number)
+            write_image(image, folder / "images" / split / f"scene{number:02d}.png")
+            write_image(Image.fromarray(labels), folder / "labels" / split / f"scene{number:02d}.png")
+            number += 1
+            progress("drawing", number, sum(DEMO_SCENES.values()))
+    with replacing(folder / "classes.txt") as part:
+        part.write_text("\n".join(SCENE_CLASSES) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from crf import dense_crf, upsample_along_edges, working_size
@@ -57,6 +58,8 @@ CACHE_SIZE = 8.0        # GB of scratch file for the tokens of all crops
 ENCODE_BATCH = 16       # crops that pass the backbone together
 BALANCE_CROPS = 64      # crops whose correspondences set the b's
 CLUSTER_ROWS = 200_000  # codes that k-means sees
+MATCH_OVERLAP = 1 / 3   # intersection over union from which clusters of two models are one: a Dice score of a half
+REGION = 1 / 3          # side of the squares that show what a cluster is, of the image's shorter side
 MAX_ASPECT = 4          # longer side : shorter side up to which the shorter side gets its full resolution
 STRIP_PIXELS = 50_000   # pixels of a large photo that get their scores at once: temporaries stay in cache
 MAX_CLASSES = 255       # masks are 8 bit and 255 means "ignore"
@@ -316,6 +319,23 @@ def cluster_codes(head, cache: TokenCache, classes: int, *, seed: int = 0, devic
     return kmeans.cluster_centers_[order], share[order]
 
 
+@torch.inference_mode()
+def corresponding(cache: TokenCache, new: "Stego", old: "Stego") -> dict[int, int]:
+    """Which cluster of a new model is which of an older one: {new: old}, by what both say about the same tokens.
+
+    Hungarian matching on intersection over union; pairs that overlap less than MATCH_OVERLAP are left out.
+    """
+    each, K, L = max(CLUSTER_ROWS // len(cache), 1), len(new.centers), len(old.centers)
+    joint = torch.zeros(K, L)
+    for crops in torch.arange(len(cache)).split(256):
+        tokens = cache.sample(crops, each).to(new.device).flatten(0, 1)      # (N, C)
+        mine, theirs = ((model.head(tokens) @ model.centers.T).argmax(1) for model in (new, old))
+        joint += torch.bincount(mine * L + theirs, minlength=K * L).view(K, L).cpu()
+    overlap = joint / (joint.sum(1, keepdim=True) + joint.sum(0) - joint).clamp(min=1)
+    pairs = zip(*(side.tolist() for side in linear_sum_assignment(overlap, maximize=True)))
+    return {k: m for k, m in pairs if overlap[k, m] >= MATCH_OVERLAP}
+
+
 # ---- the model -------------------------------------------------------------------------------------------------
 
 class Stego:
@@ -338,7 +358,7 @@ class Stego:
     @classmethod
     def fit(cls, images, *, classes: int = 27, backbone: str = "auto", weights=None, preset: str | None = None,
             balance: str | None = None, seed: int = 0, device: str = "auto", cache_size: float = CACHE_SIZE,
-            progress=None, **overrides) -> "Stego":
+            match=None, progress=None, **overrides) -> "Stego":
         """Find what recurs in images.
 
         Args:
@@ -353,6 +373,8 @@ class Stego:
             seed: same images, seed, machine and threads: same model.
             device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", "mps".
             cache_size: bound of the token cache, in GB (10^9 bytes).
+            match: an earlier model over the same backbone, or its path; clusters that correspond to clusters of it
+                bear their numbers, names and colours.
             progress: called as progress(stage, done, total).
 
         Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
@@ -363,6 +385,7 @@ class Stego:
         paths = [path for path, _ in find_images(images)]
         network = load_backbone(backbone, weights=weights, device=device, progress=progress is not None)
         config["backbone"] = network.name
+        earlier = None if match is None else _earlier(match, network, device)
         with torch.random.fork_rng():                                        # leaves the caller's generator alone
             torch.manual_seed(seed)
             cache = encode(network, paths, five_crop=config["five_crop"], cache_size=cache_size, device=device,
@@ -376,6 +399,8 @@ class Stego:
         config["crops"] = len(cache)
         model = cls(config, head, centers, share, backbone_sha256=network.sha256, device=device, weights=weights)
         model._backbone = network
+        if earlier is not None:
+            model.take_over(earlier, corresponding(cache, model, earlier))
         return model
 
     @property
@@ -427,6 +452,23 @@ class Stego:
             raise ValueError(f"The model has no cluster {sorted(unknown)[0]!r}; it has the numbers 0 to "
                              f"{len(labels) - 1} and the names {', '.join(filter(None, self.names)) or '(none yet)'}.")
         return [k for k, label in enumerate(labels) if wanted & {label, str(k)}]
+
+    def take_over(self, earlier: "Stego", same: dict[int, int]):
+        """Renumber: clusters that are the earlier model's ({mine: its}) bear its numbers, names and colours.
+
+        The others get the numbers that are left over, and colours that the earlier model does not use. A number that
+        this smaller model does not have is lost, its name and colour are kept.
+        """
+        K = len(self.centers)
+        number = {k: m for k, m in same.items() if m < K}
+        free = iter(sorted(set(range(K)) - set(number.values())))
+        order = sorted(range(K), key=lambda k: number[k] if k in number else next(free))
+        self.centers, self.share = self.centers[order], self.share[order]
+        used = set(map(tuple, earlier.palette.tolist()))
+        kept = [earlier.palette[m] for m in range(len(earlier.palette)) if m not in same.values()]
+        unused = iter([colour for colour in voc_palette(MAX_CLASSES) if tuple(colour.tolist()) not in used] + kept)
+        self.palette = np.array([earlier.palette[same[k]] if k in same else next(unused) for k in order], np.uint8)
+        self.names = [earlier.names[same[k]] if k in same else "" for k in order]
 
     @torch.inference_mode()
     def predict(self, image, *, resolution: int = RESOLUTION, crf: bool = True,
@@ -491,6 +533,36 @@ class Stego:
                 continue                                                     # fit has named it already
         return contact_sheet(pairs, self.palette)
 
+    @torch.inference_mode()
+    def best_regions(self, images, *, count: int = 6, resolution: int = RESOLUTION, progress=None) -> list[list[tuple]]:
+        """What each cluster is: the `count` squares of images that fit it best, at most one an image.
+
+        The fit of a square is the mean over it of the cosine to the centre, 0 where another cluster is nearer.
+        Returns for each cluster (picture, mask (side, side) uint8) pairs, the best first.
+        """
+        found = [[] for _ in self.centers]                                   # of (fit, picture, mask)
+        for done, path in enumerate(images, 1):
+            try:
+                picture = read_image(path)
+                picture = picture.resize(self._working_size(picture, resolution), BILINEAR)
+            except (ValueError, FileNotFoundError) as error:
+                log.warning("Skipped: %s", error)
+                continue
+            cosines = along(F.normalize(self._image_codes(picture, resolution), dim=1), self.centers)  # (1, K, h, w)
+            mask = upsampled_argmax(cosines[0], picture.height, picture.width)
+            won = cosines.clamp(min=0) * (cosines == cosines.amax(1, keepdim=True))
+            side = max(round(min(won.shape[2:]) * REGION), 1)
+            fits = F.avg_pool2d(won, side, stride=1)[0]                      # (K, y, x)
+            for k, (fit, at) in enumerate(zip(*(each.tolist() for each in fits.flatten(1).max(1)))):
+                if fit > 0 and (len(found[k]) < count or fit > found[k][-1][0]):
+                    y, x = (i * self.backbone.patch for i in divmod(at, fits.shape[2]))
+                    end = side * self.backbone.patch
+                    region = (fit, picture.crop((x, y, x + end, y + end)), mask[y:y + end, x:x + end].copy())
+                    found[k] = sorted([*found[k], region], key=lambda each: -each[0])[:count]
+            if progress:
+                progress("regions", done, len(images))
+        return [[(picture, mask) for _, picture, mask in regions] for regions in found]
+
     def save(self, path):
         """Write the model: one file, a plain dict of tensors and values; without the backbone's weights."""
         state = dict(format=FORMAT, version=VERSION, config=self.config, backbone_sha256=self.backbone_sha256,
@@ -530,7 +602,7 @@ class Stego:
         return model
 
     @classmethod
-    def load(cls, path, *, device: str = "auto", weights=None) -> "Stego":
+    def load(cls, path, *, device="auto", weights=None) -> "Stego":
         """Read a saved model, or a checkpoint of the reference implementation (`cityscapes_vit_base_1.ckpt`).
 
         weights: a local file for its backbone, if not in the torch cache.
@@ -578,7 +650,17 @@ def fit_config(*, classes: int, preset: str | None = None, balance: str | None =
     return dict(classes=classes, preset=preset, balance=balance, seed=seed, cache_size=cache_size, **config)
 
 
-def pick_device(device: str = "auto") -> torch.device:
+def _earlier(match, network, device) -> Stego:
+    """The model to match; ValueError if it sees other features."""
+    earlier = match if isinstance(match, Stego) else Stego.load(match, device=device)
+    if earlier.backbone_sha256 != network.sha256:
+        raise ValueError(f"The model to match was fitted on {earlier.config['backbone']} weights "
+                         f"{earlier.backbone_sha256[:12]}…, this fit uses {network.name} {network.sha256[:12]}…; "
+                         "clusters are compared on the same features: choose that backbone, or do not match.")
+    return earlier
+
+
+def pick_device(device="auto") -> torch.device:
     """"auto" takes CUDA where there is one; ValueError for a device that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""What predict writes, format by format, and the names of clusters."""
+"""What predict writes, format by format."""
 
 import io
 import json
@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from conftest import run
 from PIL import Image
 
@@ -207,45 +206,6 @@ def test_one_bad_image_is_not_in_the_document(here, scenes, saved):
     result = run("predict", "in", "-m", saved, "--format", "coco", *FAST, code=1)
     assert [each["file_name"] for each in json.loads((here / "stego-out/coco.json").read_text())["images"]] == ["a.png"]
     assert "Error: Cannot read in/bad.jpg" in result.stderr and "1 of 2 images" in result.stdout
-
-
-# ---- names -----------------------------------------------------------------------------------------------------
-
-def test_names_are_kept(here, scenes, saved):
-    (here / "stego.pt").write_bytes(saved.read_bytes())
-    shown = run("name", "stego.pt", "0=sky", "2=brick wall", "1=Straße").stdout
-    assert "sky" in shown and "brick wall" in shown and "Straße" in shown
-    before, after = Stego.load(saved), Stego.load("stego.pt")
-    assert before.names == ["", "", ""] and after.names == ["sky", "Straße", "brick wall"]
-    assert torch.equal(before.centers, after.centers) and np.array_equal(before.palette, after.palette)
-    assert torch.equal(before.head.linear.weight, after.head.linear.weight) and before.config == after.config
-    run("name", "stego.pt", "1=")
-    assert Stego.load("stego.pt").labels == ["sky", "1", "brick wall"]
-
-
-@pytest.mark.parametrize("given, code, message", [
-    ("road", 2, "3=road"), ("x=road", 2, "3=road"), ("-1=road", 2, ""), ("3=road", 1, "has 0 to 2"),
-    ("0=7", 1, "no number"), ("0=a,b", 1, "without comma"), ("0=a=b", 1, "without comma"), ("0=a\tb", 1, "without")])
-def test_bad_names(here, saved, given, code, message):
-    before = saved.read_bytes()
-    assert message in run("name", saved, given, code=code).stderr
-    assert saved.read_bytes() == before
-
-
-def test_a_model_without_names_is_read(here, saved):
-    state = torch.load(saved, weights_only=True)
-    del state["names"]
-    torch.save(state, "old.pt")
-    assert Stego.load("old.pt").labels == ["0", "1", "2"]
-    torch.save(state | {"names": ["a", 1, "b"]}, "odd.pt")
-    with pytest.raises(ValueError, match="damaged"):
-        Stego.load("odd.pt")
-
-
-def test_one_name_for_two_clusters(saved):
-    model = Stego.load(saved)
-    model.rename({0: "ground", 2: "ground"})
-    assert model.select(["ground"]) == [0, 2] and model.select(["1", "ground"]) == [0, 1, 2] and model.select([2]) == [2]
 
 
 # ---- how much is said ------------------------------------------------------------------------------------------

@@ -1,0 +1,151 @@
+"""Knowing one's clusters: names, `stego show` with its sheet, and ids that outlive a new fit."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+
+from stego import Stego, corresponding, encode
+from stego_images import region_sheet, voc_palette
+
+
+@pytest.fixture
+def copy(here, saved):
+    (here / "stego.pt").write_bytes(saved.read_bytes())
+    return here / "stego.pt"
+
+
+# ---- names -----------------------------------------------------------------------------------------------------
+
+def test_names_are_kept(here, scenes, saved):
+    (here / "stego.pt").write_bytes(saved.read_bytes())
+    shown = run("name", "stego.pt", "0=sky", "2=brick wall", "1=Straße").stdout
+    assert "sky" in shown and "brick wall" in shown and "Straße" in shown
+    before, after = Stego.load(saved), Stego.load("stego.pt")
+    assert before.names == ["", "", ""] and after.names == ["sky", "Straße", "brick wall"]
+    assert torch.equal(before.centers, after.centers) and np.array_equal(before.palette, after.palette)
+    assert torch.equal(before.head.linear.weight, after.head.linear.weight) and before.config == after.config
+    run("name", "stego.pt", "1=")
+    assert Stego.load("stego.pt").labels == ["sky", "1", "brick wall"]
+
+
+@pytest.mark.parametrize("given, code, message", [
+    ("road", 2, "3=road"), ("x=road", 2, "3=road"), ("-1=road", 2, ""), ("3=road", 1, "has 0 to 2"),
+    ("0=7", 1, "no number"), ("0=a,b", 1, "without comma"), ("0=a=b", 1, "without comma"), ("0=a\tb", 1, "without")])
+def test_bad_names(here, saved, given, code, message):
+    before = saved.read_bytes()
+    assert message in run("name", saved, given, code=code).stderr
+    assert saved.read_bytes() == before
+
+
+def test_a_model_without_names_is_read(here, saved):
+    state = torch.load(saved, weights_only=True)
+    del state["names"]
+    torch.save(state, "old.pt")
+    assert Stego.load("old.pt").labels == ["0", "1", "2"]
+    torch.save(state | {"names": ["a", 1, "b"]}, "odd.pt")
+    with pytest.raises(ValueError, match="damaged"):
+        Stego.load("odd.pt")
+
+
+def test_one_name_for_two_clusters(saved):
+    model = Stego.load(saved)
+    model.rename({0: "ground", 2: "ground"})
+    assert model.select(["ground"]) == [0, 2] and model.select(["1", "ground"]) == [0, 1, 2] and model.select([2]) == [2]
+
+
+# ---- show ------------------------------------------------------------------------------------------------------
+
+def test_show_says_how_the_model_was_made(copy):
+    run("name", copy, "1=ground")
+    model, shown = Stego.load(copy), run("show", copy).stdout
+    c = model.config
+    for text in ("tiny", model.backbone_sha256[:12], "12 images, 60 crops", f"{c['steps']} steps of {c['batch_size']}",
+                 "balance   auto", f"b_rand {c['b_rand']:.2f}", "seed 0", "ground", "#800000"):
+        assert text in shown
+    assert shown.count("cluster ") == 3 and f"{model.share[0]:.1%}" in shown
+    assert run("show").stdout == shown                                       # ./stego.pt unless named
+
+
+def test_sheet_shows_regions_of_each_cluster(copy, scenes, model):
+    result = run("show", copy, scenes, "--sheet", "sheet.png")
+    assert "12 images" in result.stdout
+    with Image.open("sheet.png") as sheet:
+        assert sheet.height == 8 + 3 * 128 and sheet.width > 6 * 128
+    regions = model.best_regions(sorted(scenes.rglob("*.png"))[:8], count=3, resolution=96)
+    for k, row in enumerate(regions):
+        assert len(row) == 3
+        shares = [(mask == k).mean() for _, mask in row]
+        assert min(shares) > 0.5 and all(picture.size == mask.shape == (32, 32) for picture, mask in row)
+
+
+def test_sheet_and_images_belong_together(copy, scenes):
+    assert "images and a sheet" in run("show", copy, scenes, code=2).stderr
+    assert "images and a sheet" in run("show", copy, "--sheet", "s.png", code=2).stderr
+    assert "No model at none.pt" in run("show", "none.pt", code=1).stderr
+
+
+def test_regions_of_other_clusters_are_pale():
+    picture, mask = Image.new("RGB", (20, 20), "black"), np.zeros((20, 20), np.uint8)
+    mask[:, 10:] = 1
+    sheet = np.asarray(region_sheet([[(picture, mask)], []], voc_palette(2), ["a\n1 %", "b"]))
+    cell = sheet[8:128, -128:-8]
+    assert cell[60, 20].max() < 10 and cell[60, 100].min() > 180
+
+
+# ---- fit --match -----------------------------------------------------------------------------------------------
+
+def test_the_same_data_fitted_anew_keeps_numbers_names_and_colours(scenes, saved, tmp_path):
+    earlier = Stego.load(saved)
+    earlier.take_over(earlier, {0: 2, 1: 0, 2: 1})                           # another order than by share
+    earlier.rename({0: "a", 1: "b", 2: "c"})
+    earlier.palette = np.array([[9, 0, 0], [0, 9, 0], [0, 0, 9]], np.uint8)
+    earlier.save(tmp_path / "earlier.pt")
+    again = Stego.fit(scenes, classes=3, backbone="tiny", steps=60, batch_size=8, seed=5, match=tmp_path / "earlier.pt")
+    assert again.names == ["a", "b", "c"] and np.array_equal(again.palette, earlier.palette)
+    image = np.asarray(Image.open(scenes / "scene00.png").convert("RGB"))
+    before, after = (model.predict(image, crf=False, resolution=160) for model in (earlier, again))
+    assert (before == after).mean() > 0.8
+
+
+def test_clusters_correspond_by_what_they_cover(scenes, model):
+    cache = encode(model.backbone, sorted(scenes.rglob("*.png"))[:3], five_crop=False)
+    other = Stego(model.config, model.head, model.centers[[2, 0, 1]], model.share, backbone_sha256="")
+    assert corresponding(cache, other, model) == {0: 2, 1: 0, 2: 1}
+    other.centers = torch.nn.functional.normalize(torch.randn(40, model.centers.shape[1]), dim=1)
+    assert len(corresponding(cache, other, model)) < 3                       # many small ones are not the large ones
+
+
+@pytest.mark.parametrize("classes, same, shares, names", [
+    (3, {0: 1}, [1, 0, 2], ["", "b", ""]),
+    (3, {}, [0, 1, 2], ["", "", ""]),
+    (2, {1: 2}, [0, 1], ["", "c"]),                                          # number 2 is gone, the name stays
+    (4, {3: 0, 0: 2}, [3, 1, 0, 2], ["a", "", "c", ""]),
+])
+def test_take_over(model, classes, same, shares, names):
+    earlier = Stego(model.config, model.head, model.centers, model.share, backbone_sha256="", names=["a", "b", "c"])
+    new = Stego(model.config, model.head, torch.eye(classes, 70), torch.arange(classes), backbone_sha256="")
+    new.take_over(earlier, same)
+    assert new.names == names
+    assert new.share.tolist() == shares and new.centers.argmax(1).tolist() == shares
+    colours = {tuple(colour) for colour in new.palette.tolist()}
+    assert len(colours) == classes
+    for k, m in same.items():
+        assert tuple(earlier.palette[m]) in colours
+    assert len(colours & {tuple(colour) for colour in earlier.palette.tolist()}) == len(same)
+
+
+def test_many_clusters_still_have_colours(model):
+    full = Stego(model.config, model.head, torch.eye(255), torch.ones(255), backbone_sha256="")
+    new = Stego(model.config, model.head, torch.eye(255), torch.ones(255), backbone_sha256="")
+    new.take_over(full, {k: 254 - k for k in range(100)})
+    assert len({tuple(colour) for colour in new.palette.tolist()}) == 255
+
+
+def test_only_models_over_the_same_features_match(here, scenes, saved):
+    state = torch.load(saved, weights_only=True)
+    torch.save(state | {"backbone_sha256": "0" * 64}, "other.pt")
+    args = ("fit", scenes / "scene00.png", "-k", 2, "--backbone", "tiny", "--steps", 1, "--match")
+    assert "clusters are compared on the same features" in run(*args, "other.pt", code=1).stderr
+    assert "No model at none.pt" in run(*args, "none.pt", code=1).stderr
