@@ -83,7 +83,7 @@ def test_legend_shows_the_clusters_present(width):
     strip = shown[50:].reshape(-1, 3)
     have = [(strip == colour).all(1).sum() for colour in palette]
     assert have[0] > 80 and have[1] == 0 and have[2] > 80
-    assert (strip == 0).all(1).any() and shown.shape[1] >= width             # there is writing
+    assert (strip.max(1) < 60).any() and shown.shape[1] >= width             # there is writing
 
 
 def test_overlay_formats(here, scenes, saved):
