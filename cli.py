@@ -545,6 +545,7 @@ def demo(output, seed):
     """
     began, output, progress = time.monotonic(), Path(output), Progress()
     with clear_errors():
+        import numpy as np
         from stego import Stego, find_images
         from stego_images import SCENE_CLASSES, mask_image, read_image, region_sheet, write_image
         from stego_protocol import evaluate, folder_set, headline, table, write_figures, write_json
@@ -555,7 +556,8 @@ def demo(output, seed):
         train, val = (folder_set(output / "images" / split, output / "labels" / split, names=output / "classes.txt")
                       for split in ("train", "val"))
         report = evaluate(model, val, train=train, seed=seed, progress=progress)
-        model.rename({k: SCENE_CLASSES[c] for k, c in enumerate(headline(report)["assignment"])})
+        most = np.argmax(headline(report)["confusion"], 0)                   # the class that most of a cluster is
+        model.rename({k: SCENE_CLASSES[c] for k, c in enumerate(most)})
         model.save(output / "stego.pt")
         write_json(report, output / "scores.json")
         write_figures(report, model, val, output / "figures")

@@ -475,8 +475,8 @@ class _Scene:
         self.rng, self.size, self.shape = rng, (width, height), (height, width)
         self.focus, self.middle = 0.9 * width, width * rng.uniform(0.35, 0.65)  # pixels
         self.horizon = height * rng.uniform(0.38, 0.52)
-        self.sun = rng.choice([-1, 1]) * rng.uniform(0.3, 1.2) * (rng.random() < 0.75)  # shadow a metre; 0: overcast
-        self.warm = 1 + rng.uniform(-0.02, 0.1) * np.array([1, 0.3, -1])
+        self.sun = rng.choice([-1, 1]) * rng.uniform(0.3, 1.2) * (rng.random() < 0.8)  # shadow a metre; 0: overcast
+        self.warm = 1 + rng.uniform(-0.01, 0.04) * np.array([1, 0.3, -1])
         self.pale = np.array([205, 218, 232]) + rng.normal(0, 6, 3)          # the sky at the horizon
         self.pixels, self.labels = np.zeros((*self.shape, 3)), np.zeros(self.shape, np.uint8)
         self.shaded, self.grain, self.patches = np.zeros(self.shape, bool), self.noise(1), self.noise(24)
@@ -526,11 +526,11 @@ class _Scene:
         """Sky with clouds, three ridges of hills, meadows and a road `half` metres to each side of its middle."""
         rng, (height, width) = self.rng, self.shape
         rows, columns = np.arange(height)[:, None] + np.zeros(width), np.arange(width) / width
-        top = np.array([70, 120, 195]) + rng.normal(0, 9, 3) if self.sun else np.array([165, 172, 182])
+        top = np.array([70, 120, 195]) + rng.normal(0, 9, 3) if self.sun else np.array([150, 166, 188])
         self.pixels[:] = top + (self.pale - top) * np.clip(rows / self.horizon, 0, 1)[..., None]
         clouds = np.clip(self.noise(60) - rng.uniform(0, 0.8), 0, 1)[..., None]
         self.pixels += (245 - self.pixels) * clouds * (0.9 if self.sun else 0.4)
-        high = height * rng.uniform(0.05, 0.25)
+        high = height * rng.uniform(0.1, 0.3)
         for z in (90, 50, 25):
             waves = sum(np.sin(columns * rng.uniform(2, 5) * k + rng.uniform(0, 7)) / k for k in (1, 2, 4, 7))
             ridge = rows > self.horizon - high * (0.45 + 0.35 * waves)

@@ -1,0 +1,71 @@
+"""Drawn scenes, and the demo that is made of them."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import run
+from PIL import Image
+
+import cli
+from stego_images import BUILDING, CAR, GRASS, ROAD, SCENE_CLASSES, SKY, TREE, draw_scene
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return [draw_scene(seed, 96, 128) for seed in range(16)]
+
+
+def test_scenes_are_labelled_pictures(drawn):
+    shares = np.zeros(len(SCENE_CLASSES))
+    for image, labels in drawn:
+        assert image.mode == "RGB" and image.size == (128, 96)
+        assert labels.shape == (96, 128) and labels.dtype == np.uint8 and labels.max() < len(SCENE_CLASSES)
+        assert labels[:, 40:90].min() == SKY and labels[-1, 64] in (ROAD, CAR)  # the sky above, a road underfoot
+        shares += np.bincount(labels.ravel(), minlength=len(SCENE_CLASSES)) / labels.size / len(drawn)
+    assert (shares > 0.005).all() and shares.sum() == pytest.approx(1)
+
+
+def test_scenes_differ_and_seeds_repeat(drawn):
+    again = draw_scene(3, 96, 128)
+    assert np.array_equal(again[0], drawn[3][0]) and np.array_equal(again[1], drawn[3][1])
+    assert len({labels.tobytes() for _, labels in drawn}) == len(drawn)
+
+
+def test_what_is_drawn_looks_its_part(drawn):
+    """Sky is bluer than red, grass green; trees and buildings have texture or windows: not flat areas of paint."""
+    pixels = np.concatenate([np.asarray(image, float).reshape(-1, 3) for image, _ in drawn])
+    labels = np.concatenate([labels.ravel() for _, labels in drawn])
+    mean = {c: pixels[labels == c].mean(0) for c in range(len(SCENE_CLASSES))}
+    assert mean[SKY][2] > mean[SKY][0] and mean[GRASS].argmax() == 1 and mean[TREE].argmax() == 1
+    assert np.ptp(mean[ROAD]) < 12                                           # grey
+    for image, labels in drawn:
+        grey = np.asarray(image.convert("L"), float)
+        for c in (TREE, BUILDING):
+            if (labels == c).mean() > 0.05:
+                assert grey[labels == c].std() > 8
+
+
+def test_scenes_of_any_size():
+    for height, width in ((24, 300), (200, 40)):
+        image, labels = draw_scene(1, height, width)
+        assert image.size == (width, height) and labels.shape == (height, width)
+
+
+def test_demo_leaves_everything(here, monkeypatch):
+    monkeypatch.setattr(cli, "DEMO_SCENES", {"train": 3, "val": 2})
+    monkeypatch.setattr(cli, "DEMO_STEPS", 10)
+    result = run("demo")
+    place = here / "stego-demo"
+    names = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+    scenes = [f"{split}/scene{i:02d}.png" for split, numbers in (("train", range(3)), ("val", range(3, 5))) for i in numbers]
+    assert names == {f"{kind}/{name}" for kind in ("images", "labels") for name in scenes} | {
+        "classes.txt", "stego.pt", "stego-fit.png", "clusters.png", "scores.json", "figures/confusion.png",
+        "figures/strips.png", "masks/scene03.png", "masks/scene04.png", "overlays/scene03.jpg", "overlays/scene04.jpg"}
+    scores = json.loads((place / "scores.json").read_text())
+    assert scores["classes"] == list(SCENE_CLASSES) and scores["images"] == 2
+    best = max(each["accuracy"] for each in scores["results"] if each["features"] == "stego")
+    assert f"{100 * best:.1f}" in result.stdout and "everything in stego-demo" in result.stdout
+    with Image.open(place / "masks/scene03.png") as mask:
+        assert mask.mode == "P" and np.asarray(mask).max() < len(SCENE_CLASSES)
+    assert set(run("show", "stego-demo/stego.pt").stdout.split()) & set(SCENE_CLASSES)
