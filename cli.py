@@ -85,9 +85,9 @@ def talk_options(command):
         if given:
             log.setLevel(logging.ERROR if option.name == "quiet" else logging.INFO)
     quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=set_level,
-                         help="Say nothing but errors.")
+                         help="No progress, warnings and summary; errors only.")
     verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=set_level,
-                           help="Say what is done with each image and what was chosen.")
+                           help="Also say what was chosen, and what was written where.")
     return quiet(verbose(command))
 
 
@@ -107,7 +107,8 @@ def network_options(command):
     """Options of everything that runs the backbone."""
     command = click.option("--max-megapixels", type=float, callback=limit_pixels, expose_value=False,
                            help="Refuse larger images.  [default: 179]")(command)
-    command = click.option("--weights", type=click.Path(), help="Local file with the backbone's weights.")(command)
+    command = click.option("--weights", type=click.Path(), help="Local file with the backbone's weights.  "
+                           "[default: the torch cache's, or a download]")(command)
     return click.option("--device", default="auto", show_default=True,
                         help="cpu, cuda, cuda:1, mps; auto takes CUDA where there is one.")(command)
 
@@ -122,10 +123,17 @@ def dataset_root(dataset: str, root) -> Path:
     return Path(root) if root else Path(os.environ.get("STEGO_DATA", "data")) / dataset
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="stego", prog_name="stego")
 def main():
-    """Segment images without labels: find what recurs in a folder, then find it in any image."""
+    """Segment images without labels: find what recurs in a folder, then find it in any image.
+
+    \b
+    Examples:
+      stego demo                         try everything on drawn scenes
+      stego fit ./images                 find what recurs in them: ./stego.pt
+      stego predict img.jpg -o mask.png  segment with ./stego.pt
+    """
     log.handlers, log.propagate = [StderrHandler()], False
     log.setLevel(logging.WARNING)
     if os.environ.get("NO_COLOR"):
@@ -134,8 +142,8 @@ def main():
 
 # ---- fit -------------------------------------------------------------------------------------------------------
 
-@main.command()
-@click.argument("images", nargs=-1)
+@main.command(short_help="Find what recurs in images.")
+@click.argument("images", nargs=-1, type=click.Path())
 @dataset_options
 @click.option("-k", "--classes", default=27, show_default="27, or the dataset's", help="Number of segments, 1 to 255.")
 @click.option("-o", "--output", default="stego.pt", show_default=True, help="Where the model goes.")
@@ -194,7 +202,8 @@ def fit(images, output, dataset, root, classes, preset, **options):
         from stego_images import write_image
         sheet = output.with_name(f"{output.stem}-fit.png")
         write_image(model.contact_sheet(paths), sheet)
-    print_usage(model)
+    if not is_quiet():
+        print_usage(model)
     for key, value in model.config.items():
         log.info("%s: %s", key, value)
     summary(f"{len(paths)} images, {model.config['backbone']}, {time.monotonic() - began:.0f} s: "
@@ -202,9 +211,7 @@ def fit(images, output, dataset, root, classes, preset, **options):
 
 
 def print_usage(model):
-    """One line a cluster: its colour, number, share of the training images, name."""
-    if is_quiet():
-        return
+    """One line a cluster: its number, name, share of the training images, colour."""
     wide = max(map(len, model.names))
     for k, (share, name, colour) in enumerate(zip(model.share.tolist(), model.names, model.palette.tolist())):
         bar = click.style("#" * max(round(60 * share), 1), fg=tuple(colour))
@@ -214,7 +221,7 @@ def print_usage(model):
 
 # ---- predict ---------------------------------------------------------------------------------------------------
 
-@main.command()
+@main.command(short_help="Segment images with a fitted model.")
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @model_option
 @click.option("-o", "--output", default="stego-out", show_default=True, type=click.Path(),
@@ -399,7 +406,7 @@ def write_picture(picture, target: Path):
 
 # ---- name ------------------------------------------------------------------------------------------------------
 
-@main.command()
+@main.command(short_help="Give clusters of a model names.")
 @click.argument("model", type=click.Path())
 @click.argument("names", nargs=-1, required=True, metavar="NUMBER=NAME...")
 @talk_options
@@ -420,23 +427,27 @@ def name(model, names):
         fitted = Stego.load(model, device="cpu")
         fitted.rename({int(first): last.strip() for first, _, last in pairs})
         fitted.save(model)
-    print_usage(fitted)
+    if not is_quiet():
+        print_usage(fitted)
 
 
 # ---- eval ------------------------------------------------------------------------------------------------------
 
-@main.command("eval")
+@main.command("eval", short_help="Score a model against ground truth.")
 @dataset_options
 @click.option("--images", type=click.Path(), help="In place of --dataset: a folder of your own images,")
 @click.option("--labels", type=click.Path(), help="and one of their label maps, paired by stem; 255 is ignored.")
-@click.option("--names", type=click.Path(), help="Text file with the names of your classes, one a line.")
-@click.option("--train-images", type=click.Path(), help="Your train images, for the linear probe and the baseline,")
-@click.option("--train-labels", type=click.Path(), help="and their label maps.")
+@click.option("--names", type=click.Path(), help="Text file, the name of a class a line.  [default: class 0, ...]")
+@click.option("--train-images", type=click.Path(),
+              help="Train images, for the linear probe and the baseline,  [default: none]")
+@click.option("--train-labels", type=click.Path(), help="and their label maps.  [default: none]")
 @model_option
 @click.option("--crf/--no-crf", default=True, show_default=True, help="Score with the dense CRF as well (slow).")
 @click.option("--diagnostics", is_flag=True, help="Also what correspondences know about labels (Sec. 3.1, A.6).")
-@click.option("--json", "json_file", type=click.Path(), help="Write everything that was measured to this file.")
-@click.option("--figures", type=click.Path(), help="Write the confusion matrix and example strips into this folder.")
+@click.option("--json", "json_file", type=click.Path(),
+              help="Write everything that was measured to this file.  [default: none]")
+@click.option("--figures", type=click.Path(),
+              help="Write the confusion matrix and example strips into this folder.  [default: none]")
 @click.option("--seed", default=0, show_default=True, help="For the probes and the baseline's k-means.")
 @network_options
 @talk_options
@@ -448,6 +459,7 @@ def evaluate(model, crf, diagnostics, json_file, figures, seed, device, weights,
       stego eval --dataset cityscapes --root ~/data/cityscapes
       stego eval --images val/ --labels val_labels/ --names classes.txt --json scores.json --figures figures/
     """
+    began = time.monotonic()
     with clear_errors():
         labelled, train = labelled_sets(**data)
         import stego_protocol
@@ -461,6 +473,8 @@ def evaluate(model, crf, diagnostics, json_file, figures, seed, device, weights,
             stego_protocol.write_json(report, json_file)
         if figures:
             stego_protocol.write_figures(report, fitted, labelled, figures)
+    outputs = " and ".join(str(each) for each in (json_file, figures) if each)
+    summary(f"{report['images']} images, {time.monotonic() - began:.0f} s" + (f": {outputs}" if outputs else ""))
 
 
 def labelled_sets(dataset, root, images, labels, names, train_images, train_labels):
@@ -485,10 +499,11 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
 
 # ---- show ------------------------------------------------------------------------------------------------------
 
-@main.command()
+@main.command(short_help="Say and show what is in a model.")
 @click.argument("model", default="stego.pt", type=click.Path())
 @click.argument("images", nargs=-1, type=click.Path())
-@click.option("--sheet", type=click.Path(), help="Write a picture of the regions of IMAGES that fit each cluster best.")
+@click.option("--sheet", type=click.Path(),
+              help="Write a picture of the regions of IMAGES that fit each cluster best.  [default: none]")
 @network_options
 @talk_options
 def show(model, images, sheet, device, weights):
@@ -529,7 +544,7 @@ def description(model) -> list[str]:
 
 # ---- demo ------------------------------------------------------------------------------------------------------
 
-@main.command()
+@main.command(short_help="Try everything on drawn scenes, without data and network.")
 @click.option("-o", "--output", default="stego-demo", show_default=True, type=click.Path(), help="The folder it makes.")
 @click.option("--seed", default=0, show_default=True, help="Other seeds draw other scenes.")
 @talk_options
@@ -591,4 +606,4 @@ def draw_scenes(folder: Path, seed: int, progress):
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="stego")

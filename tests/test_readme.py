@@ -1,54 +1,177 @@
-"""README's commands run as printed, on drawn images."""
+"""README's commands run as printed, in its order, on drawn images; and nothing is left undocumented."""
 
+import inspect
+import json
 import re
-import shutil
+import shlex
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import click
+import numpy as np
 import pytest
+from conftest import run
+from PIL import Image
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+import cli
+from stego_images import SCENE_CLASSES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = cli.main.commands
+OPTIONS = [(command, option) for command in COMMANDS.values() for option in command.params
+           if isinstance(option, click.Option)]
+INPUTS = {"dataset", "root", "images", "labels"}                             # what a command works on has no default
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
+def lines() -> list[str]:
+    """The commands of README's shell blocks, in order."""
+    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+    return [line.split(" #")[0].strip() for line in text.splitlines() if line.strip()]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, scenes):
-    """A folder as README supposes it: images/ and img.jpg."""
+    """A folder as README supposes it, after all its commands: images/, more/, img.jpg and what the commands left."""
     folder = tmp_path_factory.mktemp("readme")
-    shutil.copytree(scenes, folder / "images")
-    from PIL import Image
-    Image.open(scenes / "scene00.png").convert("RGB").save(folder / "img.jpg")
-    return folder
+    for name, start in (("images", 0), ("more", 3)):
+        (folder / name).mkdir()
+        for i in range(start, start + 3):
+            Image.open(scenes / f"scene{i:02d}.png").save(folder / name / f"{i}.jpg")
+    Image.open(scenes / "scene00.png").save(folder / "img.jpg")
+    tool = folder / "bin" / "stego"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\nexec {sys.executable} -m cli "$@"\n')
+    tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(cli, "DEMO_SCENES", {"train": 2, "val": 1})
+        patch.setattr(cli, "DEMO_STEPS", 10)
+        patch.setattr("stego_protocol.ROUNDS", 1)                            # of the linear probe
+        patch.setattr("stego_protocol.PROBE_ROWS", 4000)
+        patch.setattr("stego.CLUSTER_ROWS", 4000)                            # that k-means sees
+        patch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+        said = {line: execute(line) for line in lines() if not line.startswith("pipx")}
+    assert len(said) >= 12
+    return folder, said
 
 
-def test_commands_run_as_printed(place):
-    commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    commands = [command for command in commands if re.match(r"stego (fit|predict)", command)]
-    assert len(commands) >= 3
-    for command in commands:
-        command = command.replace("stego ", f"{sys.executable} -m cli ", 1)
-        command = re.sub(r"-m cli fit", "-m cli fit --backbone tiny --steps 20", command)
-        result = subprocess.run(command, shell=True, cwd=place, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, (command, result.stderr)
-    assert (place / "stego.pt").is_file() and (place / "stego-fit.png").is_file() and (place / "mask.png").is_file()
+def execute(line: str) -> str:
+    """Run one command; a pipe through the shell, all others here, where torch is loaded already."""
+    if "|" in line:
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (line, done.stderr)
+        return done.stdout
+    tool, *args = shlex.split(line)
+    assert tool == "stego", line
+    return run(*args, *(["--backbone", "tiny", "--steps", 10] if args[0] == "fit" else [])).stdout
+
+
+# ---- every command, as printed ---------------------------------------------------------------------------------
+
+def test_commands_leave_what_readme_says(place):
+    folder, _ = place
+    for name in ("stego.pt", "stego-fit.png", "out/0.png", "out/0.overlay.jpg", "sheet.png", "twelve.pt", "newer.pt"):
+        assert (folder / name).is_file(), name
+    assert (folder / "mask.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert set(np.unique(Image.open(folder / "road.png"))) <= {0, 2, 255}
+    assert len(json.loads((folder / "shares.json").read_text())["images"]) == 3
+    assert json.loads((folder / "coco.json").read_text())["categories"][0]["name"] == "road"
+    assert set(np.load(folder / "img.npz")) == {"probabilities", "names", "size"}
+    assert json.loads((folder / "scores.json").read_text())["images"] == 1 and list((folder / "figures").iterdir())
+
+
+def test_demo_leaves_everything(place):
+    folder, said = place
+    demo = folder / "stego-demo"
+    names = {path.relative_to(demo).as_posix() for path in demo.rglob("*") if path.is_file()}
+    scenes = ["train/scene00.png", "train/scene01.png", "val/scene02.png"]
+    assert names == {f"{kind}/{name}" for kind in ("images", "labels") for name in scenes} | {
+        "classes.txt", "stego.pt", "stego-fit.png", "clusters.png", "scores.json", "figures/confusion.png",
+        "figures/strips.png", "masks/scene02.png", "overlays/scene02.jpg"}
+    scores = json.loads((demo / "scores.json").read_text())
+    assert scores["classes"] == list(SCENE_CLASSES) and scores["images"] == 1
+    best = max(each["accuracy"] for each in scores["results"] if (each["features"], each["probe"]) == ("stego", "cluster"))
+    assert f"{100 * best:.1f}" in said["stego demo"] and "3 drawn scenes" in said["stego demo"]
+    with Image.open(demo / "masks/scene02.png") as mask:
+        assert mask.mode == "P" and np.asarray(mask).max() < len(SCENE_CLASSES)
+    assert set(run("show", demo / "stego.pt").stdout.split()) & set(SCENE_CLASSES)
 
 
 def test_python_snippets_run_as_printed(place):
+    folder, _ = place
     given = "import torch; image = torch.zeros(3, 8, 9, dtype=torch.uint8); scores = torch.randn(4, 8, 9)\n"
     assert len(blocks("python")) >= 2
-    for snippet in blocks("python"):
-        snippet = given + snippet.replace('Stego.fit("images"', 'Stego.fit("images", backbone="tiny", steps=5')
-        result = subprocess.run([sys.executable, "-c", snippet], cwd=place, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, (snippet, result.stderr)
+    code = given + "\n".join(blocks("python"))
+    code = code.replace('Stego.fit("images"', 'Stego.fit("images", backbone="tiny", steps=5')
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
-def test_every_option_of_the_commands_has_help():
-    from cli import main
-    for command in main.commands.values():
-        assert command.help
-        for option in command.params:
-            assert option.param_type_name == "argument" or option.help, f"{command.name} {option.name}"
+# ---- nothing undocumented, nothing dead ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_every_command_has_help_with_an_example_and_stands_in_readme(command):
+    text = run(command.name, "--help").stdout
+    assert re.search(r"Examples?:\n +stego " + command.name, text)
+    assert any(re.search(rf"\bstego {command.name}\b", line) for line in lines())
+    assert len(command.get_short_help_str(100)) < 70
+
+
+@pytest.mark.parametrize("command, option", OPTIONS, ids=lambda each: each.name)
+def test_every_option_is_explained_with_its_default(command, option):
+    text = option.help or ""
+    assert text and "\n" not in text and len(text) < 240
+    if not option.is_flag and option.name not in INPUTS:
+        assert option.show_default or "[default: " in text, f"{command.name} {option.opts}"
+
+
+@pytest.mark.parametrize("command, option", OPTIONS, ids=lambda each: each.name)
+def test_every_option_stands_in_readme_or_the_examples(command, option):
+    names = [*option.opts, *option.secondary_opts]
+    assert any(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", README + command.help) for name in names), names
+
+
+def source_names(function) -> list[str]:
+    """Names used in the body of a function, without those of its own arguments' list."""
+    import ast
+    import textwrap
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    return [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_no_option_is_dead(command):
+    """Each parameter is read in the command's body, or handed on with **rest to a function that takes that name."""
+    from stego import PRESETS, Stego
+    handed_on = {"fit": set(inspect.signature(Stego.fit).parameters) | set(PRESETS["small"]),
+                 "predict": set(inspect.signature(Stego.predict).parameters),
+                 "eval": set(inspect.signature(cli.labelled_sets).parameters)}
+    signature = inspect.signature(command.callback).parameters
+    rest = {name for name, each in signature.items() if each.kind is inspect.Parameter.VAR_KEYWORD}
+    used = source_names(command.callback)
+    for param in command.params:
+        if not param.expose_value:
+            assert param.callback is not None
+        elif param.name in signature:
+            assert param.name in used, f"{command.name}: {param.name} is never read"
+        else:
+            assert rest and param.name in handed_on[command.name], f"{command.name}: {param.name} goes nowhere"
+
+
+def test_completion(tmp_path):
+    """Shells ask the tool what may follow."""
+    code = "from cli import main; main(prog_name='stego')"
+    for variables, wanted in (({"_STEGO_COMPLETE": "bash_source"}, "_stego_completion"),
+                              ({"_STEGO_COMPLETE": "bash_complete", "COMP_WORDS": "stego pre", "COMP_CWORD": "1"}, "predict"),
+                              ({"_STEGO_COMPLETE": "bash_complete", "COMP_WORDS": "stego predict --form", "COMP_CWORD": "2"},
+                               "--format")):
+        done = subprocess.run([sys.executable, "-c", code], env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **variables},
+                              capture_output=True, text=True, timeout=60)
+        assert wanted in done.stdout, done.stderr

@@ -1,13 +1,8 @@
-"""Drawn scenes, and the demo that is made of them."""
-
-import json
+"""The scenes that `stego demo` draws; test_readme runs the demo itself."""
 
 import numpy as np
 import pytest
-from conftest import run
-from PIL import Image
 
-import cli
 from stego_images import BUILDING, CAR, GRASS, ROAD, SCENE_CLASSES, SKY, TREE, draw_scene
 
 
@@ -50,22 +45,3 @@ def test_scenes_of_any_size():
     for height, width in ((24, 300), (200, 40)):
         image, labels = draw_scene(1, height, width)
         assert image.size == (width, height) and labels.shape == (height, width)
-
-
-def test_demo_leaves_everything(here, monkeypatch):
-    monkeypatch.setattr(cli, "DEMO_SCENES", {"train": 3, "val": 2})
-    monkeypatch.setattr(cli, "DEMO_STEPS", 10)
-    result = run("demo")
-    place = here / "stego-demo"
-    names = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
-    scenes = [f"{split}/scene{i:02d}.png" for split, numbers in (("train", range(3)), ("val", range(3, 5))) for i in numbers]
-    assert names == {f"{kind}/{name}" for kind in ("images", "labels") for name in scenes} | {
-        "classes.txt", "stego.pt", "stego-fit.png", "clusters.png", "scores.json", "figures/confusion.png",
-        "figures/strips.png", "masks/scene03.png", "masks/scene04.png", "overlays/scene03.jpg", "overlays/scene04.jpg"}
-    scores = json.loads((place / "scores.json").read_text())
-    assert scores["classes"] == list(SCENE_CLASSES) and scores["images"] == 2
-    best = max(each["accuracy"] for each in scores["results"] if each["features"] == "stego")
-    assert f"{100 * best:.1f}" in result.stdout and "everything in stego-demo" in result.stdout
-    with Image.open(place / "masks/scene03.png") as mask:
-        assert mask.mode == "P" and np.asarray(mask).max() < len(SCENE_CLASSES)
-    assert set(run("show", "stego-demo/stego.pt").stdout.split()) & set(SCENE_CLASSES)
