@@ -97,7 +97,7 @@ def test_demo_leaves_everything(place):
         "figures/strips.png", "masks/scene02.png", "overlays/scene02.jpg"}
     scores = json.loads((demo / "scores.json").read_text())
     assert scores["classes"] == list(SCENE_CLASSES) and scores["images"] == 1
-    best = max(each["accuracy"] for each in scores["results"] if (each["features"], each["probe"]) == ("stego", "cluster"))
+    best = max(each["accuracy"] for each in scores["results"] if each["features"] == "stego" and each["probe"] == "cluster")
     assert f"{100 * best:.1f}" in said["stego demo"] and "3 drawn scenes" in said["stego demo"]
     with Image.open(demo / "masks/scene02.png") as mask:
         assert mask.mode == "P" and np.asarray(mask).max() < len(SCENE_CLASSES)
@@ -165,13 +165,13 @@ def test_no_option_is_dead(command):
             assert rest and param.name in handed_on[command.name], f"{command.name}: {param.name} goes nowhere"
 
 
-def test_completion(tmp_path):
+def test_completion():
     """Shells ask the tool what may follow."""
     code = "from cli import main; main(prog_name='stego')"
-    for variables, wanted in (({"_STEGO_COMPLETE": "bash_source"}, "_stego_completion"),
-                              ({"_STEGO_COMPLETE": "bash_complete", "COMP_WORDS": "stego pre", "COMP_CWORD": "1"}, "predict"),
-                              ({"_STEGO_COMPLETE": "bash_complete", "COMP_WORDS": "stego predict --form", "COMP_CWORD": "2"},
-                               "--format")):
-        done = subprocess.run([sys.executable, "-c", code], env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **variables},
-                              capture_output=True, text=True, timeout=60)
+    asked = [({"_STEGO_COMPLETE": "bash_source"}, "_stego_completion")]
+    asked += [({"_STEGO_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}, wanted)
+              for words, wanted in (("stego pre", "predict"), ("stego predict --form", "--format"))]
+    for variables, wanted in asked:
+        variables |= {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(cli.__file__).parent)}
+        done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=60)
         assert wanted in done.stdout, done.stderr
