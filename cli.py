@@ -22,6 +22,7 @@ PIPE = "-"  # stdin as an image, stdout as an output
 SUFFIXES = {"mask": (".png",), "overlay": (".jpg", ".jpeg", ".png"), "both": (".png",), "npz": (".npz",),
             "json": (".json",), "coco": (".json",)}  # formats of predict and the file names they take
 ONE_FILE = ("json", "coco")  # formats with one file for all images
+RELEASED = "released"  # the preset of models that the reference implementation made
 OVERLAY_SUFFIX = ".overlay.jpg"
 DEMO_SCENES, DEMO_STEPS = {"train": 30, "val": 10}, 400  # two minutes on two cores
 REFRESH = 0.2  # seconds between two updates of the progress line
@@ -425,6 +426,8 @@ def name(model, names):
     with clear_errors():
         from stego import Stego
         fitted = Stego.load(model, device="cpu")
+        if fitted.config["preset"] == RELEASED:
+            raise ValueError(f"{model} is a checkpoint of the reference implementation, which holds no names.")
         fitted.rename({int(first): last.strip() for first, _, last in pairs})
         fitted.save(model)
     if not is_quiet():
@@ -533,10 +536,12 @@ def show(model, images, sheet, device, weights):
 
 def description(model) -> list[str]:
     """How a model was made, for people."""
-    c = model.config
+    c, backbone = model.config, f"backbone  {model.config['backbone']}, weights {model.backbone_sha256[:12]}"
+    if c["preset"] == RELEASED:
+        return [backbone, "training  a checkpoint of the reference implementation; it does not tell its options"]
     weights = " ".join(f"{key} {c[key]:.2f}" for key in ("lambda_self", "lambda_knn", "lambda_rand"))
     shifts = " ".join(f"{key} {c[key]:.2f}" for key in ("b_self", "b_knn", "b_rand"))
-    return [f"backbone  {c['backbone']}, weights {model.backbone_sha256[:12]}",
+    return [backbone,
             f"data      {c['crops'] // (5 if c['five_crop'] else 1)} images, {c['crops']} crops",
             f"training  {c['steps']} steps of {c['batch_size']} crops, codes of {c['code_size']}, seed {c['seed']}",
             f"balance   {c['balance']}, preset {c['preset']}: {weights} {shifts}"]

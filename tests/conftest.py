@@ -33,6 +33,7 @@ def library_logging():
     """The command line sends the library's warnings to stderr; each test starts without that."""
     logger = logging.getLogger("stego")
     logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

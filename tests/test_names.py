@@ -95,6 +95,14 @@ def test_regions_of_other_clusters_are_pale():
     assert cell[60, 20].max() < 10 and cell[60, 100].min() > 180
 
 
+def test_models_of_the_reference_implementation(here, saved):
+    model = Stego.load(saved)
+    model.config = dict(classes=3, backbone="tiny", preset="released", code_size=70, steps=None, seed=None)
+    model.save("released.pt")
+    assert "a checkpoint of the reference implementation" in run("show", "released.pt").stdout
+    assert "holds no names" in run("name", "released.pt", "0=sky", code=1).stderr
+
+
 # ---- fit --match -----------------------------------------------------------------------------------------------
 
 def test_the_same_data_fitted_anew_keeps_numbers_names_and_colours(scenes, saved, tmp_path):
