@@ -91,7 +91,7 @@ def read_image(source) -> Image.Image:
 
 @contextmanager
 def opened(path, what: str, *, name=None):
-    """A Pillow image of a path or binary file; what goes wrong with it, also while its pixels are read, becomes one ValueError."""
+    """A Pillow image of a path or file; what goes wrong, also while its pixels are read, becomes one ValueError."""
     name = path if name is None else name
     try:
         with warnings.catch_warnings():

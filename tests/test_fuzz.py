@@ -123,7 +123,8 @@ def test_models(model, tmp_path, capsys):
     assert 0 < refused < tried
 
 
-WORDS = ["fit", "predict", "eval", "--help", "-h", "--version", "-k", "0", "-1", "256", "3", "nan", "1e99", "-o", "", ".",
+WORDS = ["fit", "predict", "eval", "--format", "coco", "npz", "--only", "sky", "--match", "--sheet", "3=road",
+         "--help", "-h", "--version", "-k", "0", "-1", "256", "3", "nan", "1e99", "-o", "", ".",
          "/dev/null", "\udcff", "a b", "*.jpg", "[", "**", "x.png", "-m", "--crf", "--no-crf", "--crf-size",
          "--resolution", "--seed", "--steps", "--dataset", "cityscapes", "potsdam3", "--root", "--images", "--labels",
          "--json", "--overlay", "--skip-existing", "--device", "tpu", "--backbone", "--weights", "--preset", "small",
@@ -135,7 +136,7 @@ def test_command_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rng, tried, refused = random.Random(3), round(CASES * SHARE["commands"]), 0
     for _ in range(tried):
-        line = [rng.choice(["fit", "predict", "eval"])] + rng.choices(WORDS, k=rng.randrange(8))
+        line = [rng.choice(["fit", "predict", "eval", "name", "show"])] + rng.choices(WORDS, k=rng.randrange(8))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = CliRunner().invoke(main, line, input=b"")
