@@ -270,8 +270,8 @@ def predict(images, model, output, kind, overlay, only, skip_existing, device, w
             log.info("%s -> %s", place, target)
         except (ValueError, OSError) as error:
             failed += 1
-            named = str(place) in str(error) or str(source) in str(error)
-            log.error("%s", error if named else f"{place}: {error}")
+            who = source if isinstance(source, Path) else "<stdin>"
+            log.error("%s", error if str(who) in str(error) else f"{who}: {error}")
         progress("predict", done, len(jobs))
     if kind in ONE_FILE:
         with clear_errors():
