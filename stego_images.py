@@ -103,8 +103,9 @@ def opened(path, what: str, *, name=None):
                          "--max-megapixels.") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"Cannot read {name} as {what} (no known format).") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ValueError(f"Cannot read {name} as {what} ({str(error).splitlines()[0] or 'broken file'}).") from error
+    except Exception as error:  # decoders raise whatever a damaged file leads them to: TypeError, struct.error, ...
+        reason = (str(error).strip() or "broken file").splitlines()[0]
+        raise ValueError(f"Cannot read {name} as {what} ({reason}).") from error
 
 
 def read_mat(path, key: str) -> np.ndarray:
