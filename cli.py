@@ -21,6 +21,8 @@ DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")       # stego_protocol
 PIPE = "-"  # stdin as an image, stdout as an output
 SUFFIXES = {"mask": (".png",), "overlay": (".jpg", ".jpeg", ".png"), "both": (".png",), "npz": (".npz",),
             "json": (".json",), "coco": (".json",)}  # formats of predict and the file names they take
+WRITTEN = {"mask": "masks", "overlay": "overlays", "both": "masks and overlays", "npz": "probabilities",
+           "json": "shares", "coco": "segments"}  # what the summary calls them
 ONE_FILE = ("json", "coco")  # formats with one file for all images
 RELEASED = "released"  # the preset of models that the reference implementation made
 OVERLAY_SUFFIX = ".overlay.jpg"
@@ -88,7 +90,7 @@ def talk_options(command):
     quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=set_level,
                          help="No progress, warnings and summary; errors only.")
     verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=set_level,
-                           help="Also say what was chosen, and what was written where.")
+                           help="Also say what was chosen, and each file that was written.")
     return quiet(verbose(command))
 
 
@@ -267,7 +269,6 @@ def predict(images, model, output, kind, overlay, only, skip_existing, device, w
     for done, (source, place, target) in enumerate(jobs, 1):
         try:
             entries.append(predict_one(fitted, source, place, target, kind, keep, options))
-            log.info("%s -> %s", place, target)
         except (ValueError, OSError) as error:
             failed += 1
             who = source if isinstance(source, Path) else "<stdin>"
@@ -278,7 +279,7 @@ def predict(images, model, output, kind, overlay, only, skip_existing, device, w
             output = document_path(Path(output), kind)
             write_document(fitted, entries, output, kind, keep)
     summary(f"{len(jobs) - failed} of {len(jobs)} images, {time.monotonic() - began:.0f} s: "
-            f"{kind} in {'stdout' if str(output) == PIPE else output}", err=str(output) == PIPE)
+            f"{WRITTEN[kind]} in {'stdout' if str(output) == PIPE else output}", err=str(output) == PIPE)
     sys.exit(1 if failed else 0)
 
 
@@ -524,6 +525,8 @@ def show(model, images, sheet, device, weights):
         fitted = Stego.load(model, device=device, weights=weights)
         for line in description(fitted):
             click.echo(line)
+        for key, value in fitted.config.items():
+            log.info("%s: %s", key, value)
         print_usage(fitted)
         if sheet:
             from stego_images import region_sheet, write_image

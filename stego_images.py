@@ -6,6 +6,7 @@ every file is written under a temporary name and renamed, so that a reader never
 
 import glob
 import io
+import logging
 import os
 import tempfile
 import warnings
@@ -18,6 +19,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, Unidentified
 from torch import Tensor
 
 from stego_backbones import MEAN, STD
+
+log = logging.getLogger("stego")
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pnm", ".jp2"}
 BACKDROP = (255, 255, 255)  # transparent pixels are shown on white
@@ -186,6 +189,7 @@ def replacing(path):
         yield Path(name)
         os.chmod(name, 0o666 & ~_umask())  # mkstemp's private mode is not what a user expects of an output
         os.replace(name, path)
+        log.info("Wrote %s", path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

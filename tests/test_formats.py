@@ -215,7 +215,8 @@ def test_quiet_and_verbose(here, scenes, saved):
     result = run("predict", source, "-m", saved, "-o", "a.png", *FAST, "-q")
     assert result.output == "" and (here / "a.png").is_file()
     assert "No model" in run("predict", source, "-q", code=1).stderr
-    assert "scene00.png -> a.png" in run("predict", source, "-m", saved, "-o", "a.png", *FAST, "-v").stderr
+    assert "Wrote a.png" in run("predict", source, "-m", saved, "-o", "a.png", *FAST, "-v").stderr
+    assert "seed: 0" in run("show", saved, "-v").stderr
     result = run("fit", scenes / "scene00.png", "-k", 2, "--backbone", "tiny", "--steps", 2, "-v")
     assert "b_rand: " in result.stderr and "1 images" in result.stdout
 
