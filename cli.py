@@ -17,6 +17,7 @@ import click
 from click.core import ParameterSource
 
 PRESET_NAMES = ("small", "cityscapes", "cocostuff", "potsdam")  # stego.PRESETS, known here without importing torch
+VIEWS = ("five", "whole", "windows")                            # stego.VIEWS, likewise
 DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")       # stego_protocol.LAYOUTS, likewise
 PIPE = "-"  # stdin as an image, stdout as an output
 SUFFIXES = {"mask": (".png",), "overlay": (".jpg", ".jpeg", ".png"), "both": (".png",), "npz": (".npz",),
@@ -150,13 +151,15 @@ def main():
 @dataset_options
 @click.option("-k", "--classes", default=27, show_default="27, or the dataset's", help="Number of segments, 1 to 255.")
 @click.option("-o", "--output", default="stego.pt", show_default=True, help="Where the model goes.")
+@click.option("--report", type=click.Path(file_okay=False),
+              help="Also write charts of the training into this folder.")
 @click.option("--backbone", default="auto", show_default=True,
               help="dino_vits8, dino_vitb8, dinov2_vits14, ..., tiny; auto: dino_vits8, or tiny without network.")
 @click.option("--preset", type=click.Choice(PRESET_NAMES),
               help="Published hyper-parameters to start from.  [default: small, with --balance auto]")
 @click.option("--balance", type=click.Choice(["auto", "fixed"]),
               help="b's from the data, or the preset's.  [default: fixed with a preset, else auto]")
-@click.option("--steps", type=int, help="Training steps.  [default: 2000, or the named preset's]")
+@click.option("--steps", type=int, help="Training steps.  [default: 300, or the named preset's]")
 @click.option("--batch-size", type=int, help="Crops per step.  [default: the preset's]")
 @click.option("--code-size", type=int, help="Length of a code.  [default: the preset's]")
 @click.option("--lambda-self", type=float, help="Weight of the image with itself.  [default: the preset's]")
@@ -165,7 +168,11 @@ def main():
 @click.option("--b-self", type=float, help="Negative pressure within an image.  [default: from the data]")
 @click.option("--b-knn", type=float, help="Negative pressure with neighbours.  [default: from the data]")
 @click.option("--b-rand", type=float, help="Negative pressure with random images.  [default: from the data]")
-@click.option("--five-crop/--no-five-crop", default=None, help="Cut images into five crops.  [default: the preset's]")
+@click.option("--views", type=click.Choice(VIEWS),
+              help="five: crops that the backbone sees alone; whole: no crops; windows: five parts of what it sees of "
+                   "the whole image.  [default: windows, or the named preset's]")
+@click.option("--evenness", type=float,
+              help="0: clusters follow what is frequent, 1: also what is rare.  [default: 1, or 0 with a preset]")
 @click.option("--centering/--no-centering", default=None, help="Spatial centering.  [default: the preset's]")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same images, same machine: same model.")
 @click.option("--match", type=click.Path(), metavar="MODEL",
@@ -173,7 +180,7 @@ def main():
 @click.option("--cache-size", default=8.0, show_default=True, help="Scratch space for features, in GB.")
 @network_options
 @talk_options
-def fit(images, output, dataset, root, classes, preset, **options):
+def fit(images, output, dataset, root, classes, preset, report, **options):
     """Find the things that recur in IMAGES: files, folders (searched recursively) or "patterns/*.jpg".
 
     With --dataset in their place: the train split of a published dataset and its published hyper-parameters.
@@ -205,6 +212,8 @@ def fit(images, output, dataset, root, classes, preset, **options):
         from stego_images import write_image
         sheet = output.with_name(f"{output.stem}-fit.png")
         write_image(model.contact_sheet(paths), sheet)
+        if report:
+            model.report(report)
     if not is_quiet():
         print_usage(model)
     for key, value in model.config.items():
@@ -545,7 +554,7 @@ def description(model) -> list[str]:
     weights = " ".join(f"{key} {c[key]:.2f}" for key in ("lambda_self", "lambda_knn", "lambda_rand"))
     shifts = " ".join(f"{key} {c[key]:.2f}" for key in ("b_self", "b_knn", "b_rand"))
     return [backbone,
-            f"data      {c['crops'] // (5 if c['five_crop'] else 1)} images, {c['crops']} crops",
+            f"data      {c['crops'] // (1 if c.get('views') == 'whole' else 5)} images, {c['crops']} crops",
             f"training  {c['steps']} steps of {c['batch_size']} crops, codes of {c['code_size']}, seed {c['seed']}",
             f"balance   {c['balance']}, preset {c['preset']}: {weights} {shifts}"]
 

@@ -27,23 +27,24 @@ from torch import Tensor, nn
 from crf import dense_crf, upsample_along_edges, working_size
 from kmeans import CosineKMeans
 from stego_backbones import BACKBONES, load_backbone, read_checkpoint
-from stego_images import (contact_sheet, find_images, five_crops, read_image, replacing, square, to_tensor,
-                          voc_palette)
+from stego_images import (contact_sheet, find_images, five_crops, line_chart, read_image, replacing, square, to_tensor,
+                          voc_palette, write_image)
 
 log = logging.getLogger("stego")
 
 # Hyper-parameters that differ between the published models (App. A.11 and the released configurations).
 _SMALL = dict(lambda_self=0.67, lambda_knn=0.25, lambda_rand=0.63, b_self=0.18, b_knn=0.12, b_rand=0.46,
-              code_size=70, steps=5000, batch_size=16, five_crop=True, centering=True)
+              code_size=70, steps=5000, batch_size=16, views="five", evenness=0.0, centering=True)
 PRESETS = {
     "small": _SMALL,
     "cityscapes": dict(lambda_self=1.00, lambda_knn=0.58, lambda_rand=0.91, b_self=0.46, b_knn=0.18, b_rand=0.31,
-                       code_size=100, steps=7000, batch_size=32, five_crop=True, centering=False),
+                       code_size=100, steps=7000, batch_size=32, views="five", evenness=0.0, centering=False),
     "cocostuff": dict(lambda_self=0.10, lambda_knn=1.00, lambda_rand=0.15, b_self=0.12, b_knn=0.20, b_rand=1.00,
-                      code_size=90, steps=7000, batch_size=32, five_crop=True, centering=True),
-    "potsdam": _SMALL | dict(b_self=0.08, b_knn=0.02, b_rand=0.76, five_crop=False),
+                      code_size=90, steps=7000, batch_size=32, views="five", evenness=0.0, centering=True),
+    "potsdam": _SMALL | dict(b_self=0.08, b_knn=0.02, b_rand=0.76, views="whole"),
 }
-AUTO_STEPS = 2000       # steps where no preset is named: minutes on a laptop
+UNNAMED = dict(steps=300, views="windows", evenness=1.0)  # where no preset is named, in place of those of "small"
+VIEWS = ("five", "whole", "windows")  # crops, each seen alone (Sec. 4); whole images; five parts of one look at an image
 BALANCE = {"b_self": -0.5, "b_knn": -0.5, "b_rand": 2.0}  # balance "auto": b in standard deviations from the mean
 POSITIONS = 121         # positions of an image that enter a step: 11 x 11 (Sec. 4)
 NEIGHBORS = 7           # nearest neighbours x_knn is drawn from (Sec. 4)
@@ -55,9 +56,14 @@ RESOLUTION = 320        # pixels: shorter side at which images are segmented (Se
 LOGIT_SCALE = 2.0       # cosine to a centre -> class score for the CRF (reference implementation)
 CRF_SIZE = 0.5          # megapixels at which the CRF runs on larger photos
 CACHE_SIZE = 8.0        # GB of scratch file for the tokens of all crops
-ENCODE_BATCH = 16       # crops that pass the backbone together
+BALANCE_TERMS = ("self", "knn", "rand")  # pairs within an image, with a neighbour, with another image
 BALANCE_CROPS = 64      # crops whose correspondences set the b's
-CLUSTER_ROWS = 200_000  # codes that k-means sees
+LOOK_EVERY = 10         # steps between two looks at the codes' similarities
+COLLAPSED = 0.5         # mean code similarity of unrelated images above which a run has collapsed; good runs: 0 to 0.1
+SCATTERED = 0.15        # the same within an image, below which it has scattered; good runs: 0.4 to 0.6
+CLUSTER_ROWS = 100_000  # codes that k-means sees
+CROWD_ROWS = 500        # codes that stand for all where crowding is measured
+CROWD_SHARPNESS = 10.0  # crowding: mean of exp(10 (cosine - 1)), which halves at an angle of 21 degrees
 MATCH_OVERLAP = 1 / 3   # intersection over union from which clusters of two models are one: a Dice score of a half
 REGION = 1 / 3          # side of the squares that show what a cluster is, of the image's shorter side
 MAX_ASPECT = 4          # longer side : shorter side up to which the shorter side gets its full resolution
@@ -94,12 +100,13 @@ class TokenCache:
         return self.filled
 
     def append(self, features: Tensor):
-        """Add crops' features (B, C, h, w); above the cache bound, a random subset of each crop's positions."""
+        """Add crops' features (B, C, h, w): all positions, or random ones of each crop where P differs from h * w."""
         tokens = features.flatten(2).transpose(1, 2)                         # (B, h * w, C)
         rows = slice(self.filled, self.filled + len(tokens))
         self.means[rows] = F.normalize(tokens.mean(1), dim=1).cpu()
-        if tokens.shape[1] > self.tokens.shape[1]:
-            kept = torch.rand(tokens.shape[:2]).argsort(1)[:, :self.tokens.shape[1]]  # (B, P)
+        here, room = tokens.shape[1], self.tokens.shape[1]
+        if here != room:
+            kept = torch.rand(tokens.shape[:2]).argsort(1).repeat(1, -(-room // here))[:, :room]  # (B, P)
             tokens = tokens[torch.arange(len(tokens))[:, None], kept]
         self.tokens[rows] = tokens.half().cpu().numpy()
         self.filled = rows.stop
@@ -110,27 +117,26 @@ class TokenCache:
         return torch.from_numpy(self.tokens[crops[:, None].numpy(), positions.numpy()]).float()
 
 
-def encode(backbone, paths, *, five_crop=True, cache_size=CACHE_SIZE, device="cpu", progress=None) -> TokenCache:
-    """Push every crop of every image through the backbone once.
+def encode(backbone, paths, *, views="five", cache_size=CACHE_SIZE, device="cpu", progress=None) -> TokenCache:
+    """Push every image through the backbone once, cut up as VIEWS says; its parts lie one after another in the cache.
 
     Unreadable images are named in a warning and left out. Raises ValueError if none is left.
     """
-    side = round(CROP_SIDE / backbone.patch) * backbone.patch
-    crops, positions = len(paths) * (5 if five_crop else 1), (side // backbone.patch) ** 2
-    kept = min(positions, int(cache_size * 1e9 / (crops * backbone.channels * 2)))
+    side = (RESOLUTION // 2 if views == "windows" else CROP_SIDE) // backbone.patch   # positions
+    count, positions = len(paths) * (1 if views == "whole" else 5), side ** 2
+    kept = min(positions, int(cache_size * 1e9 / (count * backbone.channels * 2)))
     if kept < 1:
-        raise ValueError(f"A cache of {cache_size} GB holds not one position of {crops} crops; "
+        raise ValueError(f"A cache of {cache_size} GB holds not one position of {count} crops; "
                          "set a larger --cache-size.")
     if kept < positions:
         log.warning("The token cache is bounded to %g GB: keeping %d random positions of %d per crop.",
                     cache_size, kept, positions)
-    cache, waiting = TokenCache(crops, kept, backbone.channels), []
-    for done, tensors in enumerate(ahead(lambda path: _crops(path, side, five_crop, backbone.patch), paths), 1):
-        waiting += tensors
-        while len(waiting) >= ENCODE_BATCH or (waiting and done == len(paths)):
+    cache = TokenCache(count, kept, backbone.channels)
+    for done, x in enumerate(ahead(lambda path: _views(path, views, backbone.patch), paths), 1):
+        if x is not None:
             with torch.inference_mode():
-                cache.append(backbone(torch.stack(waiting[:ENCODE_BATCH]).to(device)))
-            del waiting[:ENCODE_BATCH]
+                maps = backbone(x.to(device))                                # (1 or 5, C, h, w)
+                cache.append(five_windows(maps) if views == "windows" else maps)
         if progress:
             progress("features", done, len(paths))
     if not len(cache):
@@ -138,20 +144,38 @@ def encode(backbone, paths, *, five_crop=True, cache_size=CACHE_SIZE, device="cp
     return cache
 
 
-def _crops(path, side: int, five_crop: bool, patch: int) -> list[Tensor]:
+def _views(path, views: str, patch: int) -> Tensor | None:
+    """What the backbone sees of an image, (1 or 5, 3, H, W); None if it cannot be used."""
     try:
         image = read_image(path)
-        _check_size(image, patch, path)
+        size = backbone_size(image, patch, name=path)
     except (ValueError, FileNotFoundError) as error:
         log.warning("Skipped: %s", error)
-        return []
-    return [to_tensor(square(crop, side)) for crop in (five_crops(image) if five_crop else [image])]
+        return None
+    if views == "windows":
+        return to_tensor(image.resize(size, BILINEAR))[None]
+    side = CROP_SIDE // patch * patch
+    return torch.stack([to_tensor(square(crop, side)) for crop in (five_crops(image) if views == "five" else [image])])
 
 
-def _check_size(image, patch: int, name="The image"):
+def five_windows(maps: Tensor) -> Tensor:
+    """Four corners and the centre of a map, each half as high and half as wide: (1, C, h, w) -> (5, C, h', w')."""
+    h, w = maps.shape[2:]
+    high, wide = max(h // 2, 1), max(w // 2, 1)
+    corners = [(0, 0), (0, w - wide), (h - high, 0), (h - high, w - wide), ((h - high) // 2, (w - wide) // 2)]
+    return torch.cat([maps[:, :, y:y + high, x:x + wide] for y, x in corners])
+
+
+def backbone_size(image, patch: int, *, resolution: int = RESOLUTION, name="The image") -> tuple[int, int]:
+    """(width, height) at which the backbone sees an image: shorter side to `resolution`, less for extreme shapes.
+
+    Raises ValueError for an image smaller than a patch.
+    """
     if min(image.size) < patch:
         raise ValueError(f"{name} is {image.width} x {image.height} pixels, smaller than one patch of the backbone "
                          f"({patch} x {patch}); use a larger image.")
+    scale = min(resolution / min(image.size), MAX_ASPECT * resolution / max(image.size))
+    return tuple(max(round(side * scale / patch), 1) * patch for side in image.size)
 
 
 def ahead(function, items, *, window: int = 8):
@@ -194,17 +218,20 @@ def correspondence(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.transpose(-1, -2)
 
 
+def centred(weight: Tensor) -> Tensor:
+    """Each position's mean over the partner's positions taken off, the mean over everything added back (Eq. 3)."""
+    return weight - weight.mean(-1, keepdim=True) + weight.mean()
+
+
 def correlation_loss(f: Tensor, g: Tensor, s: Tensor, t: Tensor, b: float, *, centering: bool = True) -> Tensor:
     """Codes that correspond where features do more than b (Eq. 3 and 4, as a mean): a scalar.
 
     f, g: unit features (B, P, C), (B, Q, C); s, t: their unit codes (B, P, D), (B, Q, D); b: the negative pressure.
-    Centering subtracts each position's mean over the partner's positions and adds the mean over everything back, as
-    the published values of b want it. No gradient flows through the features.
+    The published values of b want centering with the mean added back. No gradient flows through the features.
     """
     with torch.no_grad():
         weight = correspondence(f, g)                                        # (B, P, Q)
-        mean = weight.mean(-1, keepdim=True) - weight.mean() if centering else 0
-        weight -= mean + b
+        weight = (centred(weight) if centering else weight) - b
     return -(weight * correspondence(s, t).relu()).mean()                    # relu: the 0-clamp of Sec. 3.2
 
 
@@ -221,9 +248,7 @@ def balanced_shifts(cache: TokenCache, neighbors: Tensor, *, centering: bool = T
     f, shifts = unit(cache.sample(crops, POSITIONS)), {}
     for name, partner in partners.items():
         other = f if name == "b_self" else unit(cache.sample(partner, POSITIONS))
-        weight = correspondence(f, other)
-        if centering:
-            weight = weight - weight.mean(-1, keepdim=True) + weight.mean()
+        weight = centred(correspondence(f, other)) if centering else correspondence(f, other)
         shifts[name] = float(weight.mean() + BALANCE[name] * weight.std())
     return shifts
 
@@ -253,6 +278,11 @@ class Head(nn.Module):
     def forward(self, f: Tensor) -> Tensor:
         return self.linear(self.drop(f)) + self.mlp(self.drop(f))
 
+    def on_map(self, features: Tensor) -> Tensor:
+        """The same on a map: (B, C, h, w) -> (B, code_size, h, w)."""
+        codes = self(features.flatten(2).transpose(1, 2))                    # (B, h * w, D)
+        return codes.transpose(1, 2).unflatten(2, features.shape[2:])        # (B, D, h, w)
+
     def drop(self, f: Tensor) -> Tensor:
         """Drop whole channels of an image while training: one draw for all its positions."""
         if not self.training:
@@ -276,10 +306,11 @@ def training_loss(head: Head, f: Tensor, g: Tensor, f_knn: Tensor, config: dict)
     return loss
 
 
-def train_head(cache: TokenCache, neighbors: Tensor, config: dict, *, device="cpu", progress=None) -> Head:
+def train_head(cache: TokenCache, neighbors: Tensor, config: dict, *, device="cpu", progress=None,
+               history: list | None = None) -> Head:
     """Train a head on cached tokens and the table of neighbours (n, <= 7) of their crops.
 
-    Returns it in eval mode, rounded to float16 as it is saved.
+    Returns it in eval mode, rounded to float16 as it is saved. history: gets a look (see `look`) now and then.
     """
     head = Head(cache.tokens.shape[2], config["code_size"]).to(device).train()
     optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE)
@@ -288,13 +319,51 @@ def train_head(cache: TokenCache, neighbors: Tensor, config: dict, *, device="cp
         anchor = next(crops)
         partner = neighbors[anchor, torch.randint(neighbors.shape[1], anchor.shape)]
         f, g = cache.sample(anchor, 2 * POSITIONS).to(device).split(POSITIONS, 1)
-        loss = training_loss(head, f, g, cache.sample(partner, POSITIONS).to(device), config)
+        f_knn = cache.sample(partner, POSITIONS).to(device)
+        loss = training_loss(head, f, g, f_knn, config)
+        if history is not None and (step % LOOK_EVERY == 0 or step + 1 == config["steps"]):
+            history.append({"step": step, "loss": float(loss.detach())} | look(head, f, f_knn))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if progress:
             progress("training", step + 1, config["steps"])
     return head.half().float().requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def look(head: Head, f: Tensor, f_knn: Tensor) -> dict:
+    """Code similarities of pairs of positions in an image, with its neighbour, with another image (Fig. 14).
+
+    f, f_knn: tokens (B, P, C). Returns {"self" | "knn" | "rand": (mean, histogram (20,) over -1..1 in shares)}; a lone
+    image has no other, its "rand" is left out.
+    """
+    head.eval()                                                              # codes as they will be: no dropout
+    s, found = unit(head(f)), {}
+    partners = {"self": s, "knn": unit(head(f_knn))} | ({"rand": s.roll(1, 0)} if len(f) > 1 else {})
+    for name, partner in partners.items():
+        code = correspondence(s, partner)                                    # (B, P, P)
+        found[name] = float(code.mean()), torch.histc(code.cpu(), 20, -1, 1) / code.numel()
+    head.train()
+    return found
+
+
+def diagnosis(history: list) -> str | None:
+    """In words, if the codes have collapsed or scattered (App. A.11), with what to try; else None.
+
+    A run of fewer than five looks is too short to tell.
+    """
+    if len(history) < 5:
+        return None
+    rand, same = (np.mean([entry[name][0] for entry in history[-5:] if name in entry] or [np.nan])
+                  for name in ("rand", "self"))
+    if rand > COLLAPSED:
+        return (f"The codes of unrelated images are alike (mean similarity {rand:.2f}, at best near 0): training has "
+                "collapsed. Try --balance auto, a larger --b-rand, or more varied images.")
+    if same < SCATTERED:
+        return (f"The codes within an image have nothing in common (mean similarity {same:.2f}): training has "
+                "scattered. Try --balance auto, or a smaller --b-self and --b-knn.")
+    return None
 
 
 def _shuffled(count: int, batch: int):
@@ -305,18 +374,32 @@ def _shuffled(count: int, batch: int):
 
 # ---- clusters (Sec. 3.3: cosine k-means on the codes) ----------------------------------------------------------
 
-def cluster_codes(head, cache: TokenCache, classes: int, *, seed: int = 0, device="cpu") -> tuple[Tensor, Tensor]:
-    """Centres (K, D) of the codes of random tokens, most used first, and each one's share of them (K,)."""
+def cluster_codes(head, cache: TokenCache, classes: int, *, evenness: float = 0.0, seed: int = 0,
+                  device="cpu") -> tuple[Tensor, Tensor]:
+    """Centres (K, D) of the codes of random tokens, most used first, and each one's share of them (K,).
+
+    evenness: 0 clusters the codes as they are; towards 1, crowded directions weigh less and rare things get centres.
+    """
     each = max(CLUSTER_ROWS // len(cache), 1)
     if min(each, cache.tokens.shape[1]) * len(cache) < classes:
         raise ValueError(f"{classes} classes are more than there are positions to cluster; "
                          "ask for fewer classes or give more images.")
     batches = torch.arange(len(cache)).split(256)
     codes = torch.cat([head(cache.sample(crops, each).to(device)).flatten(0, 1) for crops in batches])  # (N, D)
-    kmeans = CosineKMeans(classes, seed=seed).fit(codes)
+    kmeans = CosineKMeans(classes, seed=seed).fit(evened(codes, evenness) if evenness else codes)
     share = torch.bincount(kmeans.predict(codes), minlength=classes) / len(codes)
     order = share.argsort(descending=True, stable=True)
     return kmeans.cluster_centers_[order], share[order]
+
+
+def evened(codes: Tensor, evenness: float) -> Tensor:
+    """As many rows drawn from codes (N, D), each with a chance of one over (how crowded its direction is) ** evenness.
+
+    k-means splits what is frequent; a mean over classes asks for what is rare as well.
+    """
+    near = unit(codes[torch.randperm(len(codes))[:CROWD_ROWS].to(codes.device)]).T  # (D, n)
+    crowd = torch.cat([(CROWD_SHARPNESS * (unit(part) @ near - 1)).exp().mean(1) for part in codes.split(8192)])
+    return codes[torch.multinomial(crowd.cpu() ** -evenness, len(codes), replacement=True).to(codes.device)]
 
 
 @torch.inference_mode()
@@ -353,7 +436,7 @@ class Stego:
         self.palette = voc_palette(len(centers)) if palette is None else palette
         self.linear = None                                                   # weight, bias: a released linear probe
         self.names = [""] * len(centers) if names is None else list(names)
-        self._backbone = None
+        self._backbone, self.history = None, []
 
     @classmethod
     def fit(cls, images, *, classes: int = 27, backbone: str = "auto", weights=None, preset: str | None = None,
@@ -367,7 +450,7 @@ class Stego:
             backbone: a name from `stego_backbones.NAMES`, or "auto"; weights: a local weight file for it.
             preset: the hyper-parameters to start from, one of PRESETS ("small" unless named); each can be overridden
                 by keyword (lambda_self, lambda_knn, lambda_rand, b_self, b_knn, b_rand, code_size, steps,
-                batch_size, five_crop, centering).
+                batch_size, views, evenness, centering).
             balance: "auto" sets the b's that are not given from the features' own correspondences, "fixed" keeps
                 the preset's. Default: "fixed" for a named preset, else "auto".
             seed: same images, seed, machine and threads: same model.
@@ -388,19 +471,23 @@ class Stego:
         earlier = None if match is None else _earlier(match, network, device)
         with torch.random.fork_rng():                                        # leaves the caller's generator alone
             torch.manual_seed(seed)
-            cache = encode(network, paths, five_crop=config["five_crop"], cache_size=cache_size, device=device,
+            cache = encode(network, paths, views=config["views"], cache_size=cache_size, device=device,
                            progress=progress)
             neighbors = nearest_neighbors(cache.means[:len(cache)])
             if config["balance"] == "auto":
                 shifts = balanced_shifts(cache, neighbors, centering=config["centering"])
                 config |= {name: b for name, b in shifts.items() if overrides.get(name) is None}
-            head = train_head(cache, neighbors, config, device=device, progress=progress)
-            centers, share = cluster_codes(head, cache, classes, seed=seed, device=device)
+            history = []
+            head = train_head(cache, neighbors, config, device=device, progress=progress, history=history)
+            centers, share = cluster_codes(head, cache, classes, evenness=config["evenness"], seed=seed,
+                                           device=device)
         config["crops"] = len(cache)
         model = cls(config, head, centers, share, backbone_sha256=network.sha256, device=device, weights=weights)
-        model._backbone = network
+        model._backbone, model.history = network, history
         if earlier is not None:
             model.take_over(earlier, corresponding(cache, model, earlier))
+        if warning := diagnosis(history):
+            log.warning(warning)
         return model
 
     @property
@@ -426,8 +513,7 @@ class Stego:
 
     def code_map(self, features: Tensor) -> Tensor:
         """The head on a map of features: (B, C, h, w) -> (B, D, h, w)."""
-        codes = self.head(features.flatten(2).transpose(1, 2))               # (B, h * w, D)
-        return codes.transpose(1, 2).unflatten(2, features.shape[2:])        # (B, D, h, w)
+        return self.head.on_map(features)
 
     @property
     def labels(self) -> list[str]:
@@ -512,13 +598,11 @@ class Stego:
         return dense_crf(small, scores)
 
     def _working_size(self, image, resolution: int) -> tuple[int, int]:
-        """(width, height) for the backbone: shorter side to `resolution`, less for extreme shapes, whole patches."""
-        patch = self.backbone.patch
-        if resolution < patch:
-            raise ValueError(f"Got resolution {resolution}; it is the shorter side in pixels, at least {patch}.")
-        _check_size(image, patch)
-        scale = min(resolution / min(image.size), MAX_ASPECT * resolution / max(image.size))
-        return tuple(max(round(side * scale / patch), 1) * patch for side in image.size)
+        """(width, height) of an image for the backbone, see `backbone_size`."""
+        if resolution < self.backbone.patch:
+            raise ValueError(f"Got resolution {resolution}; it is the shorter side in pixels, at least "
+                             f"{self.backbone.patch}.")
+        return backbone_size(image, self.backbone.patch, resolution=resolution)
 
     def contact_sheet(self, images, *, count: int = 12, **options):
         """A picture of up to `count` images, evenly spread over the list, beside their segments."""
@@ -562,6 +646,26 @@ class Stego:
             if progress:
                 progress("regions", done, len(images))
         return [[(picture, mask) for _, picture, mask in regions] for regions in found]
+
+    def report(self, folder):
+        """Write how the fit went into a folder, as pictures: loss, similarities of codes, their histograms at the end.
+
+        Raises ValueError for a model that was not fitted in this process: the history is not saved.
+        """
+        if not self.history:
+            raise ValueError("This model has no history to report; a report is written right after fit.")
+        steps, terms = [entry["step"] for entry in self.history], [n for n in BALANCE_TERMS if n in self.history[-1]]
+        bins, last = np.linspace(-0.95, 0.95, 20), self.history[-1]
+        labels = dict(x_label="step", y_label="")
+        charts = {
+            "loss": line_chart({"loss": (steps, [entry["loss"] for entry in self.history])}, title="Loss", **labels),
+            "similarity": line_chart({n: (steps, [entry[n][0] for entry in self.history]) for n in terms},
+                                     title="Mean similarity of codes", **labels),
+            "histogram": line_chart({n: (bins, last[n][1].cpu().numpy()) for n in terms}, x_label="similarity",
+                                    title="Similarities of codes at the end", y_label="share of pairs"),
+        }
+        for name, chart in charts.items():
+            write_image(chart, Path(folder) / f"{name}.png")
 
     def save(self, path):
         """Write the model: one file, a plain dict of tensors and values; without the backbone's weights."""
@@ -633,7 +737,7 @@ def fit_config(*, classes: int, preset: str | None = None, balance: str | None =
                cache_size: float = CACHE_SIZE, **overrides) -> dict:
     """Every option of a fit under its name: the preset with what was overridden; ValueError for what cannot be."""
     balance = balance or ("fixed" if preset else "auto")
-    steps = {} if preset else {"steps": AUTO_STEPS}
+    ours = {} if preset else UNNAMED
     preset = preset or "small"
     if balance not in ("auto", "fixed"):
         raise ValueError(f"Unknown balance {balance!r}; choose auto or fixed.")
@@ -643,7 +747,11 @@ def fit_config(*, classes: int, preset: str | None = None, balance: str | None =
         raise ValueError(f"Unknown option {sorted(unknown)[0]!r}; a preset has {', '.join(PRESETS[preset])}.")
     if not 1 <= classes <= MAX_CLASSES:
         raise ValueError(f"Got {classes} classes; a mask of 8 bits holds 1 to {MAX_CLASSES}.")
-    config = PRESETS[preset] | steps | {key: value for key, value in overrides.items() if value is not None}
+    config = PRESETS[preset] | ours | {key: value for key, value in overrides.items() if value is not None}
+    if config["views"] not in VIEWS:
+        raise ValueError(f"Unknown views {config['views']!r}; choose one of: {", ".join(VIEWS)}.")
+    if not 0 <= config["evenness"] <= 1:
+        raise ValueError(f"Got evenness {config['evenness']}; it lies between 0 and 1.")
     for key in ("steps", "batch_size", "code_size"):
         if config[key] < 1:
             raise ValueError(f"Got {key} {config[key]}; it must be at least 1.")

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from quality import fit_head, head_map, score, val_features  # noqa: E402
+from quality import fit_head, score, val_features  # noqa: E402
 
 from stego import TokenCache, cluster_codes, encode, fit_config, unit  # noqa: E402
 from stego_backbones import load_backbone  # noqa: E402
@@ -80,7 +80,7 @@ def main(data, sets, seeds, steps, backbone):
                 centers = {"k-means": cluster_codes(head, cache, classes, seed=seed)[0],
                            "probe": probe_centers(head, cache, classes)}
                 for method, center in centers.items():
-                    miou, _ = score(head_map(head), center, val, classes, False)
+                    miou, _ = score(head.on_map, center, val, classes, False)
                     found.setdefault((sampling, method), []).append(miou)
         for choice, mious in found.items():
             print(f"{name:8} {choice[0]:9} {choice[1]:8} {np.mean(mious):6.2f} +- {np.std(mious):.2f}  "

@@ -62,7 +62,7 @@ def main(images, backbone, limit, batch_size, threads):
     config = fit_config(classes=27, batch_size=batch_size)
 
     began = time.perf_counter()
-    cache = encode(network, paths[:limit], five_crop=True)
+    cache = encode(network, paths[:limit], views="five")
     encoding = (time.perf_counter() - began) * len(paths) / min(limit, len(paths))
     began = time.perf_counter()
     neighbors = nearest_neighbors(cache.means)

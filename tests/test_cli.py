@@ -26,7 +26,7 @@ def test_help_loads_no_torch():
 def test_presets_on_the_command_line_are_the_librarys():
     import cli
     import stego
-    assert set(cli.PRESET_NAMES) == set(stego.PRESETS)
+    assert set(cli.PRESET_NAMES) == set(stego.PRESETS) and cli.VIEWS == stego.VIEWS
 
 
 def test_fit_options_are_those_of_the_library():
@@ -37,15 +37,16 @@ def test_fit_options_are_those_of_the_library():
     signature = inspect.signature(Stego.fit).parameters
     options = main.commands["fit"].make_context("fit", ["images"]).params
     for name, default in options.items():
-        if name not in ("images", "output", "dataset", "root"):
+        if name not in ("images", "output", "report", "dataset", "root"):
             assert name in signature or name in PRESETS["small"], name
             assert default == (signature[name].default if name in signature else None)
 
 
 def test_fit_then_predict(here, scenes):
-    result = run("fit", scenes, "-k", 3, "--backbone", "tiny", "--steps", 5)
+    result = run("fit", scenes, "-k", 3, "--backbone", "tiny", "--steps", 5, "--report", "charts")
     assert "stego.pt" in result.stdout and "stego-fit.png" in result.stdout and "cluster   0" in result.stdout
-    assert sorted(p.name for p in here.iterdir()) == ["stego-fit.png", "stego.pt"]
+    assert sorted(p.name for p in here.iterdir()) == ["charts", "stego-fit.png", "stego.pt"]
+    assert Image.open("charts/similarity.png").size == Image.open("charts/loss.png").size
     assert Image.open("stego-fit.png").width > 1000
     run("predict", scenes / "scene00.png", "-o", "mask.png")
     with Image.open("mask.png") as mask:

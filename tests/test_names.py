@@ -119,7 +119,7 @@ def test_the_same_data_fitted_anew_keeps_numbers_names_and_colours(scenes, saved
 
 
 def test_clusters_correspond_by_what_they_cover(scenes, model):
-    cache = encode(model.backbone, sorted(scenes.rglob("*.png"))[:3], five_crop=False)
+    cache = encode(model.backbone, sorted(scenes.rglob("*.png"))[:3], views="whole")
     other = Stego(model.config, model.head, model.centers[[2, 0, 1]], model.share, backbone_sha256="")
     assert corresponding(cache, other, model) == {0: 2, 1: 0, 2: 1}
     other.centers = torch.nn.functional.normalize(torch.randn(40, model.centers.shape[1]), dim=1)

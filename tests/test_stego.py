@@ -114,6 +114,28 @@ def test_encode_is_the_backbone_on_every_crop(scenes):
     assert torch.allclose(cache.means[13], F.normalize(want.mean(0), dim=0), atol=1e-4)
 
 
+def test_windows_are_parts_of_one_look_at_the_image(scenes):
+    """Shorter side 320, half the height and half the width each; P random positions where a window has more."""
+    path = sorted(scenes.glob("*.png"))[0]
+    cache, image = encode(Mean(), [path], views="windows"), Image.open(path).convert("RGB")
+    size = stego.backbone_size(image, 8)
+    whole = F.avg_pool2d(stego.to_tensor(image.resize(size, stego.BILINEAR))[None], 8)
+    h, w = whole.shape[2:]
+    assert min(h, w) == 40 and cache.tokens.shape == (5, 400, 3)
+    lower_right = whole[0, :, h - h // 2:, w - w // 2:].flatten(1).T         # (positions, 3)
+    assert torch.allclose(cache.means[3], F.normalize(lower_right.mean(0), dim=0), atol=1e-4)
+    rows = {tuple(row) for row in lower_right.half().tolist()}
+    assert all(tuple(row) in rows for row in cache.tokens[3].tolist())
+
+
+def test_windows_of_a_strip_are_filled(tmp_path):
+    """A strip of one row of patches has fewer positions than a window keeps: they are repeated."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 900, 3), np.uint8)).save(tmp_path / "strip.png")
+    cache = encode(Mean(), [tmp_path / "strip.png"], views="windows")
+    assert cache.tokens.shape == (5, 400, 3) and np.isfinite(cache.tokens).all()
+    assert len(np.unique(cache.tokens[0], axis=0)) == stego.backbone_size(Image.new("RGB", (900, 8)), 8)[0] // 8 // 2
+
+
 def test_cache_above_its_bound_keeps_random_positions(scenes, caplog):
     paths = sorted(scenes.glob("*.png"))
     bound = 40 * 3 * 2 * 10.5 / 1e9                                          # ten positions of each crop
@@ -184,7 +206,7 @@ def test_one_image_is_enough(tmp_path, scenes):
     Image.open(scenes / "scene00.png").save(tmp_path / "only.png")
     mask = Stego.fit(tmp_path, classes=2, backbone="tiny", steps=3).predict(tmp_path / "only.png")
     assert set(np.unique(mask)) <= {0, 1}
-    Stego.fit(tmp_path, classes=2, backbone="tiny", steps=2, five_crop=False)
+    Stego.fit(tmp_path, classes=2, backbone="tiny", steps=2, views="whole")
 
 
 def test_unreadable_images_are_named_and_left_out(tmp_path, scenes, caplog):
@@ -200,7 +222,9 @@ def test_unreadable_images_are_named_and_left_out(tmp_path, scenes, caplog):
 
 @pytest.mark.parametrize("options, message", [
     (dict(classes=256), "1 to 255"), (dict(classes=0), "1 to 255"), (dict(preset="moon"), "Unknown preset 'moon'"),
-    (dict(balance="yes"), "choose auto or fixed"), (dict(stepz=3), "Unknown option 'stepz'"), (dict(steps=0), "steps 0"), (dict(backbone="vgg"), "Unknown backbone"),
+    (dict(balance="yes"), "choose auto or fixed"), (dict(stepz=3), "Unknown option 'stepz'"),
+    (dict(steps=0), "steps 0"), (dict(views="six"), "Unknown views 'six'"), (dict(evenness=2.0), "evenness 2.0"),
+    (dict(backbone="vgg"), "Unknown backbone"),
     (dict(device="cuda:99"), "not available"), (dict(device="abacus"), "not available"),
 ])
 def test_bad_options(scenes, options, message):
@@ -228,6 +252,17 @@ def test_balance_follows_the_features():
     assert shifts[0.0]["b_rand"] == pytest.approx(stego.BALANCE["b_rand"] * scattered, abs=0.02)
 
 
+@pytest.mark.parametrize("b", [0.0, 1.0])
+def test_balance_does_not_depend_on_where_the_bs_start(scenes, monkeypatch, b):
+    monkeypatch.setattr(stego, "load_backbone", lambda *args, **options: Mean())
+    monkeypatch.setattr(stego, "CLUSTER_ROWS", 2000)
+    usual = Stego.fit(scenes, classes=2, steps=1).config
+    assert (usual["views"], usual["evenness"]) == ("windows", 1.0)
+    monkeypatch.setitem(stego.PRESETS, "small", stego.PRESETS["small"] | dict(b_self=b, b_knn=b, b_rand=b))
+    assert Stego.fit(scenes, classes=2, steps=1).config == usual
+    assert Stego.fit(scenes, classes=2, steps=1, preset="small").config["b_rand"] == b
+
+
 def test_balance_keeps_what_is_given(scenes):
     one = Stego.fit(scenes, classes=2, backbone="tiny", steps=1, b_rand=0.7).config
     assert one["b_rand"] == 0.7 and one["b_self"] != 0.18
@@ -238,8 +273,56 @@ def test_balance_keeps_what_is_given(scenes):
 def test_presets_are_the_published_ones():
     """A few values of FACTS section 2, and that every preset names the same options."""
     assert stego.PRESETS["cityscapes"]["b_rand"] == 0.31 and not stego.PRESETS["cityscapes"]["centering"]
-    assert stego.PRESETS["potsdam"]["b_rand"] == 0.76 and not stego.PRESETS["potsdam"]["five_crop"]
+    assert stego.PRESETS["potsdam"]["b_rand"] == 0.76 and stego.PRESETS["potsdam"]["views"] == "whole"
     assert {frozenset(preset) for preset in stego.PRESETS.values()} == {frozenset(stego.PRESETS["small"])}
+
+
+def test_evened_rows_give_rare_directions_a_chance():
+    torch.manual_seed(0)
+    direction = unit(torch.randn(2, 16))
+    codes = torch.cat([direction[:1].expand(3800, -1), direction[1:].expand(200, -1)]) + 0.05 * torch.randn(4000, 16)
+    share = [(unit(stego.evened(codes, evenness)) @ direction[1] > 0.7).float().mean().item() for evenness in (0, 0.5, 1)]
+    assert share == pytest.approx([0.05, 0.19, 0.5], abs=0.1)               # 1 : 19, its root, as many
+
+
+def test_a_look_at_the_similarities():
+    """Codes equal everywhere are all alike; the head goes on training as before."""
+    head = Head(8, 4).train()
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.ones_(head.linear.bias)
+    seen = stego.look(head, torch.randn(3, 5, 8), torch.randn(3, 5, 8))
+    assert head.training and [seen[name][0] for name in ("self", "knn", "rand")] == pytest.approx([1, 1, 1])
+    assert seen["rand"][1][-1] == 1 and "rand" not in stego.look(head, torch.randn(1, 5, 8), torch.randn(1, 5, 8))
+
+
+@pytest.mark.parametrize("b, word", [(-1.0, "collapsed"), (1.0, "scattered"), (None, None)])
+def test_bad_runs_are_named_in_words(b, word, monkeypatch):
+    """Pressure that is all positive puts every code in one place, all negative drives them apart."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(stego, "LEARNING_RATE", 5e-3)                        # bad quickly
+    kinds = torch.randint(2, (20, 12, 12)) + 2 * (torch.arange(20) % 2)[:, None, None]  # two of four in each crop
+    parts = torch.randn(4, 16)[kinds].permute(0, 3, 1, 2)                    # (crops, C, h, w)
+    cache = TokenCache(20, 144, 16)
+    cache.append(parts + 0.5 * torch.randn(parts.shape))
+    neighbors, history = nearest_neighbors(cache.means), []
+    shifts = stego.balanced_shifts(cache, neighbors) if b is None else dict(b_self=b, b_knn=b, b_rand=b)
+    stego.train_head(cache, neighbors, fit_config(classes=2, steps=60, batch_size=8) | shifts, history=history)
+    said = stego.diagnosis(history)
+    assert word in said if word else said is None
+    assert stego.diagnosis(history[:3]) is None                              # too short to tell
+
+
+def test_report_draws_the_history(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(stego, "load_backbone", lambda *args, **options: Mean())
+    monkeypatch.setattr(stego, "CLUSTER_ROWS", 2000)
+    model = Stego.fit(scenes, classes=2, steps=12)
+    model.report(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["histogram.png", "loss.png", "similarity.png"]
+    assert [entry["step"] for entry in model.history] == [0, 10, 11]
+    model.save(tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="right after fit"):
+        Stego.load(tmp_path / "m.pt").report(tmp_path)
 
 
 # ---- predict ---------------------------------------------------------------------------------------------------
