@@ -44,7 +44,8 @@ PRESETS = {
     "potsdam": _SMALL | dict(b_self=0.08, b_knn=0.02, b_rand=0.76, views="whole"),
 }
 UNNAMED = dict(steps=300, views="windows", evenness=1.0)  # where no preset is named, in place of those of "small"
-VIEWS = ("five", "whole", "windows")  # crops, each seen alone (Sec. 4); whole images; five parts of one look at an image
+# What the backbone sees of an image: five crops, each alone (Sec. 4); all of it; all of it, then cut into five.
+VIEWS = ("five", "whole", "windows")
 BALANCE = {"b_self": -0.5, "b_knn": -0.5, "b_rand": 2.0}  # balance "auto": b in standard deviations from the mean
 POSITIONS = 121         # positions of an image that enter a step: 11 x 11 (Sec. 4)
 NEIGHBORS = 7           # nearest neighbours x_knn is drawn from (Sec. 4)
@@ -749,7 +750,7 @@ def fit_config(*, classes: int, preset: str | None = None, balance: str | None =
         raise ValueError(f"Got {classes} classes; a mask of 8 bits holds 1 to {MAX_CLASSES}.")
     config = PRESETS[preset] | ours | {key: value for key, value in overrides.items() if value is not None}
     if config["views"] not in VIEWS:
-        raise ValueError(f"Unknown views {config['views']!r}; choose one of: {", ".join(VIEWS)}.")
+        raise ValueError(f"Unknown views {config['views']!r}; choose one of: {', '.join(VIEWS)}.")
     if not 0 <= config["evenness"] <= 1:
         raise ValueError(f"Got evenness {config['evenness']}; it lies between 0 and 1.")
     for key in ("steps", "batch_size", "code_size"):
