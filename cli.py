@@ -152,7 +152,7 @@ def main():
 @click.option("-k", "--classes", default=27, show_default="27, or the dataset's", help="Number of segments, 1 to 255.")
 @click.option("-o", "--output", default="stego.pt", show_default=True, help="Where the model goes.")
 @click.option("--report", type=click.Path(file_okay=False),
-              help="Also write charts of the training into this folder.")
+              help="Also write charts of the training into this folder.  [default: none]")
 @click.option("--backbone", default="auto", show_default=True,
               help="dino_vits8, dino_vitb8, dinov2_vits14, ..., tiny; auto: dino_vits8, or tiny without network.")
 @click.option("--preset", type=click.Choice(PRESET_NAMES),
