@@ -449,9 +449,9 @@ class Stego:
             images: files, folders (recursive) or glob patterns, one or several.
             classes: number of segments K to look for, 1..255.
             backbone: a name from `stego_backbones.NAMES`, or "auto"; weights: a local weight file for it.
-            preset: the hyper-parameters to start from, one of PRESETS ("small" unless named); each can be overridden
-                by keyword (lambda_self, lambda_knn, lambda_rand, b_self, b_knn, b_rand, code_size, steps,
-                batch_size, views, evenness, centering).
+            preset: the hyper-parameters to start from, one of PRESETS ("small" with UNNAMED unless named); each can
+                be overridden by keyword (lambda_self, lambda_knn, lambda_rand, b_self, b_knn, b_rand, code_size, steps,
+                batch_size, views: one of VIEWS, evenness: 0 to 1, see `evened`, centering).
             balance: "auto" sets the b's that are not given from the features' own correspondences, "fixed" keeps
                 the preset's. Default: "fixed" for a named preset, else "auto".
             seed: same images, seed, machine and threads: same model.
