@@ -1,4 +1,4 @@
-"""Data the tests draw themselves: small scenes of textured sky, ground and blocks, with their label maps."""
+"""Data the tests draw themselves: the scenes of `stego demo`, small, with their label maps in three classes."""
 
 import logging
 
@@ -7,25 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
+import stego_images
+
 torch.set_num_threads(1)  # small problems: more threads only wait for each other
 
 
 def draw_scene(seed: int, height: int = 96, width: int = 128):
-    """A picture (H, W, 3) uint8 of sky (0), ground (1) and blocks (2), and its labels (H, W) uint8."""
-    rng = np.random.default_rng(seed)
-    labels = np.zeros((height, width), np.uint8)
-    horizon = int(height * rng.uniform(0.4, 0.6))
-    labels[horizon:] = 1
-    for _ in range(rng.integers(1, 3)):
-        side = int(height * rng.uniform(0.25, 0.4))
-        x = rng.integers(0, width - side)
-        labels[horizon - side // 2:horizon + side // 2, x:x + side] = 2
-    colours = np.array([[130, 170, 230], [70, 130, 60], [170, 90, 70]]) + rng.normal(0, 8, (3, 3))
-    image = colours[labels] + rng.normal(0, 6, (height, width, 3))
-    stripes = 30 * (np.arange(width) // 4 % 2)[None, :, None]
-    image += np.where((labels == 2)[..., None], stripes, 0) + np.where((labels == 1)[..., None], 1, 0) * rng.normal(
-        0, 20, (height, width, 1))
-    return image.clip(0, 255).astype(np.uint8), labels
+    """A picture (H, W, 3) uint8 and its labels (H, W) uint8: sky (0), land and road (1), what stands on it (2)."""
+    image, labels = stego_images.draw_scene(seed, height, width)
+    return np.array(image), np.array([0, 1, 1, 1, 2, 2, 2], np.uint8)[labels]
 
 
 @pytest.fixture(autouse=True)

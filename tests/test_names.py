@@ -6,7 +6,7 @@ import torch
 from conftest import run
 from PIL import Image
 
-from stego import Stego, corresponding, encode
+from stego import Stego, TokenCache, corresponding, encode
 from stego_images import region_sheet, voc_palette
 
 
@@ -122,8 +122,19 @@ def test_clusters_correspond_by_what_they_cover(scenes, model):
     cache = encode(model.backbone, sorted(scenes.rglob("*.png"))[:3], views="whole")
     other = Stego(model.config, model.head, model.centers[[2, 0, 1]], model.share, backbone_sha256="")
     assert corresponding(cache, other, model) == {0: 2, 1: 0, 2: 1}
-    other.centers = torch.nn.functional.normalize(torch.randn(40, model.centers.shape[1]), dim=1)
-    assert len(corresponding(cache, other, model)) < 3                       # many small ones are not the large ones
+
+
+def test_a_small_part_of_a_cluster_is_not_the_cluster(model):
+    """Directions in the plane: half a circle is no twelfth of it, but nearly the half turned."""
+    def around(count, turned=0.0):
+        angle = torch.arange(count) * (2 * torch.pi / count) + turned
+        directions = torch.stack([angle.cos(), angle.sin()], 1)
+        return Stego(model.config, torch.nn.Identity(), directions, torch.ones(count), backbone_sha256="")
+    cache = TokenCache(1, 720, 2)
+    cache.append(around(720, 0.001).centers.T[None, :, None])                # (1, 2, 1, 720)
+    assert corresponding(cache, around(12), around(2)) == {}
+    assert corresponding(cache, around(2, 0.5), around(2)) == {0: 0, 1: 1}
+    assert corresponding(cache, around(2, 0.5 + torch.pi), around(2)) == {0: 1, 1: 0}
 
 
 @pytest.mark.parametrize("classes, same, shares, names", [

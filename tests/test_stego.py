@@ -168,7 +168,7 @@ def test_a_full_disk_is_one_sentence(monkeypatch):
 # ---- fit -------------------------------------------------------------------------------------------------------
 
 def test_fit_finds_the_parts_of_drawn_scenes(model):
-    """Three clusters line up with sky, ground and blocks; chance is a third."""
+    """Three clusters line up with sky, land and what stands on it; chance is a third."""
     from conftest import draw_scene
     from stego_protocol import confusion_matrix, match_clusters, scores
     confusion = np.zeros((3, 3), np.int64)
