@@ -111,11 +111,11 @@ def test_the_same_data_fitted_anew_keeps_numbers_names_and_colours(scenes, saved
     earlier.rename({0: "a", 1: "b", 2: "c"})
     earlier.palette = np.array([[9, 0, 0], [0, 9, 0], [0, 0, 9]], np.uint8)
     earlier.save(tmp_path / "earlier.pt")
-    again = Stego.fit(scenes, classes=3, backbone="tiny", steps=60, batch_size=8, seed=5, match=tmp_path / "earlier.pt")
+    again = Stego.fit(scenes, classes=3, backbone="tiny", steps=60, batch_size=8, match=tmp_path / "earlier.pt")
     assert again.names == ["a", "b", "c"] and np.array_equal(again.palette, earlier.palette)
     image = np.asarray(Image.open(scenes / "scene00.png").convert("RGB"))
     before, after = (model.predict(image, crf=False, resolution=160) for model in (earlier, again))
-    assert (before == after).mean() > 0.8
+    assert (before == after).mean() > 0.99
 
 
 def test_clusters_correspond_by_what_they_cover(scenes, model):
