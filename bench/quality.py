@@ -87,6 +87,7 @@ def stego_rows(name, cache, val, classes, config, seed, crf):
 def run_set(network, folder, classes, variants, seeds, crf):
     """{method: [(mIoU, accuracy) for each seed]}; variants: {method: config}."""
     caches, val, rows = {}, val_features(network, folder), {}
+    torch.manual_seed(0)                                                     # encode keeps random positions
     for name, config in variants.items():
         views = config["views"]
         if views not in caches:
