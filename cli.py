@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -178,9 +179,11 @@ def main():
 @click.option("--match", type=click.Path(), metavar="MODEL",
               help="An earlier model: clusters that are the same keep its numbers, names and colours.  [default: none]")
 @click.option("--cache-size", default=8.0, show_default=True, help="Scratch space for features, in GB.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted fit of the same images and options.")
+@click.option("--keep-features", is_flag=True, help="Leave the features in OUTPUT.scratch for the next fit.")
 @network_options
 @talk_options
-def fit(images, output, dataset, root, classes, preset, report, **options):
+def fit(images, output, dataset, root, classes, preset, report, resume, keep_features, **options):
     """Find the things that recur in IMAGES: files, folders (searched recursively) or "patterns/*.jpg".
 
     With --dataset in their place: the train split of a published dataset and its published hyper-parameters.
@@ -190,6 +193,7 @@ def fit(images, output, dataset, root, classes, preset, report, **options):
       stego fit ./images
       stego fit a/ b/ "c/*.jpg" -k 27 -o model.pt --backbone dino_vits8 --steps 5000
       stego fit --dataset cityscapes --root ~/data/cityscapes
+      stego fit ./images --resume
     """
     if bool(images) == bool(dataset):
         raise click.UsageError("Give images to fit on, or a --dataset, one of the two.")
@@ -207,8 +211,16 @@ def fit(images, output, dataset, root, classes, preset, report, **options):
                 classes = len(labelled.classes)
         else:
             paths = [path for path, _ in find_images(images)]
-        model = Stego.fit(paths, classes=classes, preset=preset, progress=Progress(), **options)
+        scratch = output.with_name(f"{output.name}.scratch")
+        try:
+            model = Stego.fit(paths, classes=classes, preset=preset, progress=Progress(), scratch=scratch,
+                              resume=resume, **options)
+        except KeyboardInterrupt as interruption:
+            raise click.ClickException("Interrupted; the same command with --resume goes on.") from interruption
         model.save(output)
+        (scratch / "training.pt").unlink(missing_ok=True)
+        if not keep_features:
+            shutil.rmtree(scratch, ignore_errors=True)
         from stego_images import write_image
         sheet = output.with_name(f"{output.stem}-fit.png")
         write_image(model.contact_sheet(paths), sheet)

@@ -9,13 +9,23 @@ training, clusters and prediction (Sec. 4). One thing differs from the reference
 matter of minutes: the backbone is frozen and nothing is augmented, so every crop passes through it exactly once.
 """
 
+import hashlib
 import io
 import logging
+import math
 import os
+import shutil
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, two fits in one scratch are not kept apart
+    fcntl = None
 
 import numpy as np
 import torch
@@ -67,6 +77,7 @@ CROWD_ROWS = 500        # codes that stand for all where crowding is measured
 CROWD_SHARPNESS = 10.0  # crowding: mean of exp(10 (cosine - 1)), which halves at an angle of 21 degrees
 MATCH_OVERLAP = 1 / 3   # intersection over union from which clusters of two models are one: a Dice score of a half
 REGION = 1 / 3          # side of the squares that show what a cluster is, of the image's shorter side
+SAVE_EVERY = 30         # seconds between two states of a fit: what an interruption costs at most, and some rounding
 MAX_ASPECT = 4          # longer side : shorter side up to which the shorter side gets its full resolution
 STRIP_PIXELS = 50_000   # pixels of a large photo that get their scores at once: temporaries stay in cache
 MAX_CLASSES = 255       # masks are 8 bit and 255 means "ignore"
@@ -76,24 +87,87 @@ RELEASED_PATCH = "net.model.patch_embed.proj.weight"
 BILINEAR = Image.Resampling.BILINEAR
 
 
+# ---- scratch: what an interrupted fit goes on from -------------------------------------------------------------
+
+class Scratch:
+    """The folder of a running fit: its tokens, and how far it has come. One process has it at a time.
+
+    Survives the process, however that ends. Each state is written under a temporary name and renamed.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.saved = Path(folder), time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / "lock", "w")
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # falls with the process
+        except OSError as error:
+            raise ValueError(f"Another fit is working in {folder}; wait for it, or choose another output.") from error
+
+    def load(self, name: str, key: dict) -> dict | None:
+        """The state saved under a name, if it belongs to this key; None if there is none or a damaged one."""
+        try:
+            state = torch.load(self.folder / f"{name}.pt", weights_only=True)
+            return state if state["key"] == key else None
+        except Exception:  # never written, cut short, of another version: then that stage starts afresh
+            return None
+
+    def save(self, name: str, key: dict, state: dict):
+        packed = io.BytesIO()
+        torch.save(state | {"key": key, "random": torch.get_rng_state()}, packed)
+        with replacing(self.folder / f"{name}.pt") as part:
+            part.write_bytes(packed.getvalue())
+        self.saved = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.saved >= SAVE_EVERY
+
+    def begin(self, key: dict, *, resume: bool):
+        """Forget the training of an earlier fit, or make sure that it is the one to go on with."""
+        path = self.folder / "training.pt"
+        if not resume:
+            if path.exists():
+                log.warning("Starting afresh, though a fit was interrupted in %s; --resume would go on.", self.folder)
+            path.unlink(missing_ok=True)
+        elif path.exists() and self.load("training", key) is None:
+            raise ValueError(f"The fit in {self.folder} was of other images or options, or one has changed since; give "
+                             "the same ones, or start afresh without --resume.")
+
+    def close(self):
+        if not any(self.folder.glob("*.pt")):
+            shutil.rmtree(self.folder, ignore_errors=True)                   # nothing in it to go on from
+        self.lock.close()
+
+
+def features_key(paths, network, config: dict) -> dict:
+    """What cached features depend on: each image's path, size and time, the backbone, how images are cut up."""
+    found = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    images = hashlib.sha256("\n".join(map(repr, found)).encode()).hexdigest()
+    return dict(images=images, count=len(found), backbone=network.sha256, views=config["views"],
+                cache_size=config["cache_size"], seed=config["seed"])
+
+
 # ---- features, once (Sec. 3.1, five-crop of Sec. 4) ------------------------------------------------------------
 
 class TokenCache:
-    """The backbone's tokens of every crop, in a scratch file that vanishes with the process.
+    """The backbone's tokens of every crop, in a file: one without a name, gone with the process, or `file`.
 
     tokens: (n, P, C) float16 on disk, P positions of each crop; means: (n, C) unit rows, their averaged features.
     """
 
-    def __init__(self, crops: int, positions: int, channels: int):
-        scratch = tempfile.TemporaryFile(prefix="stego-")                    # has no name: nothing to clean up
+    def __init__(self, crops: int, positions: int, channels: int, *, file=None):
+        scratch = file or tempfile.TemporaryFile(prefix="stego-")            # without a name: nothing to clean up
         size = crops * positions * channels * 2                              # bytes
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(scratch.fileno(), 0, size)                # a full disk shows now, not as a crash
         except OSError as error:
-            raise ValueError(f"No room for {size / 1e9:.1f} GB of scratch in {tempfile.gettempdir()} ({error}); "
-                             "set a smaller --cache-size, or TMPDIR to a larger disk.") from error
-        self.tokens = np.memmap(scratch, np.float16, "w+", shape=(crops, positions, channels))
+            place = os.path.dirname(file.name) if file else tempfile.gettempdir()
+            raise ValueError(f"No room for {size / 1e9:.1f} GB of scratch in {place} ({error}); "
+                             "set a smaller --cache-size, or work on a larger disk.") from error
+        scratch.truncate(size)
+        self.tokens = np.memmap(scratch, np.float16, "r+", shape=(crops, positions, channels))
         self.means = torch.empty(crops, channels)
         self.filled = 0
 
@@ -118,10 +192,12 @@ class TokenCache:
         return torch.from_numpy(self.tokens[crops[:, None].numpy(), positions.numpy()]).float()
 
 
-def encode(backbone, paths, *, views="five", cache_size=CACHE_SIZE, device="cpu", progress=None) -> TokenCache:
+def encode(backbone, paths, *, views="five", cache_size=CACHE_SIZE, device="cpu", progress=None,
+           scratch: Scratch | None = None, key: dict | None = None) -> TokenCache:
     """Push every image through the backbone once, cut up as VIEWS says; its parts lie one after another in the cache.
 
-    Unreadable images are named in a warning and left out. Raises ValueError if none is left.
+    Unreadable images are named in a warning and left out. Raises ValueError if none is left. scratch: where the cache
+    is kept; what is there under the same key is not computed again.
     """
     side = (RESOLUTION // 2 if views == "windows" else CROP_SIDE) // backbone.patch   # positions
     count, positions = len(paths) * (1 if views == "whole" else 5), side ** 2
@@ -132,17 +208,35 @@ def encode(backbone, paths, *, views="five", cache_size=CACHE_SIZE, device="cpu"
     if kept < positions:
         log.warning("The token cache is bounded to %g GB: keeping %d random positions of %d per crop.",
                     cache_size, kept, positions)
-    cache = TokenCache(count, kept, backbone.channels)
-    for done, x in enumerate(ahead(lambda path: _views(path, views, backbone.patch), paths), 1):
+    start, cache = _cache_in(scratch, key, (count, kept, backbone.channels))
+    for done, x in enumerate(ahead(lambda path: _views(path, views, backbone.patch), paths[start:]), start + 1):
         if x is not None:
             with torch.inference_mode():
                 maps = backbone(x.to(device))                                # (1 or 5, C, h, w)
                 cache.append(five_windows(maps) if views == "windows" else maps)
+        if scratch and len(cache) and (scratch.due() or done == len(paths)):
+            scratch.save("features", key, dict(done=done, filled=len(cache), means=cache.means[:len(cache)].clone()))
         if progress:
             progress("features", done, len(paths))
     if not len(cache):
         raise ValueError(f"None of the {len(paths)} images could be used; give at least one readable image.")
     return cache
+
+
+def _cache_in(scratch: Scratch | None, key: dict | None, shape) -> tuple[int, TokenCache]:
+    """How many images are in the cache already, and the cache; an empty one unless the scratch has one of this key."""
+    if scratch is None:
+        return 0, TokenCache(*shape)
+    state, path = scratch.load("features", key), scratch.folder / "tokens"
+    whole = state is not None and path.exists() and path.stat().st_size == math.prod(shape) * 2
+    cache = TokenCache(*shape, file=open(path, "r+b" if whole else "w+b"))
+    if not whole:
+        return 0, cache
+    cache.filled = state["filled"]
+    cache.means[:cache.filled] = state["means"]
+    torch.set_rng_state(state["random"])
+    log.info("%d of %d images are in the scratch already.", state["done"], key["count"])
+    return state["done"], cache
 
 
 def _views(path, views: str, patch: int) -> Tensor | None:
@@ -308,16 +402,26 @@ def training_loss(head: Head, f: Tensor, g: Tensor, f_knn: Tensor, config: dict)
 
 
 def train_head(cache: TokenCache, neighbors: Tensor, config: dict, *, device="cpu", progress=None,
-               history: list | None = None) -> Head:
+               history: list | None = None, scratch: Scratch | None = None, key: dict | None = None) -> Head:
     """Train a head on cached tokens and the table of neighbours (n, <= 7) of their crops.
 
     Returns it in eval mode, rounded to float16 as it is saved. history: gets a look (see `look`) now and then.
+    scratch: where it is noted how far training has come, and from where it goes on if it has come some way.
     """
     head = Head(cache.tokens.shape[2], config["code_size"]).to(device).train()
     optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE)
-    crops = _shuffled(len(cache), min(config["batch_size"], len(cache)))
-    for step in range(config["steps"]):
-        anchor = next(crops)
+    batch, order, start = min(config["batch_size"], len(cache)), torch.empty(0, dtype=torch.int64), 0
+    if scratch and (state := scratch.load("training", key)):
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        order, start = state["order"], state["step"]
+        if history is not None:
+            history.extend(state["history"])
+        torch.set_rng_state(state["random"])
+    for step in range(start, config["steps"]):
+        if len(order) < batch:                                               # each crop once an epoch
+            order = torch.randperm(len(cache))
+        anchor, order = order[:batch], order[batch:]
         partner = neighbors[anchor, torch.randint(neighbors.shape[1], anchor.shape)]
         f, g = cache.sample(anchor, 2 * POSITIONS).to(device).split(POSITIONS, 1)
         f_knn = cache.sample(partner, POSITIONS).to(device)
@@ -327,6 +431,9 @@ def train_head(cache: TokenCache, neighbors: Tensor, config: dict, *, device="cp
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if scratch and (scratch.due() or step + 1 == config["steps"]):
+            scratch.save("training", key, dict(step=step + 1, order=order.clone(), history=history,
+                                               head=head.state_dict(), optimizer=optimizer.state_dict()))
         if progress:
             progress("training", step + 1, config["steps"])
     return head.half().float().requires_grad_(False).eval()
@@ -367,12 +474,6 @@ def diagnosis(history: list) -> str | None:
     return None
 
 
-def _shuffled(count: int, batch: int):
-    """Endless batches of indices, each index once an epoch (an epoch's last few wait for the next)."""
-    while True:
-        yield from torch.randperm(count)[:count - count % batch].split(batch)
-
-
 # ---- clusters (Sec. 3.3: cosine k-means on the codes) ----------------------------------------------------------
 
 def cluster_codes(head, cache: TokenCache, classes: int, *, evenness: float = 0.0, seed: int = 0,
@@ -381,8 +482,8 @@ def cluster_codes(head, cache: TokenCache, classes: int, *, evenness: float = 0.
 
     evenness: 0 clusters the codes as they are; towards 1, crowded directions weigh less and rare things get centres.
     """
-    each = max(CLUSTER_ROWS // len(cache), 1)
-    if min(each, cache.tokens.shape[1]) * len(cache) < classes:
+    each = min(max(CLUSTER_ROWS // len(cache), 1), cache.tokens.shape[1])
+    if each * len(cache) < classes:
         raise ValueError(f"{classes} classes are more than there are positions to cluster; "
                          "ask for fewer classes or give more images.")
     batches = torch.arange(len(cache)).split(256)
@@ -442,7 +543,7 @@ class Stego:
     @classmethod
     def fit(cls, images, *, classes: int = 27, backbone: str = "auto", weights=None, preset: str | None = None,
             balance: str | None = None, seed: int = 0, device: str = "auto", cache_size: float = CACHE_SIZE,
-            match=None, progress=None, **overrides) -> "Stego":
+            match=None, progress=None, scratch=None, resume: bool = False, **overrides) -> "Stego":
         """Find what recurs in images.
 
         Args:
@@ -460,6 +561,10 @@ class Stego:
             match: an earlier model over the same backbone, or its path; clusters that correspond to clusters of it
                 bear their numbers, names and colours.
             progress: called as progress(stage, done, total).
+            scratch: a folder for the features and the state of the fit, every SAVE_EVERY seconds, so that nothing
+                much is lost with the process; features that are in it already are not computed again.
+            resume: go on with the training that is in the scratch, if it is of the same images and options; the
+                model is the same, bit for bit, as without the interruption.
 
         Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
         """
@@ -470,16 +575,22 @@ class Stego:
         network = load_backbone(backbone, weights=weights, device=device, progress=progress is not None)
         config["backbone"] = network.name
         earlier = None if match is None else _earlier(match, network, device)
-        with torch.random.fork_rng():                                        # leaves the caller's generator alone
+        key = features_key(paths, network, config)
+        trained = {"features": key, "config": dict(config)}
+        with (closing(Scratch(scratch)) if scratch else nullcontext()) as kept, torch.random.fork_rng():
+            if kept:
+                kept.begin(trained, resume=resume)
             torch.manual_seed(seed)
             cache = encode(network, paths, views=config["views"], cache_size=cache_size, device=device,
-                           progress=progress)
+                           progress=progress, scratch=kept, key=key)
+            torch.manual_seed(seed)                                          # whether the features were new or not
             neighbors = nearest_neighbors(cache.means[:len(cache)])
             if config["balance"] == "auto":
                 shifts = balanced_shifts(cache, neighbors, centering=config["centering"])
                 config |= {name: b for name, b in shifts.items() if overrides.get(name) is None}
             history = []
-            head = train_head(cache, neighbors, config, device=device, progress=progress, history=history)
+            head = train_head(cache, neighbors, config, device=device, progress=progress, history=history,
+                              scratch=kept, key=trained)
             centers, share = cluster_codes(head, cache, classes, evenness=config["evenness"], seed=seed,
                                            device=device)
         config["crops"] = len(cache)

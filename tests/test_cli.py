@@ -37,7 +37,7 @@ def test_fit_options_are_those_of_the_library():
     signature = inspect.signature(Stego.fit).parameters
     options = main.commands["fit"].make_context("fit", ["images"]).params
     for name, default in options.items():
-        if name not in ("images", "output", "report", "dataset", "root"):
+        if name not in ("images", "output", "report", "dataset", "root", "keep_features"):
             assert name in signature or name in PRESETS["small"], name
             assert default == (signature[name].default if name in signature else None)
 
