@@ -43,6 +43,8 @@ def clear_errors():
         yield
     except (ValueError, FileNotFoundError) as error:
         raise click.ClickException(str(error)) from error
+    except BrokenPipeError:  # the reader has seen enough: click ends in silence
+        raise
     except OSError as error:  # full disk, no permission
         raise click.ClickException(f"{error.strerror or error}: {error.filename or 'output'}") from error
 
