@@ -612,6 +612,9 @@ class Stego:
                 raise ValueError(
                     f"The model was fitted on {name} weights {self.backbone_sha256[:12]}…, these are "
                     f"{network.sha256[:12]}…; give the right ones with --weights FILE, or fit again.")
+            if network.channels != self.head.linear.in_features:
+                raise ValueError(f"The model's head reads {self.head.linear.in_features} channels, {name} gives "
+                                 f"{network.channels}; the model file is damaged: fit it again.")
             self._backbone = network
         return self._backbone
 
@@ -829,20 +832,17 @@ class Stego:
         if "state_dict" in state:
             return cls._released(state["state_dict"], path, device)
         try:
-            channels, code_size = state["head"]["linear.weight"].shape[::-1]
+            code_size, channels = dict(state["head"])["linear.weight"].shape
             head = Head(channels, code_size)
             head.load_state_dict(state["head"])
-            centers, share, palette = state["centers"], state["share"], state["palette"].numpy()
+            centers, share, palette = state["centers"], state["share"], state["palette"]
             names = state.get("names", [""] * len(share))                    # models of version 0.1.0 have none
-            sound = (centers.shape == (len(share), code_size) and palette.shape == (len(share), 3)
-                     and len(names) == len(share) and all(isinstance(name, str) for name in names)
-                     and all(torch.isfinite(value).all() for value in (centers, share, *head.state_dict().values())))
-            if not sound:
-                raise ValueError("shapes that do not fit or values that are not finite")
-            return cls(dict(state["config"]), head.requires_grad_(False).eval(), centers, share, palette=palette,
+            _check_model(head, centers, share, palette, names, state["config"])
+            return cls(dict(state["config"]), head.requires_grad_(False).eval(), centers, share, palette=palette.numpy(),
                        names=names, backbone_sha256=state["backbone_sha256"], device=device, weights=weights)
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is a damaged stego model ({str(error).splitlines()[0]}); fit it again.") from error
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} is a damaged stego model ({reason}); fit it again.") from error
 
 
 def fit_config(*, classes: int, preset: str | None = None, balance: str | None = None, seed: int = 0,
@@ -933,6 +933,19 @@ def along(codes: Tensor, centers: Tensor) -> Tensor:
 def pixels(image) -> Tensor:
     """RGB picture -> (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)                # (3, H, W) uint8
+
+
+def _check_model(head: Head, centers: Tensor, share: Tensor, palette: Tensor, names: list, config: dict):
+    """ValueError for what no fit leaves behind, so that a damaged or forged file is found before it is used."""
+    count, values = len(share), (centers, share, *head.state_dict().values())
+    if (not 1 <= count <= MAX_CLASSES or centers.shape != (count, head.linear.out_features) or share.shape != (count,)
+            or palette.shape != (count, 3) or len(names) != count):
+        raise ValueError("shapes that do not fit each other")
+    if palette.dtype != torch.uint8 or not all(x.is_floating_point() and x.isfinite().all() for x in values):
+        raise ValueError("values that are not finite or not of the right type")
+    known = isinstance(config, dict) and {"backbone", "classes", "preset", "steps", "seed"} <= config.keys()
+    if not known or not all(isinstance(name, str) for name in (*names, config["backbone"])):
+        raise ValueError("an incomplete configuration")
 
 
 def _read_model(path: Path) -> dict:

@@ -181,3 +181,34 @@ def test_a_model_from_a_stranger(tmp_path, monkeypatch):
     result = CliRunner().invoke(main, ["predict", "scene.png"])
     assert result.exit_code == 1 and "damaged stego model" in result.output
     assert not (tmp_path / "touched").exists()
+
+
+FORGED = {
+    "whole centres": lambda state: state | {"centers": state["centers"].long()},
+    "endless centres": lambda state: state | {"centers": state["centers"] * torch.inf},
+    "long palette": lambda state: state | {"palette": torch.zeros(300, 3, dtype=torch.uint8)},
+    "float palette": lambda state: state | {"palette": state["palette"].float()},
+    "no clusters": lambda state: state | {"centers": state["centers"][:0], "share": state["share"][:0],
+                                          "palette": state["palette"][:0], "names": []},
+    "numbers for names": lambda state: state | {"names": [1, 2, 3]},
+    "no configuration": lambda state: state | {"config": {}},
+    "a list for a backbone": lambda state: state | {"config": state["config"] | {"backbone": ["tiny"]}},
+    "another backbone": lambda state: state | {"config": state["config"] | {"backbone": "resnet9000"}},
+    "a narrow head": lambda state: state | {"head": {
+        key: value[..., :9] if key.endswith(("linear.weight", "mlp.0.weight")) else value
+        for key, value in state["head"].items()} | {"mlp.0.weight": torch.zeros(9, 9), "mlp.0.bias": torch.zeros(9),
+                                                    "mlp.2.weight": torch.zeros(70, 9)}},
+    "no head": lambda state: state | {"head": {}},
+    "a tensor for everything": lambda state: {key: torch.zeros(3) for key in state} | {"format": "stego", "version": 1},
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_forged_model_is_found_before_it_is_used(model, tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    SCENE.save("scene.png")
+    model.save("stego.pt")
+    torch.save(FORGED[what](torch.load("stego.pt", weights_only=True)), "stego.pt")
+    result = CliRunner().invoke(main, ["predict", "scene.png", "-o", "mask.png"])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
+    assert ("damaged" in result.output or "Unknown backbone" in result.output) and not os.path.exists("mask.png")
