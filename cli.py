@@ -28,7 +28,7 @@ WRITTEN = {"mask": "masks", "overlay": "overlays", "both": "masks and overlays",
 ONE_FILE = ("json", "coco")  # formats with one file for all images
 RELEASED = "released"  # the preset of models that the reference implementation made
 OVERLAY_SUFFIX = ".overlay.jpg"
-DEMO_SCENES, DEMO_STEPS = {"train": 30, "val": 10}, 400  # two minutes on two cores
+DEMO_SCENES, DEMO_STEPS = {"train": 30, "val": 10}, 300  # two minutes on two cores; steps as `fit` takes them
 REFRESH = 0.2  # seconds between two updates of the progress line
 
 log = logging.getLogger("stego")
