@@ -544,9 +544,7 @@ def headline(report: dict) -> dict:
 
 def table(report: dict) -> str:
     """All scores in percent, published figures beside them, IoU of each class, and the protocol in one line."""
-    lines = [f"{report['dataset']:28}{'unsupervised':>18}{'linear probe':>18}",
-             f"{'percent':28}" + 2 * f"{'accuracy':>11}{'mIoU':>7}"]
-    name = {"stego": "stego", "backbone": f"k-means, {report['model']['backbone']} alone"}
+    name, rows = {"stego": "stego", "backbone": f"k-means, {report['model']['backbone']} alone"}, []
     for features in name:
         for crf in (False, True):
             found = {result["probe"]: result for result in report["results"]
@@ -554,8 +552,12 @@ def table(report: dict) -> str:
             if found:
                 cells = [100 * found[probe][key] if probe in found else None
                          for probe in ("cluster", "linear") for key in ("accuracy", "miou")]
-                lines.append(_row(name[features] + (" + CRF" if crf else ""), cells))
-    lines += [_row(f"{who} (published)", cells) for who, *cells in report["published"]]
+                rows.append((name[features] + (" + CRF" if crf else ""), cells))
+    rows += [(f"{who} (published)", cells) for who, *cells in report["published"]]
+    wide = max(len(text) for text in (report["dataset"], *(who for who, _ in rows)))
+    lines = [f"{report['dataset']:{wide}}{'unsupervised':>18}{'linear probe':>18}",
+             f"{'percent':{wide}}" + 2 * f"{'accuracy':>11}{'mIoU':>7}"]
+    lines += [_row(who, cells, wide) for who, cells in rows]
     best = headline(report)
     labelled = np.array(best["confusion"]).sum(1)
     clusters = {c: k for k, c in enumerate(best["assignment"])}
@@ -570,9 +572,9 @@ def table(report: dict) -> str:
     return "\n".join([*lines, "", f"protocol: {report['protocol']}"])
 
 
-def _row(name: str, cells) -> str:
+def _row(name: str, cells, wide: int) -> str:
     texts = ["-" if value is None else f"{value:.1f}" for value in cells]
-    return f"{name:28}" + "".join(f"{text:>{wide}}" for text, wide in zip(texts, (11, 7, 11, 7)))
+    return f"{name:{wide}}" + "".join(f"{text:>{width}}" for text, width in zip(texts, (11, 7, 11, 7)))
 
 
 def write_json(report: dict, path):
