@@ -518,9 +518,9 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
     if not train_images:
         return labelled, None
     train = folder_set(train_images, train_labels, names=names)
-    classes = max(labelled.classes, train.classes, key=len)  # without names, a class may occur in one of them only
+    larger = max(labelled, train, key=lambda each: len(each.classes))  # without names, a class may occur in one only
     for each in (labelled, train):
-        each.classes, each.lookup = classes, max(labelled, train, key=lambda found: len(found.classes)).lookup
+        each.classes, each.lookup = larger.classes, larger.lookup
     return labelled, train
 
 

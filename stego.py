@@ -36,9 +36,9 @@ from torch import Tensor, nn
 
 from crf import dense_crf, upsample_along_edges, working_size
 from kmeans import CosineKMeans
-from stego_backbones import BACKBONES, load_backbone, read_checkpoint
-from stego_images import (contact_sheet, find_images, five_crops, line_chart, read_image, replacing, square, to_tensor,
-                          voc_palette, write_image)
+from stego_backbones import BACKBONES, first_line, load_backbone, read_checkpoint
+from stego_images import (contact_sheet, find_images, five_boxes, five_crops, line_chart, read_image, replacing, square,
+                          to_tensor, voc_palette, write_image)
 
 log = logging.getLogger("stego")
 
@@ -77,7 +77,7 @@ CROWD_ROWS = 500        # codes that stand for all where crowding is measured
 CROWD_SHARPNESS = 10.0  # crowding: mean of exp(10 (cosine - 1)), which halves at an angle of 21 degrees
 MATCH_OVERLAP = 1 / 3   # intersection over union from which clusters of two models are one: a Dice score of a half
 REGION = 1 / 3          # side of the squares that show what a cluster is, of the image's shorter side
-SAVE_EVERY = 30         # seconds between two states of a fit: what an interruption costs at most, and some rounding
+SAVE_EVERY = 30         # seconds between two states of a fit: what an interruption costs at most
 MAX_ASPECT = 4          # longer side : shorter side up to which the shorter side gets its full resolution
 STRIP_PIXELS = 50_000   # pixels of a large photo that get their scores at once: temporaries stay in cache
 MAX_CLASSES = 255       # masks are 8 bit and 255 means "ignore"
@@ -114,10 +114,8 @@ class Scratch:
             return None
 
     def save(self, name: str, key: dict, state: dict):
-        packed = io.BytesIO()
-        torch.save(state | {"key": key, "random": torch.get_rng_state()}, packed)
-        with replacing(self.folder / f"{name}.pt") as part:
-            part.write_bytes(packed.getvalue())
+        """Keep a state and the random generator's under a name, for `load` with this key."""
+        write_state(state | {"key": key, "random": torch.get_rng_state()}, self.folder / f"{name}.pt")
         self.saved = time.monotonic()
 
     def due(self) -> bool:
@@ -140,9 +138,18 @@ class Scratch:
         self.lock.close()
 
 
+def write_state(state: dict, path):
+    """torch.save, whole or not at all."""
+    packed = io.BytesIO()                                                    # bytes free of the file's name,
+    torch.save(state, packed)                                                # and a full disk is an OSError
+    with replacing(path) as part:
+        part.write_bytes(packed.getvalue())
+
+
 def features_key(paths, network, config: dict) -> dict:
     """What cached features depend on: each image's path, size and time, the backbone, how images are cut up."""
-    found = [(os.path.abspath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    found = ((os.path.abspath(path), os.stat(path)) for path in paths)
+    found = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
     images = hashlib.sha256("\n".join(map(repr, found)).encode()).hexdigest()
     return dict(images=images, count=len(found), backbone=network.sha256, views=config["views"],
                 cache_size=config["cache_size"], seed=config["seed"])
@@ -256,9 +263,7 @@ def _views(path, views: str, patch: int) -> Tensor | None:
 def five_windows(maps: Tensor) -> Tensor:
     """Four corners and the centre of a map, each half as high and half as wide: (1, C, h, w) -> (5, C, h', w')."""
     h, w = maps.shape[2:]
-    high, wide = max(h // 2, 1), max(w // 2, 1)
-    corners = [(0, 0), (0, w - wide), (h - high, 0), (h - high, w - wide), ((h - high) // 2, (w - wide) // 2)]
-    return torch.cat([maps[:, :, y:y + high, x:x + wide] for y, x in corners])
+    return torch.cat([maps[:, :, top:bottom, left:right] for left, top, right, bottom in five_boxes(w, h)])
 
 
 def backbone_size(image, patch: int, *, resolution: int = RESOLUTION, name="The image") -> tuple[int, int]:
@@ -575,7 +580,7 @@ class Stego:
         network = load_backbone(backbone, weights=weights, device=device, progress=progress is not None)
         config["backbone"] = network.name
         earlier = None if match is None else _earlier(match, network, device)
-        key = features_key(paths, network, config)
+        key = features_key(paths, network, config) if scratch else None      # asks the disk about every image
         trained = {"features": key, "config": dict(config)}
         with (closing(Scratch(scratch)) if scratch else nullcontext()) as kept, torch.random.fork_rng():
             if kept:
@@ -747,7 +752,8 @@ class Stego:
             except (ValueError, FileNotFoundError) as error:
                 log.warning("Skipped: %s", error)
                 continue
-            cosines = along(F.normalize(self._image_codes(picture, resolution), dim=1), self.centers)  # (1, K, h, w)
+            codes = self.codes(to_tensor(picture)[None])
+            cosines = along(F.normalize(codes, dim=1), self.centers)         # (1, K, h, w)
             mask = upsampled_argmax(cosines[0], picture.height, picture.width)
             won = cosines.clamp(min=0) * (cosines == cosines.amax(1, keepdim=True))
             side = max(round(min(won.shape[2:]) * REGION), 1)
@@ -788,10 +794,7 @@ class Stego:
                      head={key: value.half().cpu() for key, value in self.head.state_dict().items()},
                      centers=self.centers.cpu(), share=self.share, palette=torch.from_numpy(self.palette),
                      names=self.names)
-        packed = io.BytesIO()                                                # bytes free of the file's name,
-        torch.save(state, packed)                                            # and a full disk is an OSError
-        with replacing(path) as part:
-            part.write_bytes(packed.getvalue())
+        write_state(state, path)
 
     @classmethod
     def _released(cls, state: dict, path, device) -> "Stego":
@@ -800,19 +803,19 @@ class Stego:
             head = {f"{ours}.{part}": state[f"net.{theirs}.{part}"].flatten(1 if part == "weight" else 0)
                     for ours, theirs in RELEASED_HEAD.items() for part in ("weight", "bias")}
             centers, patch = unit(state["cluster_probe.clusters"].float()), state[RELEASED_PATCH].shape[-1]
-            (code_size, channels), (classes, size) = head["linear.weight"].shape, centers.shape
+            (code_size, channels), classes = head["linear.weight"].shape, len(centers)
             name = {(spec.channels, spec.patch): name for name, spec in BACKBONES.items() if "dinov2" not in name
                     and "300ep" not in name}[channels, patch]
             network = Head(channels, code_size)
             network.load_state_dict(head)
-            if size != code_size or not all(torch.isfinite(value).all() for value in (centers, *head.values())):
-                raise ValueError("shapes that do not fit or values that are not finite")
+            config = dict(classes=classes, backbone=name, preset="released", code_size=code_size, steps=None, seed=None)
+            share, palette = torch.zeros(classes), voc_palette(classes)      # shares: it does not tell
+            _check_model(network, centers, share, torch.from_numpy(palette), [""] * classes, config)
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise ValueError(f"{path} is not a usable STEGO checkpoint ({str(error).splitlines()[0]}); get it again, "
+            raise ValueError(f"{path} is not a usable STEGO checkpoint ({first_line(error)}); get it again, "
                              "or fit a model of your own.") from error
         backbone = load_backbone(name, weights=path, device=device)
-        config = dict(classes=classes, backbone=name, preset="released", code_size=code_size, steps=None, seed=None)
-        model = cls(config, network.requires_grad_(False).eval(), centers, torch.zeros(classes),  # shares: not told
+        model = cls(config, network.requires_grad_(False).eval(), centers, share, palette=palette,
                     backbone_sha256=backbone.sha256, device=device, weights=path)
         model._backbone = backbone
         if "linear_probe.weight" in state:
@@ -838,11 +841,11 @@ class Stego:
             centers, share, palette = state["centers"], state["share"], state["palette"]
             names = state.get("names", [""] * len(share))                    # models of version 0.1.0 have none
             _check_model(head, centers, share, palette, names, state["config"])
-            return cls(dict(state["config"]), head.requires_grad_(False).eval(), centers, share, palette=palette.numpy(),
-                       names=names, backbone_sha256=state["backbone_sha256"], device=device, weights=weights)
+            return cls(dict(state["config"]), head.requires_grad_(False).eval(), centers, share,
+                       palette=palette.numpy(), names=names, backbone_sha256=state["backbone_sha256"], device=device,
+                       weights=weights)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is a damaged stego model ({reason}); fit it again.") from error
+            raise ValueError(f"{path} is a damaged stego model ({first_line(error)}); fit it again.") from error
 
 
 def fit_config(*, classes: int, preset: str | None = None, balance: str | None = None, seed: int = 0,

@@ -157,10 +157,14 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def five_crops(image: Image.Image) -> list[Image.Image]:
     """Four corners and the centre, each half as high and half as wide (Sec. 4, five-crop)."""
-    width, height = image.size
+    return [image.crop(box) for box in five_boxes(*image.size)]
+
+
+def five_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, bottom) of the four corners and the centre, each half as wide and half as high."""
     w, h = max(width // 2, 1), max(height // 2, 1)
     corners = [(0, 0), (width - w, 0), (0, height - h), (width - w, height - h), ((width - w) // 2, (height - h) // 2)]
-    return [image.crop((x, y, x + w, y + h)) for x, y in corners]
+    return [(x, y, x + w, y + h) for x, y in corners]
 
 
 def square(image: Image.Image, side: int) -> Image.Image:

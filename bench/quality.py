@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from backbone import dictionary_backbone  # noqa: E402
 
 from stego import (PRESETS, balanced_shifts, cluster_codes, encode, fit_config, nearest_neighbors, pixels,  # noqa: E402
-                   train_head, unit)
+                   train_head, unit, unmirror)
 from stego_backbones import load_backbone  # noqa: E402
 from stego_images import find_images, to_tensor  # noqa: E402
 from stego_protocol import (cluster_map, confusion_matrix, folder_pairs, match_clusters, read_pair,  # noqa: E402
@@ -46,8 +46,8 @@ def score(code_map, centers, val, classes, crf):
     """mIoU and accuracy in percent of clusters on val images."""
     confusion = np.zeros((classes, len(centers)), np.int64)
     for features, image, label in val:
-        plain, mirrored = code_map(features).chunk(2)
-        found = cluster_map((plain + mirrored.flip(-1)) / 2, centers, label.shape, pixels=pixels(image) if crf else None)
+        codes = unmirror(code_map(features))
+        found = cluster_map(codes, centers, label.shape, pixels=pixels(image) if crf else None)
         confusion += confusion_matrix(label, found, n_classes=classes, n_clusters=len(centers))
     result = scores(confusion, match_clusters(confusion))
     return 100 * result["miou"], 100 * result["accuracy"]

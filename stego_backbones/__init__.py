@@ -189,10 +189,10 @@ def _download(name: str, progress: bool) -> dict:
             torch.hub.load_state_dict_from_url(spec.url, map_location="cpu", progress=watched, weights_only=True)
         return _read_weights(path, spec.sha256)
     except OSError as error:
-        raise FileNotFoundError(f"Could not download {name} from {spec.url} ({_first_line(error)}): {by_hand}") from error
+        raise FileNotFoundError(f"Could not download {name} from {spec.url} ({first_line(error)}): {by_hand}") from error
     except Exception as error:  # what came is not the file: a cut connection, a proxy's web page
         path.unlink(missing_ok=True)
-        raise FileNotFoundError(f"What {spec.url} sent is not a usable weight file ({_first_line(error)}): "
+        raise FileNotFoundError(f"What {spec.url} sent is not a usable weight file ({first_line(error)}): "
                                 f"try again, {by_hand}") from error
 
 
@@ -250,7 +250,7 @@ def read_checkpoint(path: Path):
         except pickle.UnpicklingError:
             return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_InertPickle)
     except Exception as error:  # unpicklers raise whatever a confused file leads them to: struct.error, IndexError, ...
-        raise ValueError(f"{path} is not a weight file that can be loaded safely ({_first_line(error)}).") from error
+        raise ValueError(f"{path} is not a weight file that can be loaded safely ({first_line(error)}).") from error
 
 
 class Inert:
@@ -306,5 +306,6 @@ def _fill(module: nn.Module, state: dict, name: str, *, source):
     module.load_state_dict(state)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error's message as part of a sentence; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
