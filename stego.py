@@ -44,13 +44,15 @@ log = logging.getLogger("stego")
 
 # Hyper-parameters that differ between the published models (App. A.11 and the released configurations).
 _SMALL = dict(lambda_self=0.67, lambda_knn=0.25, lambda_rand=0.63, b_self=0.18, b_knn=0.12, b_rand=0.46,
-              code_size=70, steps=5000, batch_size=16, views="five", evenness=0.0, centering=True)
+              code_size=70, steps=5000, batch_size=16, views="five", evenness=0.0, centering=True, zero_clamp=True)
 PRESETS = {
     "small": _SMALL,
     "cityscapes": dict(lambda_self=1.00, lambda_knn=0.58, lambda_rand=0.91, b_self=0.46, b_knn=0.18, b_rand=0.31,
-                       code_size=100, steps=7000, batch_size=32, views="five", evenness=0.0, centering=False),
+                       code_size=100, steps=7000, batch_size=32, views="five", evenness=0.0, centering=False,
+                       zero_clamp=True),
     "cocostuff": dict(lambda_self=0.10, lambda_knn=1.00, lambda_rand=0.15, b_self=0.12, b_knn=0.20, b_rand=1.00,
-                      code_size=90, steps=7000, batch_size=32, views="five", evenness=0.0, centering=True),
+                      code_size=90, steps=7000, batch_size=32, views="five", evenness=0.0, centering=True,
+                      zero_clamp=True),
     "potsdam": _SMALL | dict(b_self=0.08, b_knn=0.02, b_rand=0.76, views="whole"),
 }
 UNNAMED = dict(steps=300, views="windows", evenness=1.0)  # where no preset is named, in place of those of "small"
@@ -323,7 +325,8 @@ def centred(weight: Tensor) -> Tensor:
     return weight - weight.mean(-1, keepdim=True) + weight.mean()
 
 
-def correlation_loss(f: Tensor, g: Tensor, s: Tensor, t: Tensor, b: float, *, centering: bool = True) -> Tensor:
+def correlation_loss(f: Tensor, g: Tensor, s: Tensor, t: Tensor, b: float, *, centering: bool = True,
+                     zero_clamp: bool = True) -> Tensor:
     """Codes that correspond where features do more than b (Eq. 3 and 4, as a mean): a scalar.
 
     f, g: unit features (B, P, C), (B, Q, C); s, t: their unit codes (B, P, D), (B, Q, D); b: the negative pressure.
@@ -332,7 +335,8 @@ def correlation_loss(f: Tensor, g: Tensor, s: Tensor, t: Tensor, b: float, *, ce
     with torch.no_grad():
         weight = correspondence(f, g)                                        # (B, P, Q)
         weight = (centred(weight) if centering else weight) - b
-    return -(weight * correspondence(s, t).relu()).mean()                    # relu: the 0-clamp of Sec. 3.2
+    code = correspondence(s, t)
+    return -(weight * (code.relu() if zero_clamp else code)).mean()          # relu: the 0-clamp of Sec. 3.2
 
 
 def balanced_shifts(cache: TokenCache, neighbors: Tensor, *, centering: bool = True) -> dict:
@@ -391,18 +395,24 @@ class Head(nn.Module):
 
 
 def training_loss(head: Head, f: Tensor, g: Tensor, f_knn: Tensor, config: dict) -> Tensor:
-    """The full loss (Eq. 5) of one batch: (B, P, C) tokens at two draws of positions and of a neighbour each."""
-    positions, centering = f.shape[1], config["centering"]
+    """The full loss (Eq. 5) of one batch: (B, P, C) tokens at two draws of positions and of a neighbour each.
+
+    A term whose lambda is 0 is not computed.
+    """
+    def term(name, *pair):
+        return config[f"lambda_{name}"] * correlation_loss(*pair, config[f"b_{name}"], centering=config["centering"],
+                                                           zero_clamp=config["zero_clamp"])
+
     same_image = torch.cat([f, g], 1)                                        # (B, 2P, C): shares its dropout
-    s, t = unit(head(same_image)).split(positions, 1)
-    f, g = unit(head.drop(same_image)).split(positions, 1)
-    s_knn, f_knn = unit(head(f_knn)), unit(head.drop(f_knn))
-    loss = config["lambda_self"] * correlation_loss(f, f, s, s, config["b_self"], centering=centering)
-    loss = loss + config["lambda_knn"] * correlation_loss(f, f_knn, s, s_knn, config["b_knn"], centering=centering)
-    for _ in range(DERANGEMENTS if len(f) > 1 else 0):                       # a lone crop has no random partner
-        other = derangement(len(f)).to(f.device)
-        random = correlation_loss(f, g[other], s, t[other], config["b_rand"], centering=centering)
-        loss = loss + config["lambda_rand"] / DERANGEMENTS * random
+    s, t = unit(head(same_image)).split(f.shape[1], 1)
+    f, g = unit(head.drop(same_image)).split(f.shape[1], 1)
+    loss = term("self", f, f, s, s) if config["lambda_self"] else 0 * s.sum()  # 0, but with a gradient
+    if config["lambda_knn"]:
+        s_knn, f_knn = unit(head(f_knn)), unit(head.drop(f_knn))
+        loss = loss + term("knn", f, f_knn, s, s_knn)
+    if config["lambda_rand"] and len(f) > 1:                                 # a lone crop has no random partner
+        others = [derangement(len(f)).to(f.device) for _ in range(DERANGEMENTS)]
+        loss = loss + sum(term("rand", f, g[other], s, t[other]) for other in others) / DERANGEMENTS
     return loss
 
 
@@ -557,7 +567,8 @@ class Stego:
             backbone: a name from `stego_backbones.NAMES`, or "auto"; weights: a local weight file for it.
             preset: the hyper-parameters to start from, one of PRESETS ("small" with UNNAMED unless named); each can
                 be overridden by keyword (lambda_self, lambda_knn, lambda_rand, b_self, b_knn, b_rand, code_size, steps,
-                batch_size, views: one of VIEWS, evenness: 0 to 1, see `evened`, centering).
+                batch_size, views: one of VIEWS, evenness: 0 to 1, see `evened`, centering, zero_clamp). A lambda of 0
+                switches its term off.
             balance: "auto" sets the b's that are not given from the features' own correspondences, "fixed" keeps
                 the preset's. Default: "fixed" for a named preset, else "auto".
             seed: same images, seed, machine and threads: same model.
@@ -867,6 +878,9 @@ def fit_config(*, classes: int, preset: str | None = None, balance: str | None =
         raise ValueError(f"Unknown views {config['views']!r}; choose one of: {', '.join(VIEWS)}.")
     if not 0 <= config["evenness"] <= 1:
         raise ValueError(f"Got evenness {config['evenness']}; it lies between 0 and 1.")
+    weights = [config[f"lambda_{name}"] for name in BALANCE_TERMS]
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ValueError(f"Got the lambdas {', '.join(map(str, weights))}; each is 0 or more, at least one above 0.")
     for key in ("steps", "batch_size", "code_size"):
         if config[key] < 1:
             raise ValueError(f"Got {key} {config[key]}; it must be at least 1.")

@@ -19,22 +19,22 @@ ROOT = Path(stego.__file__).parent
 
 # ---- loss and head ---------------------------------------------------------------------------------------------
 
-def direct_loss(f, g, s, t, b, centering):
+def direct_loss(f, g, s, t, b, centering, zero_clamp=True):
     """Eq. 1, 3 and 4 with the mean added back, position by position."""
     weight = F.cosine_similarity(f[:, :, None], g[:, None], dim=-1)
     if centering:
         weight = weight - weight.mean(2, keepdim=True) + weight.mean()
     code = F.cosine_similarity(s[:, :, None], t[:, None], dim=-1)
-    return -((weight - b) * torch.maximum(code, torch.zeros(()))).mean()
+    return -((weight - b) * (torch.maximum(code, torch.zeros(())) if zero_clamp else code)).mean()
 
 
-@pytest.mark.parametrize("centering", [True, False])
-def test_loss_against_the_formula(centering):
+@pytest.mark.parametrize("centering, zero_clamp", [(True, True), (False, True), (True, False)])
+def test_loss_against_the_formula(centering, zero_clamp):
     torch.manual_seed(0)
     f, g, s, t = torch.randn(3, 5, 8), torch.randn(3, 7, 8), torch.randn(3, 5, 4), torch.randn(3, 7, 4)
     s.requires_grad_(), f.requires_grad_()
-    got = correlation_loss(unit(f), unit(g), unit(s), unit(t), 0.3, centering=centering)
-    assert torch.allclose(got, direct_loss(f, g, s, t, 0.3, centering), atol=1e-6)
+    got = correlation_loss(unit(f), unit(g), unit(s), unit(t), 0.3, centering=centering, zero_clamp=zero_clamp)
+    assert torch.allclose(got, direct_loss(f, g, s, t, 0.3, centering, zero_clamp), atol=1e-6)
     got.backward()
     assert s.grad.abs().sum() > 0 and f.grad is None                         # no gradient through the features
 
@@ -56,6 +56,24 @@ def test_full_loss_is_the_weighted_sum():
     want = sum(config[f"lambda_{name}"] * direct_loss(x, y[order], head(x), head(y)[order], config[f"b_{name}"], True)
                for name, x, y, order in terms)
     assert torch.allclose(training_loss(head, f, g, k, config), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("off", [("self",), ("knn",), ("rand",), ("knn", "rand"), ("self", "rand"), ("self", "knn")])
+def test_a_lambda_of_zero_switches_its_term_off(monkeypatch, off):
+    """What is off is not computed: its codes are not asked for, its correspondences not taken."""
+    torch.manual_seed(0)
+    head, config = Head(8, 4).eval(), fit_config(classes=2, preset="small", **{f"lambda_{name}": 0.0 for name in off})
+    f, g, k = torch.randn(3, 2, 5, 8).unbind()
+    compared, asked, compare = [], [], stego.correlation_loss
+    monkeypatch.setattr(stego, "correlation_loss", lambda *args, **kw: compared.append(args[4]) or compare(*args, **kw))
+    with head.register_forward_hook(lambda module, args, output: asked.append(args[0])):
+        loss = training_loss(head, f, g, None if "knn" in off else k, config)
+    terms = {"self": (f, f, slice(None)), "knn": (f, k, slice(None)), "rand": (f, g, [1, 0])}
+    want = sum(config[f"lambda_{name}"] * direct_loss(x, y[order], head(x), head(y)[order], config[f"b_{name}"], True)
+               for name, (x, y, order) in terms.items() if name not in off)
+    assert torch.allclose(loss, want, atol=1e-6) and loss.requires_grad
+    assert len(asked) == (1 if "knn" in off else 2)
+    assert len(compared) == sum({"self": 1, "knn": 1, "rand": 5}[name] for name in terms if name not in off)
 
 
 def test_head_is_the_references_convolutions():
@@ -206,7 +224,7 @@ def test_one_image_is_enough(tmp_path, scenes):
     Image.open(scenes / "scene00.png").save(tmp_path / "only.png")
     mask = Stego.fit(tmp_path, classes=2, backbone="tiny", steps=3).predict(tmp_path / "only.png")
     assert set(np.unique(mask)) <= {0, 1}
-    Stego.fit(tmp_path, classes=2, backbone="tiny", steps=2, views="whole")
+    Stego.fit(tmp_path, classes=2, backbone="tiny", steps=2, views="whole", lambda_self=0, lambda_knn=0)  # nothing left
 
 
 def test_unreadable_images_are_named_and_left_out(tmp_path, scenes, caplog):
@@ -223,7 +241,8 @@ def test_unreadable_images_are_named_and_left_out(tmp_path, scenes, caplog):
 @pytest.mark.parametrize("options, message", [
     (dict(classes=256), "1 to 255"), (dict(classes=0), "1 to 255"), (dict(preset="moon"), "Unknown preset 'moon'"),
     (dict(balance="yes"), "choose auto or fixed"), (dict(stepz=3), "Unknown option 'stepz'"),
-    (dict(steps=0), "steps 0"), (dict(views="six"), "Unknown views 'six'"), (dict(evenness=2.0), "evenness 2.0"),
+    (dict(lambda_self=0.0, lambda_knn=0.0, lambda_rand=0.0), "at least one above 0"),
+    (dict(lambda_knn=-1.0), "0.67, -1.0, 0.63"), (dict(lambda_rand=float("nan")), "nan"), (dict(steps=0), "steps 0"), (dict(views="six"), "Unknown views 'six'"), (dict(evenness=2.0), "evenness 2.0"),
     (dict(backbone="vgg"), "Unknown backbone"),
     (dict(device="cuda:99"), "not available"), (dict(device="abacus"), "not available"),
 ])
