@@ -1,0 +1,157 @@
+"""The paper's ablations on labelled folders: Table 2 (0-clamp, five-crop, centering, CRF) and Table 5 (the loss's terms).
+
+    python bench/paper/ablation.py --data ../shared/data [--sets camvid,aerial,natural] [--seeds 3] [--json FILE]
+
+For each set DATA/<name>/{images,labels}/{train,val} with classes.txt: features are computed once for each way of cutting
+images up and shared by all rows; a row trains a head with its switches and scores it on val by the 320 protocol, clusters
+without labels and a linear probe on the train labels. The b's are taken from the data, as the published ones suit DINO;
+clusters are plain cosine k-means, but for the row of `stego fit`'s own default. Results go to the JSON file as they come,
+seed by seed, and those in it are not computed again. Prints both tables in Markdown: mean and standard deviation.
+"""
+
+import json
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+from quality import fit_head, val_features  # noqa: E402
+
+from stego import cluster_codes, encode, find_images, fit_config, pixels, unit, unmirror  # noqa: E402
+from stego_backbones import load_backbone  # noqa: E402
+from stego_images import replacing  # noqa: E402
+from stego_protocol import (cluster_map, confusion_matrix, folder_set, linear_probe, match_clusters,  # noqa: E402
+                            probe_rows, scores)
+
+PAPER = dict(evenness=0.0, views="five")  # what the paper's whole method has and `fit`'s default has not
+TABLE_2 = {  # {row: options of fit}; the last but one is scored with the CRF as well
+    "features alone": None,
+    "STEGO, none of them": dict(PAPER, views="whole", zero_clamp=False, centering=False),
+    "+ 0-clamp": dict(PAPER, views="whole", centering=False),
+    "+ 5-crop": dict(PAPER, centering=False),
+    "+ centering": PAPER,
+    "default of `stego fit`": {},
+}
+FULL, CRF = "+ centering", "+ CRF"
+TABLE_5 = {
+    "all three": PAPER,
+    "without self": dict(PAPER, lambda_self=0.0),
+    "without KNN": dict(PAPER, lambda_knn=0.0),
+    "without random": dict(PAPER, lambda_rand=0.0),
+    "self alone": dict(PAPER, lambda_knn=0.0, lambda_rand=0.0),
+    "KNN alone": dict(PAPER, lambda_self=0.0, lambda_rand=0.0),
+    "random alone": dict(PAPER, lambda_self=0.0, lambda_knn=0.0),
+}
+SAME = {"all three": FULL}  # rows of Table 5 that are rows of Table 2
+COLUMNS = ("accuracy", "mIoU", "linear accuracy", "linear mIoU")
+
+
+class LabelledFeatures:
+    """The backbone's features of a set, each kind computed when first asked for."""
+
+    def __init__(self, folder: Path, network):
+        self.folder, self.network = folder, network
+        self.classes = (folder / "classes.txt").read_text().split()
+
+    @cache
+    def tokens(self, views: str):
+        torch.manual_seed(0)                                                 # encode keeps random positions
+        return encode(self.network, [path for path, _ in find_images(self.folder / "images/train")], views=views)
+
+    @cache
+    def val(self):
+        return [(features.half(), image, label) for features, image, label in val_features(self.network, self.folder)]
+
+    @cache
+    def train_rows(self):
+        train = folder_set(self.folder / "images/train", self.folder / "labels/train",
+                           names=self.folder / "classes.txt")
+        return probe_rows(SimpleNamespace(backbone=self.network, device="cpu"), train)
+
+
+@torch.inference_mode()
+def scored(data: LabelledFeatures, code_map, centers, probe, *, crf: bool) -> tuple:
+    """Accuracy and mIoU in percent of clusters, and of the linear probe."""
+    n, side = len(data.classes), {"cluster": len(centers), "linear": len(data.classes)}
+    confusion = {kind: np.zeros((n, columns), np.int64) for kind, columns in side.items()}
+    for features, image, label in data.val():
+        codes, picture = unmirror(code_map(features.float())), pixels(image) if crf else None
+        found = {"cluster": cluster_map(codes, centers, label.shape, pixels=picture),
+                 "linear": cluster_map(codes, probe.weight, label.shape, bias=probe.bias, pixels=picture)}
+        for kind, mask in found.items():
+            confusion[kind] += confusion_matrix(label, mask, n_classes=n, n_clusters=side[kind])
+    results = (scores(confusion["cluster"], match_clusters(confusion["cluster"])),
+               scores(confusion["linear"], np.arange(n)))
+    return tuple(100 * result[key] for result in results for key in ("accuracy", "miou"))
+
+
+def run_row(data: LabelledFeatures, row: str, options: dict | None, steps: int, seed: int) -> dict:
+    """{row: scores} of one row and seed; the whole method's with the CRF too."""
+    config = fit_config(classes=len(data.classes), seed=seed, steps=steps, **(PAPER if options is None else options))
+    tokens, (rows, shares) = data.tokens(config["views"]), data.train_rows()
+    torch.manual_seed(seed)
+    head = unit if options is None else fit_head(tokens, config)
+    centers, _ = cluster_codes(head, tokens, len(data.classes), evenness=config["evenness"], seed=seed)
+    with torch.inference_mode():
+        codes = rows if options is None else torch.cat([head(part.float()) for part in rows.split(65536)])
+    probe = linear_probe(codes.clone(), shares, seed=seed)
+    code_map = (lambda features: features) if options is None else head.on_map
+    found = {row: scored(data, code_map, centers, probe, crf=False)}
+    if row == FULL:
+        found[CRF] = scored(data, code_map, centers, probe, crf=True)
+    return found
+
+
+def table(title: str, rows, sets, results: dict) -> list[str]:
+    """A Markdown table: mean and standard deviation over seeds of every score, for each set."""
+    lines = [f"**{title}**", "", "| | " + " | ".join(f"{name} {column}" for name in sets for column in COLUMNS) + " |",
+             "|---" * (1 + len(COLUMNS) * len(sets)) + "|"]
+    for row in rows:
+        cells = []
+        for name in sets:
+            seeds = [value for key, value in results.items() if key.rsplit("/", 1)[0] == f"{name}/{SAME.get(row, row)}"]
+            values = zip(np.mean(seeds, 0), np.std(seeds, 0)) if seeds else [(np.nan, np.nan)] * len(COLUMNS)
+            cells += [f"{mean:.1f} ({spread:.1f})" for mean, spread in values]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return lines
+
+
+@click.command()
+@click.option("--data", default="../shared/data", type=Path)
+@click.option("--sets", default="camvid,aerial,natural")
+@click.option("--seeds", default=3)
+@click.option("--steps", default=300)
+@click.option("--backbone", default="tiny")
+@click.option("--json", "file", default="ablation.json", type=Path)
+def main(data, sets, seeds, steps, backbone, file):
+    network, sets = load_backbone(backbone), sets.split(",")
+    setting = dict(backbone=network.sha256, steps=steps)
+    state = json.loads(file.read_text()) if file.exists() else dict(setting, results={})
+    if setting != {key: state[key] for key in setting}:
+        raise click.UsageError(f"{file} is of another backbone or number of steps; name another file with --json.")
+    features = {name: LabelledFeatures(data / name, network) for name in sets}
+    todo = TABLE_2 | {row: options for row, options in TABLE_5.items() if row not in SAME}
+    for seed in range(seeds):
+        for name in sets:
+            for row, options in todo.items():
+                if f"{name}/{row}/{seed}" in state["results"]:
+                    continue
+                began, found = time.monotonic(), run_row(features[name], row, options, steps, seed)
+                state["results"] |= {f"{name}/{each}/{seed}": values for each, values in found.items()}
+                with replacing(file) as part:
+                    part.write_text(json.dumps(state, indent=1))
+                print(f"{name} {seed} {found} {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    rows = list(TABLE_2)
+    rows.insert(rows.index(FULL) + 1, CRF)
+    print("\n".join([*table("Table 2", rows, sets, state["results"]), "",
+                     *table("Table 5", TABLE_5, sets, state["results"])]))
+
+
+if __name__ == "__main__":
+    main()
