@@ -61,6 +61,20 @@ def test_more_starts_are_never_worse():
     assert CosineKMeans(12, n_init=5).fit(x).inertia_ <= CosineKMeans(12, n_init=1).fit(x).inertia_ + 1e-6
 
 
+def test_mini_batches_end_near_an_optimum_of_all_rows():
+    """Full passes of spherical k-means (Dhillon & Modha) from our centres gain next to nothing."""
+    x, _, _ = blobs(clusters=12, each=2000, noise=0.4)
+    kmeans, x = CosineKMeans(8, batch_size=1024).fit(x), F.normalize(x, dim=1)
+    before, centers = x.clone(), kmeans.cluster_centers_
+    for _ in range(30):
+        labels = (x @ centers.T).argmax(1)
+        centers = F.normalize(torch.stack([x[labels == k].sum(0) for k in range(8)]), dim=1)
+    optimum = float(1 - (x @ centers.T).amax(1).mean())
+    assert kmeans.inertia_ < 1.02 * optimum
+    CosineKMeans(8).fit(x)
+    assert torch.equal(x, before)                                            # the rows stay as they are
+
+
 @pytest.mark.parametrize("x, message", [
     (torch.randn(3, 4), "3 non-zero rows for 5 clusters"),
     (torch.zeros(10, 4), "0 non-zero rows"),
