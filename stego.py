@@ -153,7 +153,7 @@ def features_key(paths, network, config: dict) -> dict:
     found = ((os.path.abspath(path), os.stat(path)) for path in paths)
     found = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
     images = hashlib.sha256("\n".join(map(repr, found)).encode()).hexdigest()
-    return dict(images=images, count=len(found), backbone=network.sha256, views=config["views"],
+    return dict(version=2, images=images, count=len(found), backbone=network.sha256, views=config["views"],
                 cache_size=config["cache_size"], seed=config["seed"])
 
 
@@ -162,7 +162,8 @@ def features_key(paths, network, config: dict) -> dict:
 class TokenCache:
     """The backbone's tokens of every crop, in a file: one without a name, gone with the process, or `file`.
 
-    tokens: (n, P, C) float16 on disk, P positions of each crop; means: (n, C) unit rows, their averaged features.
+    tokens: (n, P, C) float16 on disk, P positions of each crop; means: (n, C) unit rows, their averaged features;
+    images: (n,) int64, the image each crop is of.
     """
 
     def __init__(self, crops: int, positions: int, channels: int, *, file=None):
@@ -177,17 +178,20 @@ class TokenCache:
                              "set a smaller --cache-size, or work on a larger disk.") from error
         scratch.truncate(size)
         self.tokens = np.memmap(scratch, np.float16, "r+", shape=(crops, positions, channels))
-        self.means = torch.empty(crops, channels)
+        self.means, self.images = torch.empty(crops, channels), torch.empty(crops, dtype=torch.int64)
         self.filled = 0
 
     def __len__(self) -> int:
         return self.filled
 
-    def append(self, features: Tensor):
-        """Add crops' features (B, C, h, w): all positions, or random ones of each crop where P differs from h * w."""
+    def append(self, features: Tensor, *, image: int = 0):
+        """Add crops' features (B, C, h, w): all positions, or random ones of each crop where P differs from h * w.
+
+        image: the number of the image they are of.
+        """
         tokens = features.flatten(2).transpose(1, 2)                         # (B, h * w, C)
         rows = slice(self.filled, self.filled + len(tokens))
-        self.means[rows] = F.normalize(tokens.mean(1), dim=1).cpu()
+        self.means[rows], self.images[rows] = F.normalize(tokens.mean(1), dim=1).cpu(), image
         here, room = tokens.shape[1], self.tokens.shape[1]
         if here != room:
             kept = torch.rand(tokens.shape[:2]).argsort(1).repeat(1, -(-room // here))[:, :room]  # (B, P)
@@ -222,9 +226,10 @@ def encode(backbone, paths, *, views="five", cache_size=CACHE_SIZE, device="cpu"
         if x is not None:
             with torch.inference_mode():
                 maps = backbone(x.to(device))                                # (1 or 5, C, h, w)
-                cache.append(five_windows(maps) if views == "windows" else maps)
+                cache.append(five_windows(maps) if views == "windows" else maps, image=done - 1)
         if scratch and len(cache) and (scratch.due() or done == len(paths)):
-            scratch.save("features", key, dict(done=done, filled=len(cache), means=cache.means[:len(cache)].clone()))
+            scratch.save("features", key, dict(done=done, filled=len(cache), means=cache.means[:len(cache)].clone(),
+                                               images=cache.images[:len(cache)].clone()))
         if progress:
             progress("features", done, len(paths))
     if not len(cache):
@@ -242,7 +247,7 @@ def _cache_in(scratch: Scratch | None, key: dict | None, shape) -> tuple[int, To
     if not whole:
         return 0, cache
     cache.filled = state["filled"]
-    cache.means[:cache.filled] = state["means"]
+    cache.means[:cache.filled], cache.images[:cache.filled] = state["means"], state["images"]
     torch.set_rng_state(state["random"])
     log.info("%d of %d images are in the scratch already.", state["done"], key["count"])
     return state["done"], cache
