@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import fcntl
@@ -37,8 +38,8 @@ from torch import Tensor, nn
 from crf import dense_crf, upsample_along_edges, working_size
 from kmeans import CosineKMeans
 from stego_backbones import BACKBONES, first_line, load_backbone, read_checkpoint
-from stego_images import (contact_sheet, find_images, five_boxes, five_crops, line_chart, read_image, replacing, square,
-                          to_tensor, voc_palette, write_image)
+from stego_images import (bar_chart, contact_sheet, density_chart, find_images, five_boxes, five_crops, line_chart,
+                          read_image, replacing, square, strips, to_tensor, voc_palette, write_image)
 
 log = logging.getLogger("stego")
 
@@ -313,6 +314,29 @@ def nearest_neighbors(means: Tensor, count: int = NEIGHBORS, *, chunk: int = 102
     return torch.cat(found)
 
 
+class Sources(NamedTuple):
+    """Where crops come from: the paths of all images, (n,) the image of each crop, (n, <= 7) its nearest neighbours."""
+
+    paths: list
+    images: Tensor
+    neighbors: Tensor
+
+    def path(self, crop: int) -> Path:
+        return Path(self.paths[int(self.images[crop])])
+
+    def picture(self, crop: int, views: str, *, height: int = 112) -> Image.Image:
+        """What a crop shows, `height` pixels high."""
+        picture = read_image(self.path(crop))
+        part = int((self.images[:crop] == self.images[crop]).sum())          # which of the five
+        if views != "whole":
+            picture = picture.crop(five_boxes(*picture.size)[part])
+        return picture.resize((max(round(picture.width * height / picture.height), 1), height), BILINEAR)
+
+    def own(self) -> float:
+        """How many of a crop's nearest neighbours are crops of its own image, on average (App. A.12, Fig. 15)."""
+        return float((self.images[self.neighbors] == self.images[:, None]).sum(1).float().mean())
+
+
 # ---- correspondences and their loss (Sec. 3.1, 3.2) ------------------------------------------------------------
 
 def unit(x: Tensor) -> Tensor:
@@ -476,6 +500,17 @@ def look(head: Head, f: Tensor, f_knn: Tensor) -> dict:
     return found
 
 
+def history_charts(history: list) -> dict:
+    """Pictures of a training, {"loss" | "similarity" | "histogram": RGB picture}, from the looks it took."""
+    steps, terms = [entry["step"] for entry in history], [name for name in BALANCE_TERMS if name in history[-1]]
+    labels = dict(x_label="step", y_label="")
+    means = {name: (steps, [entry[name][0] for entry in history]) for name in terms}
+    spread = {name: (steps, torch.stack([entry[name][1] for entry in history])) for name in terms}
+    return {"loss": line_chart({"loss": (steps, [entry["loss"] for entry in history])}, title="Loss", **labels),
+            "similarity": line_chart(means, title="Mean similarity of codes", **labels),
+            "histogram": density_chart(spread, title="Similarities of codes", x_label="step", y_range=(-1, 1))}
+
+
 def diagnosis(history: list) -> str | None:
     """In words, if the codes have collapsed or scattered (App. A.11), with what to try; else None.
 
@@ -558,7 +593,7 @@ class Stego:
         self.palette = voc_palette(len(centers)) if palette is None else palette
         self.linear = None                                                   # weight, bias: a released linear probe
         self.names = [""] * len(centers) if names is None else list(names)
-        self._backbone, self.history = None, []
+        self._backbone, self.history, self.sources = None, [], None          # these two: of a fit in this process
 
     @classmethod
     def fit(cls, images, *, classes: int = 27, backbone: str = "auto", weights=None, preset: str | None = None,
@@ -617,6 +652,7 @@ class Stego:
         config["crops"] = len(cache)
         model = cls(config, head, centers, share, backbone_sha256=network.sha256, device=device, weights=weights)
         model._backbone, model.history = network, history
+        model.sources = Sources(paths, cache.images[:len(cache)], neighbors)
         if earlier is not None:
             model.take_over(earlier, corresponding(cache, model, earlier))
         if warning := diagnosis(history):
@@ -785,24 +821,44 @@ class Stego:
         return [[(picture, mask) for _, picture, mask in regions] for regions in found]
 
     def report(self, folder):
-        """Write how the fit went into a folder, as pictures: loss, similarities of codes, their histograms at the end.
+        """Write how the fit went into a folder, as pictures (Fig. 14, 15) and a few words.
 
-        Raises ValueError for a model that was not fitted in this process: the history is not saved.
+        loss.png and similarity.png over the steps; histogram.png, how the similarities of codes were distributed;
+        neighbors.png, some crops and their nearest neighbours; clusters.png, their shares; sheet.png, images beside
+        their segments; report.txt. Raises ValueError for a model that was not fitted in this process: the history is
+        not saved.
         """
         if not self.history:
             raise ValueError("This model has no history to report; a report is written right after fit.")
-        steps, terms = [entry["step"] for entry in self.history], [n for n in BALANCE_TERMS if n in self.history[-1]]
-        bins, last = np.linspace(-0.95, 0.95, 20), self.history[-1]
-        labels = dict(x_label="step", y_label="")
-        charts = {
-            "loss": line_chart({"loss": (steps, [entry["loss"] for entry in self.history])}, title="Loss", **labels),
-            "similarity": line_chart({n: (steps, [entry[n][0] for entry in self.history]) for n in terms},
-                                     title="Mean similarity of codes", **labels),
-            "histogram": line_chart({n: (bins, last[n][1].cpu().numpy()) for n in terms}, x_label="similarity",
-                                    title="Similarities of codes at the end", y_label="share of pairs"),
-        }
-        for name, chart in charts.items():
-            write_image(chart, Path(folder) / f"{name}.png")
+        pictures = {**history_charts(self.history), "neighbors": self._neighbor_strips(),
+                    "clusters": bar_chart(self.share.tolist(), self.palette, self.labels, title="Share of each cluster"),
+                    "sheet": self.contact_sheet(self.sources.paths)}
+        for name, picture in pictures.items():
+            write_image(picture, Path(folder) / f"{name}.png")
+        with replacing(Path(folder) / "report.txt") as part:
+            part.write_text("\n".join(self._words()) + "\n", encoding="utf-8")
+
+    def _words(self) -> list[str]:
+        """The report in sentences."""
+        last = self.history[-1]
+        similar = ", ".join(f"{name} {last[name][0]:.2f}" for name in BALANCE_TERMS if name in last)
+        return [f"{len(self.sources.images.unique())} images, {len(self.sources.images)} crops, {last['step'] + 1} steps.",
+                f"Mean similarity of codes at the end: {similar}.",
+                f"Of a crop's {self.sources.neighbors.shape[1]} nearest neighbours, {self.sources.own():.1f} are of its "
+                "own image.",
+                f"The largest cluster covers {self.share.max():.0%}, the smallest {self.share.min():.1%}.",
+                diagnosis(self.history) or "Training looks sound."]
+
+    def _neighbor_strips(self, rows: int = 6):
+        """Some crops, evenly spread over all, each before its nearest neighbours."""
+        count, shown = len(self.sources.images), []
+        for crop in range(0, count, max(count // rows, 1))[:rows]:
+            try:
+                pictures = [self.sources.picture(i, self.config["views"]) for i in [crop, *self.sources.neighbors[crop]]]
+            except (ValueError, FileNotFoundError):
+                continue                                                     # an image is gone since
+            shown.append((f"{self.sources.path(crop).name}, and its nearest neighbours", pictures))
+        return strips(shown, legend={})
 
     def save(self, path):
         """Write the model: one file, a plain dict of tensors and values; without the backbone's weights."""

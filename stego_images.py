@@ -374,6 +374,46 @@ def _ticks(low: float, high: float, count: int = 5) -> np.ndarray:
     return np.round(np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step, 12) + 0.0  # no -0
 
 
+def density_chart(panels: dict, *, title: str, x_label: str, y_range) -> Image.Image:
+    """How distributions moved: panels {name: (xs, shares (T, bins))}, one below the other -> RGB picture.
+
+    Time goes to the right, the bins upwards over y_range (low, high); darker is more, on a square root scale.
+    """
+    wide, high = 460, 130
+    left, step = 5 * FONT, high + 3 * FONT
+    picture = Image.new("RGB", (left + wide + 2 * FONT, 3 * FONT + step * len(panels)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT)
+    draw.text((picture.width / 2, 6), title, fill=INK, font=font, anchor="ma")
+    for i, (name, (xs, shares)) in enumerate(panels.items()):
+        top = 3 * FONT + i * step
+        grey = 255 - 255 * np.sqrt(np.asarray(shares, dtype=float).T[::-1])  # (bins, T), the highest bin above
+        field = Image.fromarray(grey.clip(0, 255).astype(np.uint8)).resize((wide, high), Image.Resampling.NEAREST)
+        picture.paste(field, (left, top))
+        draw.rectangle([left, top, left + wide, top + high], outline=INK)
+        for tick in _ticks(*y_range, 4):
+            y = top + high * (y_range[1] - tick) / (y_range[1] - y_range[0])
+            draw.text((left - 6, y), f"{tick:g}", fill=INK, font=font, anchor="rm")
+        draw.text((left, top - 2), name, fill=INK, font=font, anchor="lb")
+        draw.text((left, top + high + 3), f"{x_label} {xs[0]:g}", fill=INK, font=font)
+        draw.text((left + wide, top + high + 3), f"{x_label} {xs[-1]:g}", fill=INK, font=font, anchor="ra")
+    return picture
+
+
+def bar_chart(shares, palette: np.ndarray, labels, *, title: str) -> Image.Image:
+    """A bar for each share (K,) in its colour (K, 3), with its label and percent -> RGB picture."""
+    font, high = ImageFont.load_default(FONT), FONT + 6
+    left = 12 + int(max(font.getlength(label) for label in labels))
+    picture = Image.new("RGB", (left + 460, 3 * FONT + high * len(labels)), "white")
+    draw, most = ImageDraw.Draw(picture), max(max(shares), 1e-9)
+    draw.text((6, 6), title, fill=INK, font=font)
+    for k, (share, colour, label) in enumerate(zip(shares, palette.tolist(), labels)):
+        y, end = int(2.5 * FONT + k * high), left + 380 * share / most
+        draw.text((left - 6, y + high / 2 - 1), label, fill=INK, font=font, anchor="rm")
+        draw.rectangle([left, y, max(end, left + 1), y + high - 4], fill=tuple(colour))
+        draw.text((end + 6, y + high / 2 - 1), f"{100 * share:.1f} %", fill=INK, font=font, anchor="lm")
+    return picture
+
+
 def matrix_picture(matrix: np.ndarray, rows, columns, *, title: str, cell: int = 22) -> Image.Image:
     """A matrix of shares 0..1 (n, k) as blue squares, with the names of its rows and columns -> RGB picture.
 

@@ -337,11 +337,27 @@ def test_report_draws_the_history(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(stego, "CLUSTER_ROWS", 2000)
     model = Stego.fit(scenes, classes=2, steps=12)
     model.report(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["histogram.png", "loss.png", "similarity.png"]
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["clusters", "histogram", "loss", "neighbors", "report",
+                                                                "sheet", "similarity"]
+    assert "12 steps" in (words := (tmp_path / "report.txt").read_text()) and f"{model.sources.own():.1f}" in words
     assert [entry["step"] for entry in model.history] == [0, 10, 11]
     model.save(tmp_path / "m.pt")
     with pytest.raises(ValueError, match="right after fit"):
         Stego.load(tmp_path / "m.pt").report(tmp_path)
+
+
+def test_a_crop_of_the_sources_is_the_part_of_the_image_it_says(tmp_path):
+    """Two images in quarters of one colour each: crop 5 is the upper left quarter of the second image."""
+    from PIL import Image
+    for name, first in (("a", 10), ("b", 110)):
+        quarters = np.array([[first, first + 20], [first + 40, first + 60]], np.uint8)
+        Image.fromarray(quarters.repeat(40, 0).repeat(40, 1)).convert("RGB").save(tmp_path / f"{name}.png")
+    images = torch.arange(2).repeat_interleave(5)                            # (10,)
+    neighbors = torch.tensor([[1, 5]] * 10)                                  # one of image 0, one of image 1
+    sources = stego.Sources([tmp_path / "a.png", tmp_path / "b.png"], images, neighbors)
+    assert [sources.picture(crop, "five").getpixel((3, 3))[0] for crop in (0, 1, 5, 8)] == [10, 30, 110, 170]
+    assert sources.picture(7, "whole").getpixel((3, 3))[0] == 110 and sources.picture(0, "five").height == 112
+    assert sources.own() == 1.0
 
 
 # ---- predict ---------------------------------------------------------------------------------------------------
