@@ -332,9 +332,16 @@ class Sources(NamedTuple):
             picture = picture.crop(five_boxes(*picture.size)[part])
         return picture.resize((max(round(picture.width * height / picture.height), 1), height), BILINEAR)
 
-    def own(self) -> float:
-        """How many of a crop's nearest neighbours are crops of its own image, on average (App. A.12, Fig. 15)."""
-        return float((self.images[self.neighbors] == self.images[:, None]).sum(1).float().mean())
+    def own(self) -> list[float]:
+        """The share of crops of whose k nearest neighbours 0, 1, ... k are of their own image (App. A.12, Fig. 15)."""
+        own = (self.images[self.neighbors] == self.images[:, None]).sum(1)   # (n,)
+        return (torch.bincount(own, minlength=self.neighbors.shape[1] + 1) / len(own)).tolist()
+
+    def words(self) -> str:
+        own = self.own()
+        mean, shares = sum(k * share for k, share in enumerate(own)), ", ".join(f"{share:.0%}" for share in own)
+        return (f"Of a crop's {len(own) - 1} nearest neighbours, {mean:.1f} are of its own image; crops with 0, 1, ... "
+                f"{len(own) - 1} such: {shares}.")
 
 
 # ---- correspondences and their loss (Sec. 3.1, 3.2) ------------------------------------------------------------
@@ -653,6 +660,7 @@ class Stego:
         model = cls(config, head, centers, share, backbone_sha256=network.sha256, device=device, weights=weights)
         model._backbone, model.history = network, history
         model.sources = Sources(paths, cache.images[:len(cache)], neighbors)
+        log.info(model.sources.words())
         if earlier is not None:
             model.take_over(earlier, corresponding(cache, model, earlier))
         if warning := diagnosis(history):
@@ -844,8 +852,7 @@ class Stego:
         similar = ", ".join(f"{name} {last[name][0]:.2f}" for name in BALANCE_TERMS if name in last)
         return [f"{len(self.sources.images.unique())} images, {len(self.sources.images)} crops, {last['step'] + 1} steps.",
                 f"Mean similarity of codes at the end: {similar}.",
-                f"Of a crop's {self.sources.neighbors.shape[1]} nearest neighbours, {self.sources.own():.1f} are of its "
-                "own image.",
+                self.sources.words(),
                 f"The largest cluster covers {self.share.max():.0%}, the smallest {self.share.min():.1%}.",
                 diagnosis(self.history) or "Training looks sound."]
 

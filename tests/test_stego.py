@@ -1,5 +1,6 @@
 """The method: loss, derangements, neighbours, cache, fit, predict, save and load."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,33 @@ def test_centering_keeps_the_mean():
     plain, centred = (correlation_loss(f, g, ones, ones, 0.2, centering=c) for c in (False, True))
     assert torch.allclose(plain, centred, atol=1e-6)
     assert torch.allclose(plain, 0.2 - (f @ g.transpose(1, 2)).mean(), atol=1e-6)
+
+
+def test_loss_is_the_energy_of_a_potts_model():
+    """Sec. 3.4: over the pixels of two images, weights F - b, unlike labels cost nothing and equal ones -weight.
+
+    For every labelling of the six pixels in two classes the loss of its one-hot codes is that energy, so the labelling
+    of least loss is the cut of least energy; codes in between give the energy with max(cos, 0) for equality.
+    """
+    torch.manual_seed(0)
+    f, g, b = torch.randn(3, 4), torch.randn(3, 4), 0.1
+    weight = F.cosine_similarity(f[:, None], g[None], dim=-1) - b            # (3, 3): edges from one image to the other
+
+    def loss(s, t):
+        return correlation_loss(unit(f)[None], unit(g)[None], s[None], t[None], b, centering=False).item()
+
+    found = {}
+    for labels in itertools.product((0, 1), repeat=6):
+        here, there = labels[:3], labels[3:]
+        energy = -sum(weight[i, j].item() for i in range(3) for j in range(3) if here[i] == there[j])
+        one_hot = F.one_hot(torch.tensor(labels), 2).float()
+        found[labels] = energy
+        assert 9 * loss(one_hot[:3], one_hot[3:]) == pytest.approx(energy, abs=1e-5)
+    cut = min(found, key=found.get)
+    assert found[cut] < found[(0,) * 6] and len(set(cut)) == 2
+    s, t = unit(torch.randn(3, 5)), unit(torch.randn(3, 5))
+    energy = sum(-weight[i, j] * max(float(s[i] @ t[j]), 0) for i in range(3) for j in range(3))
+    assert 9 * loss(s, t) == pytest.approx(float(energy), abs=1e-5)
 
 
 def test_full_loss_is_the_weighted_sum():
@@ -339,7 +367,7 @@ def test_report_draws_the_history(scenes, tmp_path, monkeypatch):
     model.report(tmp_path)
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["clusters", "histogram", "loss", "neighbors", "report",
                                                                 "sheet", "similarity"]
-    assert "12 steps" in (words := (tmp_path / "report.txt").read_text()) and f"{model.sources.own():.1f}" in words
+    assert "12 steps" in (words := (tmp_path / "report.txt").read_text()) and model.sources.words() in words
     assert [entry["step"] for entry in model.history] == [0, 10, 11]
     model.save(tmp_path / "m.pt")
     with pytest.raises(ValueError, match="right after fit"):
@@ -357,7 +385,9 @@ def test_a_crop_of_the_sources_is_the_part_of_the_image_it_says(tmp_path):
     sources = stego.Sources([tmp_path / "a.png", tmp_path / "b.png"], images, neighbors)
     assert [sources.picture(crop, "five").getpixel((3, 3))[0] for crop in (0, 1, 5, 8)] == [10, 30, 110, 170]
     assert sources.picture(7, "whole").getpixel((3, 3))[0] == 110 and sources.picture(0, "five").height == 112
-    assert sources.own() == 1.0
+    assert sources.own() == [0, 1, 0] and sources.words().startswith("Of a crop's 2 nearest neighbours, 1.0 are")
+    assert sources._replace(neighbors=torch.tensor([[1, 5]] * 5 + [[6, 7]] * 3 + [[1, 2]] * 2)).own() == pytest.approx(
+        [0.2, 0.5, 0.3])
 
 
 # ---- predict ---------------------------------------------------------------------------------------------------
