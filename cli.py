@@ -155,7 +155,7 @@ def main():
 @click.option("-k", "--classes", default=27, show_default="27, or the dataset's", help="Number of segments, 1 to 255.")
 @click.option("-o", "--output", default="stego.pt", show_default=True, help="Where the model goes.")
 @click.option("--report", type=click.Path(file_okay=False),
-              help="Also write charts of the training into this folder.  [default: none]")
+              help="Also write charts of the fit, neighbours and clusters into this folder.  [default: none]")
 @click.option("--backbone", default="auto", show_default=True,
               help="dino_vits8, dino_vitb8, dinov2_vits14, ..., tiny; auto: dino_vits8, or tiny without network.")
 @click.option("--preset", type=click.Choice(PRESET_NAMES),
@@ -233,7 +233,7 @@ def fit(images, output, dataset, root, classes, preset, report, resume, keep_fea
     for key, value in model.config.items():
         log.info("%s: %s", key, value)
     summary(f"{len(paths)} images, {model.config['backbone']}, {time.monotonic() - began:.0f} s: "
-               f"model {output}, picture {sheet}")
+            f"model {output}, picture {sheet}" + (f", report {report}" if report else ""))
 
 
 def print_usage(model):
