@@ -147,12 +147,20 @@ def main():
         click.get_current_context().color = False
 
 
+def class_count(text: str):
+    """A number, or auto."""
+    if text != "auto" and not text.isdecimal():
+        raise click.BadParameter(f"got {text}; give a number from 1 to 255, or auto.")
+    return text if text == "auto" else int(text)
+
+
 # ---- fit -------------------------------------------------------------------------------------------------------
 
 @main.command(short_help="Find what recurs in images.")
 @click.argument("images", nargs=-1, type=click.Path())
 @dataset_options
-@click.option("-k", "--classes", default=27, show_default="27, or the dataset's", help="Number of segments, 1 to 255.")
+@click.option("-k", "--classes", default="27", type=class_count, metavar="K", show_default="27, or the dataset's",
+              help="Number of segments, 1 to 255; auto: as many as halves of the images agree on.")
 @click.option("-o", "--output", default="stego.pt", show_default=True, help="Where the model goes.")
 @click.option("--report", type=click.Path(file_okay=False),
               help="Also write charts of the fit, neighbours and clusters into this folder.  [default: none]")
@@ -228,6 +236,8 @@ def fit(images, output, dataset, root, classes, preset, report, resume, keep_fea
         write_image(model.contact_sheet(paths), sheet)
         if report:
             model.report(report)
+    if model.agreement:
+        summary(model.sureness())
     if not is_quiet():
         print_usage(model)
     for key, value in model.config.items():

@@ -83,6 +83,9 @@ REGION = 1 / 3          # side of the squares that show what a cluster is, of th
 SAVE_EVERY = 30         # seconds between two states of a fit: what an interruption costs at most
 MAX_ASPECT = 4          # longer side : shorter side up to which the shorter side gets its full resolution
 STRIP_PIXELS = 50_000   # pixels of a large photo that get their scores at once: temporaries stay in cache
+CLASS_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 24, 29, 35, 42)  # what -k auto chooses from
+SPLITS = 4              # halvings of the images behind -k auto
+AGREEMENT_ROWS = 20_000  # codes of each half
 MAX_CLASSES = 255       # masks are 8 bit and 255 means "ignore"
 FORMAT, VERSION = "stego", 1
 RELEASED_HEAD = {"linear": "cluster1.0", "mlp.0": "cluster2.0", "mlp.2": "cluster2.2"}  # ours: the reference's
@@ -544,16 +547,72 @@ def cluster_codes(head, cache: TokenCache, classes: int, *, evenness: float = 0.
 
     evenness: 0 clusters the codes as they are; towards 1, crowded directions weigh less and rare things get centres.
     """
-    each = min(max(CLUSTER_ROWS // len(cache), 1), cache.tokens.shape[1])
-    if each * len(cache) < classes:
+    codes = drawn_codes(head, cache, torch.arange(len(cache)), CLUSTER_ROWS, device=device)  # (N, D)
+    if len(codes) < classes:
         raise ValueError(f"{classes} classes are more than there are positions to cluster; "
                          "ask for fewer classes or give more images.")
-    batches = torch.arange(len(cache)).split(256)
-    codes = torch.cat([head(cache.sample(crops, each).to(device)).flatten(0, 1) for crops in batches])  # (N, D)
     kmeans = CosineKMeans(classes, seed=seed).fit(evened(codes, evenness) if evenness else codes)
     share = torch.bincount(kmeans.predict(codes), minlength=classes) / len(codes)
     order = share.argsort(descending=True, stable=True)
     return kmeans.cluster_centers_[order], share[order]
+
+
+def drawn_codes(head, cache: TokenCache, crops: Tensor, count: int, *, device="cpu") -> Tensor:
+    """Codes (N, D) of random positions, as many of each crop: about `count` in all, fewer where there are no more."""
+    each = min(max(count // len(crops), 1), cache.tokens.shape[1])
+    return torch.cat([head(cache.sample(part, each).to(device)).flatten(0, 1) for part in crops.split(256)])
+
+
+@torch.no_grad()
+def class_agreement(head, cache: TokenCache, *, evenness: float = 0.0, seed: int = 0, device="cpu",
+                    progress=None) -> dict[int, list[float]]:
+    """How much two halves of the images agree on K clusters, for each K of CLASS_COUNTS and each of SPLITS splits.
+
+    Clusters that are there are found again in other images (stability: Ben-Hur et al. 2002, Lange et al. 2004). Each
+    half is clustered on its own, then both label the same codes; agreement is the adjusted Rand index, 0 by chance.
+    """
+    images, found = cache.images[:len(cache)].unique(), {}
+    for split in range(SPLITS):
+        first = images[torch.randperm(len(images))[:len(images) // 2]]
+        sides = torch.isin(cache.images[:len(cache)], first)                 # one image: its crops lie in one half
+        sides = sides if len(images) > 1 else torch.arange(len(cache)) % 2 == 0
+        halves = [drawn_codes(head, cache, side.nonzero()[:, 0], AGREEMENT_ROWS, device=device)
+                  for side in (sides, ~sides) if side.any()]
+        drawn = [evened(codes, evenness) if evenness else codes for codes in (halves * 2)[:2]]
+        common = torch.cat(drawn)
+        for done, count in enumerate(count for count in CLASS_COUNTS if count * 10 <= min(map(len, drawn))):
+            labels = [CosineKMeans(count, seed=seed + side, n_init=2, max_iter=60).fit(codes).predict(common)
+                      for side, codes in enumerate(drawn)]
+            found.setdefault(count, []).append(adjusted_rand_index(*labels))
+            if progress:
+                progress("classes", split * len(CLASS_COUNTS) + done + 1, SPLITS * len(CLASS_COUNTS))
+    if not found:
+        raise ValueError("There are too few positions to tell how many classes they make; give more images, "
+                         "or the number of classes.")
+    return found
+
+
+def adjusted_rand_index(a: Tensor, b: Tensor) -> float:
+    """Agreement of two labellings (N,) int64 beyond chance: 1 for the same parts, 0 for unrelated ones (Hubert 1985)."""
+    def pairs(counts: Tensor) -> float:
+        return float((counts.double() * (counts.double() - 1) / 2).sum())
+
+    width = int(b.max()) + 1
+    both, left, right = pairs(torch.bincount(a * width + b)), pairs(torch.bincount(a)), pairs(torch.bincount(b))
+    chance = left * right / max(len(a) * (len(a) - 1) / 2, 1)
+    most = (left + right) / 2
+    return (both - chance) / (most - chance) if most > chance else 1.0
+
+
+def plausible_classes(agreement: dict[int, list[float]]) -> list[int]:
+    """Numbers of clusters whose mean agreement is within a standard error of the best: the first is the one to take.
+
+    The smallest of what cannot be told apart (the one-standard-error rule, Breiman et al. 1984).
+    """
+    means = {count: np.mean(scores) for count, scores in agreement.items()}
+    best = max(means, key=means.get)
+    error = np.std(agreement[best], ddof=1) / math.sqrt(len(agreement[best]))
+    return [count for count, mean in means.items() if mean >= means[best] - error]
 
 
 def evened(codes: Tensor, evenness: float) -> Tensor:
@@ -600,17 +659,19 @@ class Stego:
         self.palette = voc_palette(len(centers)) if palette is None else palette
         self.linear = None                                                   # weight, bias: a released linear probe
         self.names = [""] * len(centers) if names is None else list(names)
-        self._backbone, self.history, self.sources = None, [], None          # these two: of a fit in this process
+        self._backbone = None
+        self.history, self.sources, self.agreement = [], None, {}            # of a fit in this process, not saved
 
     @classmethod
-    def fit(cls, images, *, classes: int = 27, backbone: str = "auto", weights=None, preset: str | None = None,
+    def fit(cls, images, *, classes: int | str = 27, backbone: str = "auto", weights=None, preset: str | None = None,
             balance: str | None = None, seed: int = 0, device: str = "auto", cache_size: float = CACHE_SIZE,
             match=None, progress=None, scratch=None, resume: bool = False, **overrides) -> "Stego":
         """Find what recurs in images.
 
         Args:
             images: files, folders (recursive) or glob patterns, one or several.
-            classes: number of segments K to look for, 1..255.
+            classes: number of segments K to look for, 1..255, or "auto": the K on which halves of the images agree
+                most, see `class_agreement`; config["classes"] is then the K that was taken.
             backbone: a name from `stego_backbones.NAMES`, or "auto"; weights: a local weight file for it.
             preset: the hyper-parameters to start from, one of PRESETS ("small" with UNNAMED unless named); each can
                 be overridden by keyword (lambda_self, lambda_knn, lambda_rand, b_self, b_knn, b_rand, code_size, steps,
@@ -654,11 +715,16 @@ class Stego:
             history = []
             head = train_head(cache, neighbors, config, device=device, progress=progress, history=history,
                               scratch=kept, key=trained)
-            centers, share = cluster_codes(head, cache, classes, evenness=config["evenness"], seed=seed,
+            agreement = {}
+            if classes == "auto":
+                agreement = class_agreement(head, cache, evenness=config["evenness"], seed=seed, device=device,
+                                            progress=progress)
+                config["classes"] = plausible_classes(agreement)[0]
+            centers, share = cluster_codes(head, cache, config["classes"], evenness=config["evenness"], seed=seed,
                                            device=device)
         config["crops"] = len(cache)
         model = cls(config, head, centers, share, backbone_sha256=network.sha256, device=device, weights=weights)
-        model._backbone, model.history = network, history
+        model._backbone, model.history, model.agreement = network, history, agreement
         model.sources = Sources(paths, cache.images[:len(cache)], neighbors)
         log.info(model.sources.words())
         if earlier is not None:
@@ -841,6 +907,10 @@ class Stego:
         pictures = {**history_charts(self.history), "neighbors": self._neighbor_strips(),
                     "clusters": bar_chart(self.share.tolist(), self.palette, self.labels, title="Share of each cluster"),
                     "sheet": self.contact_sheet(self.sources.paths)}
+        if self.agreement:
+            counts, means = list(self.agreement), [np.mean(scores) for scores in self.agreement.values()]
+            pictures["classes"] = line_chart({"agreement": (counts, means)}, title="Do halves of the images agree?",
+                                             x_label="clusters", y_label="adjusted Rand index")
         for name, picture in pictures.items():
             write_image(picture, Path(folder) / f"{name}.png")
         with replacing(Path(folder) / "report.txt") as part:
@@ -854,7 +924,13 @@ class Stego:
                 f"Mean similarity of codes at the end: {similar}.",
                 self.sources.words(),
                 f"The largest cluster covers {self.share.max():.0%}, the smallest {self.share.min():.1%}.",
-                diagnosis(self.history) or "Training looks sound."]
+                *([self.sureness()] if self.agreement else []), diagnosis(self.history) or "Training looks sound."]
+
+    def sureness(self) -> str:
+        """In words: the number of clusters that -k auto took, and how sure it is."""
+        first, *others = plausible_classes(self.agreement)
+        agree = f"{first} clusters: halves of the images agree on them to {np.mean(self.agreement[first]):.2f} (1 is best)"
+        return agree + (f"; {', '.join(map(str, others))} cannot be told from it." if others else "; no other comes near.")
 
     def _neighbor_strips(self, rows: int = 6):
         """Some crops, evenly spread over all, each before its nearest neighbours."""
@@ -927,7 +1003,7 @@ class Stego:
             raise ValueError(f"{path} is a damaged stego model ({first_line(error)}); fit it again.") from error
 
 
-def fit_config(*, classes: int, preset: str | None = None, balance: str | None = None, seed: int = 0,
+def fit_config(*, classes: int | str, preset: str | None = None, balance: str | None = None, seed: int = 0,
                cache_size: float = CACHE_SIZE, **overrides) -> dict:
     """Every option of a fit under its name: the preset with what was overridden; ValueError for what cannot be."""
     balance = balance or ("fixed" if preset else "auto")
@@ -939,8 +1015,8 @@ def fit_config(*, classes: int, preset: str | None = None, balance: str | None =
         raise ValueError(f"Unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}.")
     if unknown := overrides.keys() - PRESETS[preset].keys():
         raise ValueError(f"Unknown option {sorted(unknown)[0]!r}; a preset has {', '.join(PRESETS[preset])}.")
-    if not 1 <= classes <= MAX_CLASSES:
-        raise ValueError(f"Got {classes} classes; a mask of 8 bits holds 1 to {MAX_CLASSES}.")
+    if classes != "auto" and (not isinstance(classes, int) or not 1 <= classes <= MAX_CLASSES):
+        raise ValueError(f"Got {classes} classes; a mask of 8 bits holds 1 to {MAX_CLASSES}, auto finds a number.")
     config = PRESETS[preset] | ours | {key: value for key, value in overrides.items() if value is not None}
     if config["views"] not in VIEWS:
         raise ValueError(f"Unknown views {config['views']!r}; choose one of: {', '.join(VIEWS)}.")

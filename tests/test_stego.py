@@ -360,6 +360,56 @@ def test_bad_runs_are_named_in_words(b, word, monkeypatch):
     assert stego.diagnosis(history[:3]) is None                              # too short to tell
 
 
+def directions_cache(kinds: int, *, noise: float, images: int = 20) -> TokenCache:
+    """A cache of positions that are `kinds` directions in 16 dimensions, with noise."""
+    torch.manual_seed(1)
+    parts = torch.eye(16)[torch.randint(kinds, (images, 12, 12))].permute(0, 3, 1, 2)  # (images, C, h, w)
+    cache = TokenCache(images, 144, 16)
+    for i, features in enumerate(parts):
+        cache.append((features + noise * torch.randn(features.shape))[None], image=i)
+    return cache
+
+
+@pytest.fixture
+def brief_agreement(monkeypatch):
+    for name, value in dict(AGREEMENT_ROWS=600, CLASS_COUNTS=(2, 3, 4, 5, 6, 7, 10), SPLITS=2).items():
+        monkeypatch.setattr(stego, name, value)
+
+
+@pytest.mark.parametrize("kinds", [3, 6])
+def test_halves_of_the_images_agree_on_the_clusters_that_are_there(kinds, brief_agreement):
+    torch.manual_seed(0)
+    agreement = stego.class_agreement(unit, directions_cache(kinds, noise=0.15))
+    assert stego.plausible_classes(agreement)[0] == kinds
+    assert np.mean(agreement[kinds]) > 0.95 > np.mean(agreement[kinds + 1])
+
+
+def test_noise_agrees_on_nothing(brief_agreement):
+    torch.manual_seed(0)
+    agreement = stego.class_agreement(unit, directions_cache(1, noise=5.0))
+    assert max(np.mean(scores) for scores in agreement.values()) < 0.5
+
+
+def test_adjusted_rand_index_counts_pairs():
+    a, b = torch.tensor([0, 0, 1, 1, 2, 2, 2]), torch.tensor([1, 1, 0, 0, 0, 2, 2])
+    same = lambda x: (x[:, None] == x)[*torch.triu_indices(7, 7, 1)].double()  # noqa: E731  (21 pairs,)
+    both, left, right = (same(a) * same(b)).sum(), same(a).sum(), same(b).sum()
+    chance = left * right / 21
+    assert stego.adjusted_rand_index(a, b) == pytest.approx(float((both - chance) / ((left + right) / 2 - chance)))
+    assert stego.adjusted_rand_index(a, (a + 1) % 3) == 1
+    assert abs(stego.adjusted_rand_index(torch.randint(4, (9999,)), torch.randint(4, (9999,)))) < 0.01
+
+
+def test_fit_takes_as_many_classes_as_halves_agree_on(scenes, monkeypatch, brief_agreement):
+    monkeypatch.setattr(stego, "load_backbone", lambda *args, **options: Mean())
+    monkeypatch.setattr(stego, "CLUSTER_ROWS", 2000)
+    model = Stego.fit(scenes, classes="auto", steps=3)
+    assert model.config["classes"] == len(model.centers) == stego.plausible_classes(model.agreement)[0]
+    assert f"{len(model.centers)} clusters: halves" in model.sureness()
+    with pytest.raises(ValueError, match="auto finds a number"):
+        fit_config(classes="many")
+
+
 def test_report_draws_the_history(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(stego, "load_backbone", lambda *args, **options: Mean())
     monkeypatch.setattr(stego, "CLUSTER_ROWS", 2000)
