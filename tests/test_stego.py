@@ -133,13 +133,36 @@ def test_derangements(count):
 # ---- features and neighbours -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 50])
-def test_neighbors_against_sorting(n):
+def test_neighbors_against_sorting(n, monkeypatch):
+    monkeypatch.setattr(stego, "KNN_ENTRIES", 16 * n)                        # several chunks
     means = unit(torch.randn(n, 6))
-    got = nearest_neighbors(means, 7, chunk=16)
+    got = nearest_neighbors(means, 7)
     assert got.shape == (n, 1 if n == 1 else min(7, n - 1))
     for i in range(n if n > 1 else 0):
         others = sorted((j for j in range(n) if j != i), key=lambda j: -float(means[i] @ means[j]))
         assert got[i].tolist() == others[:7]
+
+
+def test_neighbors_in_inverted_lists(monkeypatch):
+    """4,000 rows around 200 directions: nearly all true neighbours, from far fewer comparisons; no row is its own."""
+    torch.manual_seed(0)
+    means = unit(unit(torch.randn(200, 32))[torch.randint(200, (4000,))] + 0.15 * torch.randn(4000, 32))
+    true = nearest_neighbors(means)
+    monkeypatch.setattr(stego, "KNN_EXACT", 3000)
+    monkeypatch.setattr(stego, "KNN_ENTRIES", 8000)                          # lists in several chunks
+    found = nearest_neighbors(means)
+    assert found.shape == true.shape and (found != torch.arange(4000)[:, None]).all()
+    assert all(len(row.unique()) == 7 for row in found)
+    hits = (found[:, :, None] == true[:, None]).any(2).float().mean()
+    assert hits > 0.95
+    few = stego.listed_neighbors(means, probes=1)
+    assert (few[:, :, None] == true[:, None]).any(2).float().mean() < hits   # more lists, more found
+
+
+def test_neighbors_of_rows_that_are_all_the_same():
+    means = unit(torch.ones(50, 4))
+    found = stego.listed_neighbors(means, 7, probes=2)
+    assert (found != torch.arange(50)[:, None]).all() and all(len(row.unique()) == 7 for row in found)
 
 
 class Mean(torch.nn.Module):
