@@ -170,13 +170,14 @@ def features_key(paths, network, config: dict) -> dict:
 class TokenCache:
     """The backbone's tokens of every crop, in a file: one without a name, gone with the process, or `file`.
 
-    tokens: (n, P, C) float16 on disk, P positions of each crop; means: (n, C) unit rows, their averaged features;
-    images: (n,) int64, the image each crop is of.
+    tokens: (n, P, C) float16, P positions of each crop; means: (n, C) unit rows, their averaged features, in the same
+    file; images: (n,) int64, the image each crop is of. The file is mapped: the system keeps in memory what it has room
+    for.
     """
 
     def __init__(self, crops: int, positions: int, channels: int, *, file=None):
         scratch = file or tempfile.TemporaryFile(prefix="stego-")            # without a name: nothing to clean up
-        size = crops * positions * channels * 2                              # bytes
+        size = self.size(crops, positions, channels)
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(scratch.fileno(), 0, size)                # a full disk shows now, not as a crash
@@ -185,9 +186,16 @@ class TokenCache:
             raise ValueError(f"No room for {size / 1e9:.1f} GB of scratch in {place} ({error}); "
                              "set a smaller --cache-size, or work on a larger disk.") from error
         scratch.truncate(size)
-        self.tokens = np.memmap(scratch, np.float16, "r+", shape=(crops, positions, channels))
-        self.means, self.images = torch.empty(crops, channels), torch.empty(crops, dtype=torch.int64)
-        self.filled = 0
+        means = np.memmap(scratch, np.float32, "r+", shape=(crops, channels))
+        tokens = np.memmap(scratch, np.float16, "r+", offset=means.nbytes, shape=(crops, positions, channels))
+        self.means, self.tokens = torch.from_numpy(means), torch.from_numpy(tokens)
+        self.images = torch.empty(crops, dtype=torch.int64)
+        self.seed, self.filled = torch.initial_seed(), 0
+
+    @staticmethod
+    def size(crops: int, positions: int, channels: int) -> int:
+        """Bytes of the file: means in float32, tokens in float16."""
+        return crops * (4 + positions * 2) * channels
 
     def __len__(self) -> int:
         return self.filled
@@ -195,22 +203,25 @@ class TokenCache:
     def append(self, features: Tensor, *, image: int = 0):
         """Add crops' features (B, C, h, w): all positions, or random ones of each crop where P differs from h * w.
 
-        image: the number of the image they are of.
+        image: the number of the image they are of; which positions are kept depends on it and on torch's seed alone.
         """
         tokens = features.flatten(2).transpose(1, 2)                         # (B, h * w, C)
         rows = slice(self.filled, self.filled + len(tokens))
         self.means[rows], self.images[rows] = F.normalize(tokens.mean(1), dim=1).cpu(), image
         here, room = tokens.shape[1], self.tokens.shape[1]
         if here != room:
-            kept = torch.rand(tokens.shape[:2]).argsort(1).repeat(1, -(-room // here))[:, :room]  # (B, P)
-            tokens = tokens[torch.arange(len(tokens))[:, None], kept]
-        self.tokens[rows] = tokens.half().cpu().numpy()
+            generator = torch.Generator().manual_seed(self.seed + image)
+            kept = torch.rand(tokens.shape[:2], generator=generator).argsort(1)
+            kept = kept.repeat(1, -(-room // here))[:, :room].to(tokens.device)  # (B, P)
+            tokens = tokens[torch.arange(len(tokens), device=kept.device)[:, None], kept]
+        self.tokens[rows] = tokens.half().cpu()
         self.filled = rows.stop
 
     def sample(self, crops: Tensor, count: int) -> Tensor:
         """Tokens at `count` random positions of each crop: (B,) int64 -> (B, count, C) float32."""
-        positions = torch.randint(self.tokens.shape[1], (len(crops), count))
-        return torch.from_numpy(self.tokens[crops[:, None].numpy(), positions.numpy()]).float()
+        places = self.tokens.shape[1]
+        rows = crops[:, None] * places + torch.randint(places, (len(crops), count))  # (B, count)
+        return self.tokens.flatten(0, 1).index_select(0, rows.flatten()).float().unflatten(0, rows.shape)
 
 
 def encode(backbone, paths, *, views="five", cache_size=CACHE_SIZE, device="cpu", progress=None,
@@ -236,8 +247,7 @@ def encode(backbone, paths, *, views="five", cache_size=CACHE_SIZE, device="cpu"
                 maps = backbone(x.to(device))                                # (1 or 5, C, h, w)
                 cache.append(five_windows(maps) if views == "windows" else maps, image=done - 1)
         if scratch and len(cache) and (scratch.due() or done == len(paths)):
-            scratch.save("features", key, dict(done=done, filled=len(cache), means=cache.means[:len(cache)].clone(),
-                                               images=cache.images[:len(cache)].clone()))
+            scratch.save("features", key, dict(done=done, images=cache.images[:len(cache)].clone()))
         if progress:
             progress("features", done, len(paths))
     if not len(cache):
@@ -250,13 +260,12 @@ def _cache_in(scratch: Scratch | None, key: dict | None, shape) -> tuple[int, To
     if scratch is None:
         return 0, TokenCache(*shape)
     state, path = scratch.load("features", key), scratch.folder / "tokens"
-    whole = state is not None and path.exists() and path.stat().st_size == math.prod(shape) * 2
+    whole = state is not None and path.exists() and path.stat().st_size == TokenCache.size(*shape)
     cache = TokenCache(*shape, file=open(path, "r+b" if whole else "w+b"))
     if not whole:
         return 0, cache
-    cache.filled = state["filled"]
-    cache.means[:cache.filled], cache.images[:cache.filled] = state["means"], state["images"]
-    torch.set_rng_state(state["random"])
+    cache.filled = len(state["images"])
+    cache.images[:cache.filled] = state["images"]
     log.info("%d of %d images are in the scratch already.", state["done"], key["count"])
     return state["done"], cache
 

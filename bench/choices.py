@@ -34,13 +34,13 @@ class BilinearCache(TokenCache):
         at = torch.rand(2, len(crops), count) * (side - 1)
         low = at.floor().long().clamp(max=side - 2)
         y, x = at - low
-        rows = crops[:, None].numpy()
+        rows = crops[:, None]
         blended = 0
         for dy in (0, 1):
             for dx in (0, 1):
                 weight = (y if dy else 1 - y) * (x if dx else 1 - x)         # (B, count)
                 position = (low[0] + dy) * side + low[1] + dx
-                blended = blended + weight[..., None] * torch.from_numpy(self.tokens[rows, position.numpy()]).float()
+                blended = blended + weight[..., None] * self.tokens[rows, position].float()
         return blended
 
 

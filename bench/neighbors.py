@@ -52,7 +52,7 @@ def tokens(rows: int, images):
     """Tokens of `tiny`, 400 positions at most of each of the five windows of as many images as that takes."""
     paths = [path for path, _ in find_images(images)][:-(-rows // 2000)]
     cache = encode(load_backbone("tiny"), paths, views="windows")
-    return F.normalize(torch.from_numpy(cache.tokens[:len(cache)]).flatten(0, 1)[:rows].float(), dim=1)
+    return F.normalize(cache.tokens[:len(cache)].flatten(0, 1)[:rows].float(), dim=1)
 
 
 def recall(x, found) -> float:

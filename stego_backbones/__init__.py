@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
 
 from stego_backbones.tiny import Tiny
 
@@ -70,6 +69,7 @@ class ViT(nn.Module):
 
     def __init__(self, spec: Spec):
         super().__init__()
+        from torchvision.models import VisionTransformer  # as slow to import as torch itself: not for tiny
         self.patch, self.channels, self.grid = spec.patch, spec.channels, spec.grid
         self.vit = VisionTransformer(
             image_size=spec.patch * spec.grid, patch_size=spec.patch, num_layers=12, num_heads=spec.heads,
