@@ -4,6 +4,7 @@ Exit codes: 0 all done, 1 something failed (the rest is still written), 2 usage.
 commands, so that --help and --version answer at once.
 """
 
+import ctypes
 import io
 import json
 import logging
@@ -29,6 +30,7 @@ ONE_FILE = ("json", "coco")  # formats with one file for all images
 RELEASED = "released"  # the preset of models that the reference implementation made
 OVERLAY_SUFFIX = ".overlay.jpg"
 DEMO_SCENES, DEMO_STEPS = {"train": 30, "val": 10}, 300  # two minutes on two cores; steps as `fit` takes them
+READ_AHEAD, WRITE_BEHIND = 3, 2  # images that predict decodes before, and writes after, the one it works on
 REFRESH = 0.2  # seconds between two updates of the progress line
 
 log = logging.getLogger("stego")
@@ -130,6 +132,20 @@ def dataset_root(dataset: str, root) -> Path:
     return Path(root) if root else Path(os.environ.get("STEGO_DATA", "data")) / dataset
 
 
+def keep_memory():
+    """Let glibc reuse the memory of short-lived tensors, where it gives each back to the system and asks anew.
+
+    dino_vits8 at 320 x 424 on a CPU core: 4.1 s in place of 5.2 s, for 0.1 to 0.3 GB more resident memory.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return                                                               # another system, another allocator
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4                     # malloc.h
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20)):
+        mallopt(option, value)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="stego", prog_name="stego")
 def main():
@@ -141,6 +157,7 @@ def main():
       stego fit ./images                 find what recurs in them: ./stego.pt
       stego predict img.jpg -o mask.png  segment with ./stego.pt
     """
+    keep_memory()
     log.handlers, log.propagate = [StderrHandler()], False
     log.setLevel(logging.WARNING)
     if os.environ.get("NO_COLOR"):
@@ -299,13 +316,13 @@ def predict(images, model, output, kind, overlay, only, skip_existing, device, w
         keep = fitted.select(only.split(",")) if only else None
         fitted.backbone  # noqa: B018 - a wrong backbone is one error, not one for every image
     began, progress, entries, failed = time.monotonic(), Progress(), [], 0
-    for done, (source, place, target) in enumerate(jobs, 1):
-        try:
-            entries.append(predict_one(fitted, source, place, target, kind, keep, options))
-        except (ValueError, OSError) as error:
+    for done, (job, entry) in enumerate(zip(jobs, predicted(fitted, jobs, kind, keep, options)), 1):
+        if isinstance(entry, Exception):
             failed += 1
-            who = source if isinstance(source, Path) else "<stdin>"
-            log.error("%s", error if str(who) in str(error) else f"{who}: {error}")
+            who = job[0] if isinstance(job[0], Path) else "<stdin>"
+            log.error("%s", entry if str(who) in str(entry) else f"{who}: {entry}")
+        else:
+            entries.append(entry)
         progress("predict", done, len(jobs))
     if kind in ONE_FILE:
         with clear_errors():
@@ -372,17 +389,42 @@ def document_path(output: Path, kind: str) -> Path:
     return output / ("coco.json" if kind == "coco" else "shares.json")
 
 
-def predict_one(model, source, place: Path, target: Path, kind: str, keep, options: dict) -> dict:
-    """Segment one image and write what kind asks for; returns its entry for the kinds with one file for all."""
+def predicted(model, jobs, kind: str, keep, options: dict):
+    """The entry of each job, or its error: the next image is decoded and the last result written in threads."""
+    from stego import ahead
+    from stego_images import read_image
+    images = ahead(lambda job: attempt(read_image, job[0]), jobs, window=READ_AHEAD)
+    found = ((job, image, attempt(segment, model, image, kind, options)) for job, image in zip(jobs, images))
+    return ahead(lambda each: attempt(write_result, model, *each, kind, keep), found, window=WRITE_BEHIND)
+
+
+def attempt(function, *args):
+    """What a function returns, or the error that it or one before it ended with."""
+    try:
+        for each in args:
+            if isinstance(each, Exception):
+                return each
+        return function(*args)
+    except (ValueError, OSError) as error:
+        return error
+
+
+def segment(model, image, kind: str, options: dict):
+    """The mask (H, W) of an image, for npz its probabilities (K, h, w)."""
+    return (model.probabilities if kind == "npz" else model.predict)(image, **options)
+
+
+def write_result(model, job: tuple, image, result, kind: str, keep) -> dict:
+    """Write what kind asks for of one image; returns its entry for the kinds with one file for all."""
     import numpy as np
-    from stego_images import IGNORE, cluster_shares, coco_annotations, mask_image, read_image
-    image = read_image(source)
+    from stego_images import IGNORE, cluster_shares, coco_annotations, mask_image
+    _, place, target = job
     if kind == "npz":
         with opened(target) as file:
-            np.savez_compressed(file, probabilities=model.probabilities(image, **options).astype(np.float16),
-                                names=np.array(model.labels), size=np.array([image.height, image.width]))
+            np.savez_compressed(file, probabilities=result.astype(np.float16), names=np.array(model.labels),
+                                size=np.array([image.height, image.width]))
         return {}
-    mask = model.predict(image, **options)
+    mask = result
     if keep is not None:
         mask[~np.isin(mask, keep)] = IGNORE
     if kind in ("overlay", "both"):  # first, so that a mask on disk says that the image is done
