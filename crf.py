@@ -11,7 +11,6 @@ Using the Permutohedral Lattice" (Eurographics 2010).
 """
 
 import math
-from functools import partial
 
 import numpy as np
 import torch
@@ -193,11 +192,13 @@ def potts_codes(image: Tensor, size: int, *, discrete: bool = True, steps: int =
     generator, scaled = torch.Generator().manual_seed(seed), F.softmax if discrete else F.normalize
     drawn = _squares(H, W, generator).to(image.device)  # (n, 4)
 
-    def coupling(some, others, shift):
-        return _pair_kernel(place[some], colour[some], place[others], colour[others], **settings) - shift
+    def kernel(some, others):
+        return _pair_kernel(place[some], colour[some], place[others], colour[others], **settings)
     if shift is None:
-        shift = coupling(drawn.flatten(), drawn.flatten(), 0.0).mean()
-    coupling = partial(coupling, shift=shift)
+        shift = kernel(drawn.flatten(), drawn.flatten()).mean()
+
+    def coupling(some, others):
+        return kernel(some, others) - shift
     codes = scaled(_potts_minimum(drawn, coupling, size, scaled, steps, generator), dim=1)  # (4 n, size)
     fields = [coupling(some, drawn.flatten()) @ codes for some in torch.arange(H * W).split(POTTS_STRIP)]
     return scaled(torch.cat(fields), dim=1).T.reshape(size, H, W)

@@ -414,7 +414,7 @@ def test_cuda_agrees_with_the_cpu():
 # ---- the Potts model without scores -------------------------------------------------------------------------------
 
 def flat_regions():
-    """Four regions of one colour each (3, 24, 32) uint8: a band above, one below, a disk and a box; and which is which."""
+    """Four regions of one colour each (3, 24, 32) uint8, a band above and one below, a disk, a box; which is which."""
     y, x = torch.meshgrid(torch.arange(24), torch.arange(32), indexing="ij")
     region = (y > 12).long()
     region[(x - 21) ** 2 + (y - 10) ** 2 < 40], region[(x < 8) & (y > 15)] = 2, 3

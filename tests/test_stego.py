@@ -293,7 +293,8 @@ def test_unreadable_images_are_named_and_left_out(tmp_path, scenes, caplog):
     (dict(classes=256), "1 to 255"), (dict(classes=0), "1 to 255"), (dict(preset="moon"), "Unknown preset 'moon'"),
     (dict(balance="yes"), "choose auto or fixed"), (dict(stepz=3), "Unknown option 'stepz'"),
     (dict(lambda_self=0.0, lambda_knn=0.0, lambda_rand=0.0), "at least one above 0"),
-    (dict(lambda_knn=-1.0), "0.67, -1.0, 0.63"), (dict(lambda_rand=float("nan")), "nan"), (dict(steps=0), "steps 0"), (dict(views="six"), "Unknown views 'six'"), (dict(evenness=2.0), "evenness 2.0"),
+    (dict(lambda_knn=-1.0), "0.67, -1.0, 0.63"), (dict(lambda_rand=float("nan")), "nan"), (dict(steps=0), "steps 0"),
+    (dict(views="six"), "Unknown views 'six'"), (dict(evenness=2.0), "evenness 2.0"),
     (dict(backbone="vgg"), "Unknown backbone"),
     (dict(device="cuda:99"), "not available"), (dict(device="abacus"), "not available"),
 ])

@@ -26,7 +26,8 @@ def superpixels(picture: Image.Image, labels: np.ndarray) -> Image.Image:
     """Each class in the mean colour of its pixels, with borders."""
     pixels = np.asarray(picture).reshape(-1, 3).astype(float)
     count = np.bincount(labels.ravel(), minlength=CLASSES)
-    means = np.stack([np.bincount(labels.ravel(), channel, CLASSES) for channel in pixels.T], 1) / count[:, None].clip(1)
+    sums = np.stack([np.bincount(labels.ravel(), channel, CLASSES) for channel in pixels.T], 1)  # (K, 3)
+    means = sums / count[:, None].clip(1)
     return overlay(picture, labels, means.astype(np.uint8), opacity=1)
 
 
