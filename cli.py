@@ -182,7 +182,8 @@ def class_count(text: str):
 @click.option("--report", type=click.Path(file_okay=False),
               help="Also write charts of the fit, neighbours and clusters into this folder.  [default: none]")
 @click.option("--backbone", default="auto", show_default=True,
-              help="dino_vits8, dino_vitb8, dinov2_vits14, ..., tiny; auto: dino_vits8, or tiny without network.")
+              help="dino_vits8, dinov2_vits14, dino_resnet50, ..., tiny; auto: dino_vits8, or tiny without network.")
+@click.option("--stride", type=int, help="Of a ResNet, pixels from one feature to the next: 32, 16 or 8.  [default: 32]")
 @click.option("--preset", type=click.Choice(PRESET_NAMES),
               help="Published hyper-parameters to start from.  [default: small, with --balance auto]")
 @click.option("--balance", type=click.Choice(["auto", "fixed"]),

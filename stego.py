@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from crf import dense_crf, upsample_along_edges, working_size
 from kmeans import CosineKMeans
-from stego_backbones import BACKBONES, first_line, load_backbone, read_checkpoint
+from stego_backbones import BACKBONES, CUSTOM, first_line, load_backbone, read_checkpoint
 from stego_images import (bar_chart, contact_sheet, density_chart, find_images, five_boxes, five_crops, line_chart,
                           read_image, replacing, square, strips, to_tensor, voc_palette, write_image)
 
@@ -161,8 +161,9 @@ def features_key(paths, network, config: dict) -> dict:
     found = ((os.path.abspath(path), os.stat(path)) for path in paths)
     found = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
     images = hashlib.sha256("\n".join(map(repr, found)).encode()).hexdigest()
-    return dict(version=2, images=images, count=len(found), backbone=network.sha256, views=config["views"],
-                cache_size=config["cache_size"], seed=config["seed"])
+    known = network.sha256 or os.urandom(16).hex()                           # a callable may have changed since
+    return dict(version=2, images=images, count=len(found), backbone=known, stride=network.patch,
+                views=config["views"], cache_size=config["cache_size"], seed=config["seed"])
 
 
 # ---- features, once (Sec. 3.1, five-crop of Sec. 4) ------------------------------------------------------------
@@ -707,16 +708,19 @@ class Stego:
         self.history, self.sources, self.agreement = [], None, {}            # of a fit in this process, not saved
 
     @classmethod
-    def fit(cls, images, *, classes: int | str = 27, backbone: str = "auto", weights=None, preset: str | None = None,
-            balance: str | None = None, seed: int = 0, device: str = "auto", cache_size: float = CACHE_SIZE,
-            match=None, progress=None, scratch=None, resume: bool = False, **overrides) -> "Stego":
+    def fit(cls, images, *, classes: int | str = 27, backbone="auto", weights=None, stride: int | None = None,
+            preset: str | None = None, balance: str | None = None, seed: int = 0, device: str = "auto",
+            cache_size: float = CACHE_SIZE, match=None, progress=None, scratch=None, resume: bool = False,
+            **overrides) -> "Stego":
         """Find what recurs in images.
 
         Args:
             images: files, folders (recursive) or glob patterns, one or several.
             classes: number of segments K to look for, 1..255, or "auto": the K on which halves of the images agree
                 most, see `class_agreement`; config["classes"] is then the K that was taken.
-            backbone: a name from `stego_backbones.NAMES`, or "auto"; weights: a local weight file for it.
+            backbone: a name from `stego_backbones.NAMES`, or "auto"; weights: a local weight file for it; stride: 32,
+                16 or 8, for a ResNet. Or any callable that maps normalised images (B, 3, H, W) to features
+                (B, C, h, w): a saved model does not hold it, `load` asks for it again.
             preset: the hyper-parameters to start from, one of PRESETS ("small" with UNNAMED unless named); each can
                 be overridden by keyword (lambda_self, lambda_knn, lambda_rand, b_self, b_knn, b_rand, code_size, steps,
                 batch_size, views: one of VIEWS, evenness: 0 to 1, see `evened`, centering, zero_clamp). A lambda of 0
@@ -740,8 +744,8 @@ class Stego:
                             **overrides)
         device = pick_device(device)
         paths = [path for path, _ in find_images(images)]
-        network = load_backbone(backbone, weights=weights, device=device, progress=progress is not None)
-        config["backbone"] = network.name
+        network = load_backbone(backbone, weights=weights, stride=stride, device=device, progress=progress is not None)
+        config |= dict(backbone=network.name, stride=network.patch)
         earlier = None if match is None else _earlier(match, network, device)
         key = features_key(paths, network, config) if scratch else None      # asks the disk about every image
         trained = {"features": key, "config": dict(config)}
@@ -782,16 +786,25 @@ class Stego:
         """The frozen backbone, loaded on first use; ValueError if its weights are not those the model was fitted on."""
         if self._backbone is None:
             name = self.config["backbone"]
-            network = load_backbone(name, weights=self.weights, device=self.device)
-            if network.sha256 != self.backbone_sha256:
-                raise ValueError(
-                    f"The model was fitted on {name} weights {self.backbone_sha256[:12]}…, these are "
-                    f"{network.sha256[:12]}…; give the right ones with --weights FILE, or fit again.")
-            if network.channels != self.head.linear.in_features:
-                raise ValueError(f"The model's head reads {self.head.linear.in_features} channels, {name} gives "
-                                 f"{network.channels}; the model file is damaged: fit it again.")
-            self._backbone = network
+            if name.startswith(CUSTOM):
+                raise ValueError(f"The model was fitted on {name.removeprefix(CUSTOM)}, a feature extractor given from "
+                                 "Python, which it does not hold; give it again: Stego.load(path, backbone=...).")
+            self._backbone = self._checked(load_backbone(name, weights=self.weights, device=self.device,
+                                                         stride=self.config.get("stride")))
         return self._backbone
+
+    def _checked(self, network):
+        """A backbone that fits this model; ValueError for another."""
+        name = network.name.removeprefix(CUSTOM)
+        if network.sha256 != self.backbone_sha256:
+            raise ValueError(
+                f"The model was fitted on {self.config['backbone'].removeprefix(CUSTOM)} weights "
+                f"{self.backbone_sha256[:12] or 'unknown'}…, these are {name} {network.sha256[:12] or 'unknown'}…; "
+                "give the right ones with --weights FILE, or fit again.")
+        if network.channels != self.head.linear.in_features:
+            raise ValueError(f"The model's head reads {self.head.linear.in_features} channels, {name} gives "
+                             f"{network.channels}; the model file is damaged: fit it again.")
+        return network
 
     @torch.inference_mode()
     def codes(self, x: Tensor) -> Tensor:
@@ -1023,10 +1036,11 @@ class Stego:
         return model
 
     @classmethod
-    def load(cls, path, *, device="auto", weights=None) -> "Stego":
+    def load(cls, path, *, device="auto", weights=None, backbone=None) -> "Stego":
         """Read a saved model, or a checkpoint of the reference implementation (`cityscapes_vit_base_1.ckpt`).
 
-        weights: a local file for its backbone, if not in the torch cache.
+        weights: a local file for its backbone, if not in the torch cache. backbone: the callable that the model was
+        fitted on, if it was one.
 
         Raises FileNotFoundError, or ValueError if the file is no stego model or a damaged one.
         """
@@ -1040,11 +1054,14 @@ class Stego:
             centers, share, palette = state["centers"], state["share"], state["palette"]
             names = state.get("names", [""] * len(share))                    # models of version 0.1.0 have none
             _check_model(head, centers, share, palette, names, state["config"])
-            return cls(dict(state["config"]), head.requires_grad_(False).eval(), centers, share,
-                       palette=palette.numpy(), names=names, backbone_sha256=state["backbone_sha256"], device=device,
-                       weights=weights)
+            model = cls(dict(state["config"]), head.requires_grad_(False).eval(), centers, share,
+                        palette=palette.numpy(), names=names, backbone_sha256=state["backbone_sha256"], device=device,
+                        weights=weights)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is a damaged stego model ({first_line(error)}); fit it again.") from error
+        if backbone is not None:
+            model._backbone = model._checked(load_backbone(backbone, weights=weights, device=device))
+        return model
 
 
 def fit_config(*, classes: int | str, preset: str | None = None, balance: str | None = None, seed: int = 0,
@@ -1078,7 +1095,7 @@ def fit_config(*, classes: int | str, preset: str | None = None, balance: str | 
 def _earlier(match, network, device) -> Stego:
     """The model to match; ValueError if it sees other features."""
     earlier = match if isinstance(match, Stego) else Stego.load(match, device=device)
-    if earlier.backbone_sha256 != network.sha256:
+    if (earlier.backbone_sha256, earlier.head.linear.in_features) != (network.sha256, network.channels):
         raise ValueError(f"The model to match was fitted on {earlier.config['backbone']} weights "
                          f"{earlier.backbone_sha256[:12]}…, this fit uses {network.name} {network.sha256[:12]}…; "
                          "clusters are compared on the same features: choose that backbone, or do not match.")
@@ -1149,6 +1166,7 @@ def _check_model(head: Head, centers: Tensor, share: Tensor, palette: Tensor, na
     if palette.dtype != torch.uint8 or not all(x.is_floating_point() and x.isfinite().all() for x in values):
         raise ValueError("values that are not finite or not of the right type")
     known = isinstance(config, dict) and {"backbone", "classes", "preset", "steps", "seed"} <= config.keys()
+    known = known and isinstance(config.get("stride"), (int, type(None)))    # models of version 0.1.0 have none
     if not known or not all(isinstance(name, str) for name in (*names, config["backbone"])):
         raise ValueError("an incomplete configuration")
 

@@ -1,8 +1,9 @@
 """The frozen backbones: where their weights come from and how an image becomes dense features.
 
 `load_backbone(name)` returns a module that maps (B, 3, H, W) images, normalised with MEAN and STD, to features
-(B, channels, H / patch, W / patch): the tokens of the last block after the final LayerNorm, class token dropped
-(STEGO Sec. 3, DINO: Caron et al. 2021, DINOv2: Oquab et al. 2023, registers: Darcet et al. 2024).
+(B, channels, H / patch, W / patch): of a transformer the tokens of the last block after the final LayerNorm, class
+token dropped (STEGO Sec. 3, DINO: Caron et al. 2021, DINOv2: Oquab et al. 2023, registers: Darcet et al. 2024), of a
+ResNet the last feature map (resnet.py).
 """
 
 import hashlib
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stego_backbones.resnet import DILATED, ResNet50, convert_resnet
 from stego_backbones.tiny import Tiny
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in 0..1: what every backbone was trained with
@@ -37,14 +39,14 @@ log = logging.getLogger("stego")
 # ---- the table -------------------------------------------------------------------------------------------------
 
 class Spec(NamedTuple):
-    """A published vision transformer; depth is 12 for all."""
+    """A published vision transformer, of depth 12, or a ResNet-50, which has no heads."""
     url: str
     channels: int
     heads: int
-    patch: int         # pixels
+    patch: int         # pixels; a ResNet's stride
     grid: int          # side of the grid of position embeddings it was trained with
     registers: int = 0
-    sha256: str = ""   # of the file, once somebody has measured it; the file names carry no hash
+    sha256: str = ""   # of the file, or how it begins, where known: of DINO's and MoCo's nobody has said it
 
 
 DINO, DINOV2 = "https://dl.fbaipublicfiles.com/dino/", "https://dl.fbaipublicfiles.com/dinov2/"
@@ -58,8 +60,14 @@ BACKBONES = {
     "dinov2_vitb14": Spec(DINOV2 + "dinov2_vitb14/dinov2_vitb14_pretrain.pth", 768, 12, 14, 37),
     "dinov2_vits14_reg": Spec(DINOV2 + "dinov2_vits14/dinov2_vits14_reg4_pretrain.pth", 384, 6, 14, 37, 4),
     "dinov2_vitb14_reg": Spec(DINOV2 + "dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", 768, 12, 14, 37, 4),
+    "dino_resnet50": Spec(DINO + "dino_resnet50_pretrain/dino_resnet50_pretrain.pth", 2048, 0, 32, 0),
+    "mocov2": Spec("https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
+                   2048, 0, 32, 0),
+    "resnet50": Spec("https://download.pytorch.org/models/resnet50-0676ba61.pth", 2048, 0, 32, 0, sha256="0676ba61"),
 }
 NAMES = (*BACKBONES, "tiny")
+CUSTOM = "custom:"  # before the name of a feature extractor that came as a callable
+PROBE = 224  # pixels: side of the blank image that tells a callable's stride and channels; all usual strides divide it
 
 
 # ---- the network -----------------------------------------------------------------------------------------------
@@ -127,32 +135,95 @@ def convert_dino(state: dict) -> dict:
     return {key: value for key, value in renamed.items() if not re.match(r"head|mask_token$", key)}
 
 
-def load_backbone(name: str = "auto", *, weights: str | Path | None = None, device="cpu", progress: bool = False):
+def load_backbone(name="auto", *, weights: str | Path | None = None, stride: int | None = None, device="cpu",
+                  progress: bool = False):
     """A frozen backbone in eval mode, with `.name`, `.patch` (pixels), `.channels` and `.sha256` (of its tensors).
 
-    name: one of NAMES, or "auto": dino_vits8 if it is cached or can be downloaded, else the bundled tiny.
+    name: one of NAMES, or "auto": dino_vits8 if it is cached or can be downloaded, else the bundled tiny; or any
+    callable, see Custom.
     weights: a local file to take the weights from instead of the torch cache.
+    stride: of a ResNet, 32 as trained, or 16 or 8 by dilation; the others have their patch only.
     Raises ValueError (unknown name, unusable file) or FileNotFoundError (no such file, download failed).
     """
+    if callable(name):
+        if weights or stride:
+            raise ValueError("Weights and a stride go with the name of a backbone; this one is a callable of your own.")
+        return Custom(name, device)
     if name == "auto":
-        return _load_auto(weights=weights, device=device, progress=progress)
+        return _load_auto(weights=weights, stride=stride, device=device, progress=progress)
     if name not in NAMES:
         raise ValueError(f"Unknown backbone {name!r}; choose one of: auto, {', '.join(NAMES)}.")
-    with torch.random.fork_rng(devices=[]):  # the first values are overwritten: draw them at nobody's cost
-        module = Tiny() if name == "tiny" else ViT(BACKBONES[name])
+    module = _empty(name, stride)
     if name == "tiny":
         state = _read_tiny(weights)
     else:
         state = _read_weights(Path(weights)) if weights else _download(name, progress)
-        state = {"registers": module.registers.data, **convert_dino(state)}
+        state = _converted(state, module)
     _fill(module, state, name, source=weights or f"the weights of {name}")
     module.name, module.sha256 = name, fingerprint(module.state_dict())
     return module.requires_grad_(False).eval().to(device)
 
 
-def _load_auto(*, weights, device, progress):
+def _empty(name: str, stride: int | None) -> nn.Module:
+    """The network of a name before it gets its weights."""
+    spec = BACKBONES.get(name)
+    with torch.random.fork_rng(devices=[]):  # the first values are overwritten: draw them at nobody's cost
+        if spec and not spec.heads:
+            stride = spec.patch if stride is None else stride
+            if stride not in DILATED:
+                raise ValueError(f"Got stride {stride}; {name} has {', '.join(map(str, DILATED))}.")
+            return ResNet50(stride)
+        module = ViT(spec) if spec else Tiny()
+    if stride not in (None, module.patch):
+        raise ValueError(f"Got stride {stride}; {name} sees patches of {module.patch} pixels, leave --stride out. "
+                         f"It is for {', '.join(name for name, spec in BACKBONES.items() if not spec.heads)}.")
+    return module
+
+
+def _converted(state: dict, module: nn.Module) -> dict:
+    """A published state dict under the names of our module, with what it need not hold."""
+    if isinstance(module, ViT):
+        return {"registers": module.registers.data, **convert_dino(state)}
+    counters = {key: value for key, value in module.state_dict().items() if key.endswith("num_batches_tracked")}
+    return counters | convert_resnet(state)
+
+
+class Custom(nn.Module):
+    """A feature extractor of the caller's: any callable that maps normalised images (B, 3, H, W) to (B, C, h, w).
+
+    A module is put into eval mode and known by its weights; of another callable nothing tells whether it is the same
+    the next time: `sha256` is "". Its stride is the attribute `patch` if it has one, or else found out.
+    """
+
+    def __init__(self, function, device):
+        super().__init__()
+        self.function = function
+        self.requires_grad_(False).eval().to(device)
+        self.name = CUSTOM + getattr(function, "__name__", type(function).__name__)
+        state = self.state_dict()
+        self.sha256 = fingerprint(state) if state else ""
+        side, patch = PROBE, getattr(function, "patch", None)
+        if patch is not None:
+            side = 2 * patch
+        with torch.inference_mode():
+            maps = function(torch.zeros(1, 3, side, side, device=device))
+        if not isinstance(maps, Tensor) or maps.ndim != 4 or len(maps) != 1 or not maps.is_floating_point():
+            shape = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+            raise ValueError(f"The backbone {self.name} made {shape} of an image (1, 3, {side}, {side}); it must give "
+                             "a float tensor (1, C, h, w).")
+        self.channels, (h, w) = maps.shape[1], maps.shape[2:]
+        self.patch = side // max(h, 1) if patch is None else patch
+        if (h * self.patch, w * self.patch) != (side, side):
+            raise ValueError(f"The backbone {self.name} made a map of {h} x {w} of {side} x {side} pixels; both must be "
+                             "whole multiples: give it an attribute `patch`, its stride in pixels.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x).float()
+
+
+def _load_auto(*, weights, stride, device, progress):
     try:
-        return load_backbone(AUTO, weights=weights, device=device, progress=progress)
+        return load_backbone(AUTO, weights=weights, stride=stride, device=device, progress=progress)
     except FileNotFoundError:
         if weights:
             raise
@@ -225,7 +296,7 @@ def _read_weights(path: Path, sha256: str = "") -> dict:
     """A dict of tensors from a file, nothing executed; ValueError if it is damaged or something else."""
     if not path.is_file():
         raise FileNotFoundError(f"No weight file at {path}; give the path of a .pth file.")
-    if sha256 and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
+    if sha256 and not (found := hashlib.sha256(path.read_bytes()).hexdigest()).startswith(sha256):
         raise ValueError(f"{path} is damaged: its SHA-256 is {found[:12]}…, it should be {sha256[:12]}….")
     state = read_checkpoint(path)
     if not isinstance(state, dict):

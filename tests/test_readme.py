@@ -107,10 +107,11 @@ def test_demo_leaves_everything(place):
 
 def test_python_snippets_run_as_printed(place):
     folder, _ = place
-    given = "import torch; image = torch.zeros(3, 8, 9, dtype=torch.uint8); scores = torch.randn(4, 8, 9)\n"
+    given = ("import torch; image = torch.zeros(3, 8, 9, dtype=torch.uint8); scores = torch.randn(4, 8, 9)\n"
+             "network = torch.nn.Conv2d(3, 8, 8, stride=8)\n")
     assert len(blocks("python")) >= 2
     code = given + "\n".join(blocks("python"))
-    code = code.replace('Stego.fit("images"', 'Stego.fit("images", backbone="tiny", steps=5')
+    code = code.replace('Stego.fit("images", classes=27)', 'Stego.fit("images", backbone="tiny", steps=5)')
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 

@@ -1,12 +1,13 @@
-"""The paper's ablations: Table 2 (0-clamp, five-crop, centering, CRF) and Table 5 (terms of the loss) on labelled folders.
+"""The paper's ablations on labelled folders: Table 2 (0-clamp, five-crop, centering, CRF), Table 5 (terms of the loss).
 
     python bench/paper/ablation.py --data ../shared/data [--sets camvid,aerial,natural] [--seeds 3] [--json FILE]
 
-For each set DATA/<name>/{images,labels}/{train,val} with classes.txt: features are computed once for each way of cutting
-images up and shared by all rows; a row trains a head with its switches and scores it on val by the 320 protocol: clusters
-without labels, and a linear probe on the train labels. The b's are taken from the data, as the published ones suit DINO;
-clusters are plain cosine k-means, but for the row of `stego fit`'s own default. Results go to the JSON file as they
-come, seed by seed, and those in it are not computed again. Prints both tables in Markdown: mean (standard deviation).
+For each set DATA/<name>/{images,labels}/{train,val} with classes.txt: features are computed once for each way of
+cutting images up and shared by all rows; a row trains a head with its switches and scores it on val by the 320
+protocol: clusters without labels, and a linear probe on the train labels. The b's are taken from the data, as the
+published ones suit DINO; clusters are plain cosine k-means, but for the row of `stego fit`'s own default. Results go
+to the JSON file as they come, seed by seed, and those in it are not computed again. Prints both tables in Markdown:
+mean (standard deviation).
 """
 
 import json
