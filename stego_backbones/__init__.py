@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stego_backbones.resnet import DILATED, ResNet50, convert_resnet
 from stego_backbones.tiny import Tiny
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in 0..1: what every backbone was trained with
@@ -169,6 +168,7 @@ def _empty(name: str, stride: int | None) -> nn.Module:
     spec = BACKBONES.get(name)
     with torch.random.fork_rng(devices=[]):  # the first values are overwritten: draw them at nobody's cost
         if spec and not spec.heads:
+            from stego_backbones.resnet import DILATED, ResNet50  # these need torchvision, see ViT
             stride = spec.patch if stride is None else stride
             if stride not in DILATED:
                 raise ValueError(f"Got stride {stride}; {name} has {', '.join(map(str, DILATED))}.")
@@ -184,6 +184,7 @@ def _converted(state: dict, module: nn.Module) -> dict:
     """A published state dict under the names of our module, with what it need not hold."""
     if isinstance(module, ViT):
         return {"registers": module.registers.data, **convert_dino(state)}
+    from stego_backbones.resnet import convert_resnet
     counters = {key: value for key, value in module.state_dict().items() if key.endswith("num_batches_tracked")}
     return counters | convert_resnet(state)
 
