@@ -183,7 +183,8 @@ def class_count(text: str):
               help="Also write charts of the fit, neighbours and clusters into this folder.  [default: none]")
 @click.option("--backbone", default="auto", show_default=True,
               help="dino_vits8, dinov2_vits14, dino_resnet50, ..., tiny; auto: dino_vits8, or tiny without network.")
-@click.option("--stride", type=int, help="Of a ResNet, pixels from one feature to the next: 32, 16 or 8.  [default: 32]")
+@click.option("--stride", type=int,
+              help="Of a ResNet, pixels from one feature to the next: 32, 16 or 8.  [default: 32]")
 @click.option("--preset", type=click.Choice(PRESET_NAMES),
               help="Published hyper-parameters to start from.  [default: small, with --balance auto]")
 @click.option("--balance", type=click.Choice(["auto", "fixed"]),
@@ -241,8 +242,8 @@ def fit(images, output, dataset, root, classes, preset, report, resume, keep_fea
             paths = [path for path, _ in find_images(images)]
         scratch = output.with_name(f"{output.name}.scratch")
         try:
-            model = Stego.fit(paths, classes=classes, preset=preset, progress=Progress(), scratch=scratch,
-                              resume=resume, **options)
+            model = Stego.fit(paths if dataset else images, classes=classes, preset=preset, progress=Progress(),
+                              scratch=scratch, resume=resume, **options)
         except KeyboardInterrupt as interruption:
             raise click.ClickException("Interrupted; the same command with --resume goes on.") from interruption
         model.save(output)
@@ -579,22 +580,39 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
 
 # ---- show ------------------------------------------------------------------------------------------------------
 
-@main.command(short_help="Say and show what is in a model.")
-@click.argument("model", default="stego.pt", type=click.Path())
-@click.argument("images", nargs=-1, type=click.Path())
+@main.command(short_help="Say and show what is in a model, or what corresponds.")
+@click.argument("things", nargs=-1, type=click.Path(), metavar="[MODEL] [IMAGES]...")
+@click.option("-m", "--model", type=click.Path(),
+              help="The model, if not named first.  [default: stego.pt; none with --at]")
 @click.option("--sheet", type=click.Path(),
               help="Write a picture of the regions of IMAGES that fit each cluster best.  [default: none]")
+@click.option("--at", multiple=True, metavar="X,Y", callback=lambda context, option, texts: [point(t) for t in texts],
+              help="A point of the first image, in pixels from its upper left corner: show what corresponds with it in "
+                   "all images; repeatable.  [default: none]")
+@click.option("-o", "--output", default="correspondences.png", show_default=True, type=click.Path(),
+              help="With --at: where the picture goes.")
+@click.option("--backbone", help="With --at and no model: whose features to show.  [default: auto, as in fit]")
 @network_options
 @talk_options
-def show(model, images, sheet, device, weights):
+def show(things, model, sheet, at, output, backbone, device, weights):
     """Say what is in MODEL, and show on IMAGES what each cluster is, so that you can name it.
+
+    With --at no MODEL stands before the images: for each point its correspondences are shown as a coloured picture, in
+    the first image and the others (the nearest four, if more or a folder); of backbone features, with -m of codes too.
+    Others default to the images that the model was fitted on, if they are where they were.
 
     \b
     Examples:
       stego show stego.pt
       stego show stego.pt images/ --sheet sheet.png
+      stego show img.jpg images/ --at 120,80 --at 300,40 -m stego.pt -o corr.png
     """
-    if bool(images) != bool(sheet):
+    if at:
+        if not things or sheet or (model and backbone):
+            raise click.UsageError("With --at give an image, and -m or --backbone: `stego show img.jpg --at 120,80`.")
+        return show_points(things[0], things[1:], at, model, output, backbone or "auto", device, weights)
+    model, images = (model, things) if model else ((*things, "stego.pt")[0], things[1:])
+    if bool(images) != bool(sheet) or backbone:
         raise click.UsageError("Give images and a sheet, or neither: `stego show stego.pt images/ --sheet sheet.png`.")
     with clear_errors():
         from stego import Stego, find_images
@@ -611,6 +629,46 @@ def show(model, images, sheet, device, weights):
             regions = fitted.best_regions(paths, progress=Progress())
             write_image(region_sheet(regions, fitted.palette, captions), sheet)
             summary(f"{len(paths)} images, {time.monotonic() - began:.0f} s: sheet {sheet}")
+
+
+def point(text: str) -> tuple[int, int]:
+    """120,80 -> (120, 80)."""
+    x, _, y = text.partition(",")
+    if not (x.isdecimal() and y.isdecimal()):
+        raise click.UsageError(f"Got --at {text}; a point is two whole numbers, x and y, like 120,80.")
+    return int(x), int(y)
+
+
+def show_points(image, others, at, model, output, backbone, device, weights):
+    """Write the picture of what corresponds with points of an image."""
+    began = time.monotonic()
+    with clear_errors():
+        from stego import Stego, load_backbone, pick_device
+        from stego_images import find_images, write_image
+        from stego_protocol import correspondence_sheet
+        fitted = Stego.load(model, device=device, weights=weights) if model else None
+        device = pick_device(device)
+        network = fitted.backbone if model else load_backbone(backbone, weights=weights, device=device)
+        paths = [path for path, _ in find_images(others)] if others else images_of(fitted)
+        paths = [path for path in paths if not (path.exists() and path.samefile(image))] if Path(image).exists() else []
+        picture = correspondence_sheet(network, image, at, others=paths, model=fitted, device=device,
+                                       progress=Progress())
+        write_image(picture, output)
+    summary(f"{len(at)} points, {len(paths)} other images to choose from, {time.monotonic() - began:.0f} s: "
+            f"picture {output}")
+
+
+def images_of(model) -> list[Path]:
+    """The images a model was fitted on, as far as it tells and they are there; without a model none."""
+    from stego_images import find_images
+    given = model.config.get("images") if model else None
+    if not given:
+        return []
+    try:
+        return [path for path, _ in find_images([str(name) for name in given])]
+    except (FileNotFoundError, TypeError):
+        log.warning("The images that the model was fitted on are not here; name others to see them too.")
+        return []
 
 
 def description(model) -> list[str]:

@@ -91,6 +91,7 @@ CLASS_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 24, 29, 35, 42)  # what
 SPLITS = 4              # halvings of the images behind -k auto
 AGREEMENT_ROWS = 20_000  # codes of each half
 MAX_CLASSES = 255       # masks are 8 bit and 255 means "ignore"
+GIVEN = 16              # folders, patterns and files given to fit up to which a model notes their names
 FORMAT, VERSION = "stego", 1
 RELEASED_HEAD = {"linear": "cluster1.0", "mlp.0": "cluster2.0", "mlp.2": "cluster2.2"}  # ours: the reference's
 RELEASED_PATCH = "net.model.patch_embed.proj.weight"
@@ -743,6 +744,7 @@ class Stego:
         config = fit_config(classes=classes, preset=preset, balance=balance, seed=seed, cache_size=cache_size,
                             **overrides)
         device = pick_device(device)
+        images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
         paths = [path for path, _ in find_images(images)]
         network = load_backbone(backbone, weights=weights, stride=stride, device=device, progress=progress is not None)
         config |= dict(backbone=network.name, stride=network.patch)
@@ -770,7 +772,7 @@ class Stego:
                 config["classes"] = plausible_classes(agreement)[0]
             centers, share = cluster_codes(head, cache, config["classes"], evenness=config["evenness"], seed=seed,
                                            device=device)
-        config["crops"] = len(cache)
+        config |= dict(crops=len(cache), images=_given(images))
         model = cls(config, head, centers, share, backbone_sha256=network.sha256, device=device, weights=weights)
         model._backbone, model.history, model.agreement = network, history, agreement
         model.sources = Sources(paths, cache.images[:len(cache)], neighbors)
@@ -1090,6 +1092,12 @@ def fit_config(*, classes: int | str, preset: str | None = None, balance: str | 
         if config[key] < 1:
             raise ValueError(f"Got {key} {config[key]}; it must be at least 1.")
     return dict(classes=classes, preset=preset, balance=balance, seed=seed, cache_size=cache_size, **config)
+
+
+def _given(images) -> list[str]:
+    """What a fit was given, for whoever looks for its images later; no absolute paths: they tell of a person's disk."""
+    names = [str(each) for each in images]
+    return [] if len(names) > GIVEN or any(map(os.path.isabs, names)) else names
 
 
 def _earlier(match, network, device) -> Stego:

@@ -235,6 +235,20 @@ def overlay(image: Image.Image, mask: np.ndarray, palette: np.ndarray, *, opacit
     return Image.fromarray(blended)
 
 
+def spotlight(image: Image.Image, weight: np.ndarray, colour, *, opacity: float = 0.8) -> Image.Image:
+    """The picture in grey, coloured where weight (H, W), 0 to 1, is large."""
+    grey = np.asarray(image.convert("L"), dtype=float)[..., None]            # (H, W, 1)
+    share = opacity * weight[..., None]
+    return Image.fromarray((grey * (1 - share) + np.asarray(colour) * share).round().astype(np.uint8))
+
+
+def mark(image: Image.Image, x: float, y: float, colour, *, radius: int = 4):
+    """Draw a ringed dot into the picture at (x, y), in pixels."""
+    draw = ImageDraw.Draw(image)
+    for r, fill in ((radius + 2, INK), (radius + 1, "white"), (radius - 1, tuple(colour))):
+        draw.ellipse([x - r, y - r, x + r, y + r], fill=fill)
+
+
 def with_legend(image: Image.Image, mask: np.ndarray, palette: np.ndarray, labels) -> Image.Image:
     """The picture over a strip that names the clusters of mask (H, W), the largest first; labels: (K,) str."""
     sizes = np.bincount(mask.ravel(), minlength=IGNORE + 1)[:len(palette)]

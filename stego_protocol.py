@@ -3,10 +3,12 @@
 Images and labels are resized to 320 on the shorter side and cropped to the central 320 x 320; codes are averaged with
 those of the mirror image and upsampled; cluster probe and linear probe, each with and without a CRF; one confusion
 matrix over the whole set, Hungarian matching, mIoU. In order: labelled sets, metrics, probes, the evaluation,
-diagnostics (Sec. 3.1, App. A.6), the report.
+diagnostics (Sec. 3.1, App. A.6), correspondences of points (Fig. 2), the report.
 """
 
+import itertools
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +24,12 @@ from torchvision.datasets import Cityscapes
 
 from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY, SRGB, SXY, dense_crf
 from kmeans import CosineKMeans
-from stego import ahead, along, class_scores, correspondence, nearest_neighbors, pixels, unit, unmirror
-from stego_images import (IGNORE, find_images, line_chart, mask_image, matrix_picture, opened, read_image, read_mat,
-                          replacing, square, strips, to_tensor, voc_palette, write_image)
+from stego import (BILINEAR, ahead, along, backbone_size, class_scores, correspondence, nearest_neighbors, pixels, unit,
+                   unmirror)
+from stego_images import (IGNORE, find_images, line_chart, mark, mask_image, matrix_picture, opened, read_image,
+                          read_mat, replacing, spotlight, square, strips, to_tensor, voc_palette, write_image)
+
+log = logging.getLogger("stego")
 
 SIDE = 320               # pixels (Sec. 4); rounded up to whole patches: 322 for patches of 14
 PROBE_IMAGES = 2000      # train images that the probes are fitted on, drawn at random from larger sets
@@ -36,6 +41,9 @@ CONVERGED = 1e-3         # nats: a fall of the loss over a round below which it 
 PATIENCE, ROUNDS = 3, 200  # rounds without a fall that end the training; the greatest number of rounds
 DIAGNOSTIC_POINTS = 121  # positions an image whose pairs are looked at, as many as enter a training step
 CURVE_POINTS = 200       # points of a precision-recall curve that are kept
+SHOWN, CANDIDATES = 4, 300  # other images that a sheet of correspondences shows, and among how many it looks for them
+LIT_HEIGHT = 200         # pixels: height of its pictures
+POINT_COLOURS = ((255, 40, 40), (40, 210, 40), (70, 110, 255), (255, 190, 0), (230, 60, 230), (0, 200, 220))
 UNKNOWN = -1             # in a lookup: a label id that the set does not know
 
 
@@ -533,6 +541,70 @@ def _couplings(points: list[dict], classes: int) -> dict:
             strongest = correspondence(point[kind], partner[kind]).argmax(1)
             np.add.at(count, (point["label"].numpy(), partner["label"][strongest].numpy()), 1)
     return {name: count.tolist() for name, count in counts.items()}
+
+
+# ---- correspondences of marked points (Fig. 2) ------------------------------------------------------------------
+
+@torch.inference_mode()
+def correspondence_sheet(network, image, at, *, others=(), model=None, device="cpu", progress=None) -> Image.Image:
+    """What corresponds with points of an image, in itself and in others: a row of coloured pictures a point.
+
+    network: a backbone; model: one that was fitted on it, for rows of its codes too. image: a path; at: points (x, y)
+    in its pixels; others: paths, of more than SHOWN those whose averaged features are nearest. Full colour is the
+    point itself, none its mean correspondence with its image, or less (the centering of Eq. 3).
+    Raises ValueError for a point outside of the image, or what cannot be read.
+    """
+    picture = read_image(image)
+    for x, y in at:
+        if not (0 <= x < picture.width and 0 <= y < picture.height):
+            raise ValueError(f"The point {x},{y} is not in {image}, which is {picture.width} x {picture.height} "
+                             f"pixels: x is 0 to {picture.width - 1}, y 0 to {picture.height - 1}.")
+    own = _unit_maps(network, model, picture, image, device)
+    if len(others) > SHOWN:
+        others = _nearest_images(network, unit(own["backbone features"].mean((1, 2))), others, device, progress)
+    pictures = [(picture, own)]
+    for path in others:
+        pictures.append((other := read_image(path), _unit_maps(network, model, other, path, device)))
+    rows, names = [], ", ".join(Path(path).name for path in others)
+    for (x, y), colour in zip(at, itertools.cycle(POINT_COLOURS)):
+        for kind, maps in own.items():
+            h, w = maps.shape[1:]
+            code = maps[:, int(y * h / picture.height), int(x * w / picture.width)]  # (D,)
+            floor = float((code @ maps.flatten(1)).mean())
+            lit = [_lit(each, code, found[kind], floor, colour) for each, found in pictures]
+            mark(lit[0], x * lit[0].width / picture.width, y * lit[0].height / picture.height, colour)
+            rows.append((f"{kind} at {x},{y}" + (f"; {names}" if names else ""), lit))
+    return strips(rows, legend={})
+
+
+def _unit_maps(network, model, picture: Image.Image, name, device) -> dict:
+    """Unit features (C, h, w) of a picture, averaged with its mirror's, and the model's codes (D, h, w)."""
+    x = to_tensor(picture.resize(backbone_size(picture, network.patch, name=name), BILINEAR))[None].to(device)
+    seen = network(torch.cat([x, x.flip(-1)]))                               # (2, C, h, w)
+    found = {"backbone features": seen} | ({"codes": model.code_map(seen)} if model else {})
+    return {kind: F.normalize(unmirror(maps)[0], dim=0) for kind, maps in found.items()}
+
+
+def _nearest_images(network, mean: Tensor, paths, device, progress) -> list:
+    """The SHOWN images whose averaged features are nearest to a unit vector (C,), of CANDIDATES spread over paths."""
+    paths, near = list(paths)[::math.ceil(len(paths) / CANDIDATES)], []
+    for done, path in enumerate(paths, 1):
+        try:
+            maps = _unit_maps(network, None, read_image(path), path, device)["backbone features"]
+            near.append((float(unit(maps.mean((1, 2))) @ mean), path))
+        except (ValueError, FileNotFoundError) as error:
+            log.warning("Skipped: %s", error)
+        if progress:
+            progress("neighbors", done, len(paths))
+    return [path for _, path in sorted(near, key=lambda each: -each[0])[:SHOWN]]
+
+
+def _lit(picture: Image.Image, code: Tensor, maps: Tensor, floor: float, colour) -> Image.Image:
+    """A picture coloured where its unit features (C, h, w) correspond with a unit vector (C,) by more than floor."""
+    picture = picture.resize((max(round(picture.width * LIT_HEIGHT / picture.height), 1), LIT_HEIGHT), BILINEAR)
+    weight = (torch.einsum("chw,c->hw", maps, code) - floor) / max(1 - floor, 1e-6)
+    weight = F.interpolate(weight[None, None], size=picture.size[::-1], mode="bilinear", align_corners=False)[0, 0]
+    return spotlight(picture, weight.clamp(0, 1).cpu().numpy(), colour)
 
 
 # ---- the report ------------------------------------------------------------------------------------------------

@@ -215,8 +215,8 @@ class Custom(nn.Module):
         self.channels, (h, w) = maps.shape[1], maps.shape[2:]
         self.patch = side // max(h, 1) if patch is None else patch
         if (h * self.patch, w * self.patch) != (side, side):
-            raise ValueError(f"The backbone {self.name} made a map of {h} x {w} of {side} x {side} pixels; both must be "
-                             "whole multiples: give it an attribute `patch`, its stride in pixels.")
+            raise ValueError(f"The backbone {self.name} made a map of {h} x {w} of {side} x {side} pixels; both must "
+                             "be whole multiples: give it an attribute `patch`, its stride in pixels.")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x).float()

@@ -29,8 +29,11 @@ class ResNet50(ResNet):
 
 
 def convert_resnet(state: dict) -> dict:
-    """A ResNet-50's state dict under torchvision's names, without its last layer: DINO's (also a training checkpoint's),
-    MoCo v2's or torchvision's own. Counters of batches say nothing about features and are left out."""
+    """A ResNet-50's state dict under torchvision's names, without its last layer.
+
+    From DINO (also a training checkpoint), MoCo v2 or torchvision. Counters of batches say nothing about features and
+    are left out.
+    """
     state = state.get("teacher", state.get("state_dict", state))
     if any(key.startswith(QUERY) for key in state):
         state = {key: value for key, value in state.items() if key.startswith(QUERY)}
