@@ -662,11 +662,11 @@ def images_of(model) -> list[Path]:
     """The images a model was fitted on, as far as it tells and they are there; without a model none."""
     from stego_images import find_images
     given = model.config.get("images") if model else None
-    if not given:
+    if not isinstance(given, list) or not given:
         return []
     try:
         return [path for path, _ in find_images([str(name) for name in given])]
-    except (FileNotFoundError, TypeError):
+    except FileNotFoundError:
         log.warning("The images that the model was fitted on are not here; name others to see them too.")
         return []
 
