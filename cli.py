@@ -230,7 +230,7 @@ def fit(images, output, dataset, root, classes, preset, report, resume, keep_fea
         output = Path(output)
         if output.is_dir():
             raise click.UsageError(f"The output {output} is a folder; name a file, like {output / 'stego.pt'}.")
-        from stego import Stego, find_images
+        from stego import Stego, find_images, several_processes
         began = time.monotonic()
         if dataset:
             from stego_protocol import PRESET_OF, labelled_set
@@ -241,11 +241,21 @@ def fit(images, output, dataset, root, classes, preset, report, resume, keep_fea
         else:
             paths = [path for path, _ in find_images(images)]
         scratch = output.with_name(f"{output.name}.scratch")
-        try:
-            model = Stego.fit(paths if dataset else images, classes=classes, preset=preset, progress=Progress(),
-                              scratch=scratch, resume=resume, **options)
-        except KeyboardInterrupt as interruption:
-            raise click.ClickException("Interrupted; the same command with --resume goes on.") from interruption
+        with several_processes() as (number, count):
+            first, alone = number == 0, count == 1
+            if (resume or keep_features) and not alone:
+                raise click.UsageError("--resume and --keep-features are for one process; leave them out.")
+            if not first:
+                log.addFilter(lambda record: record.msg.startswith("Skipped"))  # the first process says the rest
+            try:
+                model = Stego.fit(paths if dataset else images, classes=classes, preset=preset,
+                                  progress=Progress() if first else None, scratch=scratch if alone else None,
+                                  resume=resume, **options)
+            except KeyboardInterrupt as interruption:
+                after = " with --resume goes on." if alone else ", of several processes, starts afresh."
+                raise click.ClickException(f"Interrupted; the same command{after}") from interruption
+        if not first:
+            return
         model.save(output)
         (scratch / "training.pt").unlink(missing_ok=True)
         if not keep_features:

@@ -18,7 +18,8 @@ import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ except ImportError:  # not on Windows: there, two fits in one scratch are not ke
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
@@ -79,6 +81,9 @@ KNN_EXACT = 1_000_000   # crops above which neighbours are looked for in inverte
 KNN_PROBES = 16         # lists that a crop is compared with there
 KNN_BATCHES, KNN_BATCH = 30, 64  # mini-batches of the k-means that makes the lists, and their rows per list
 KNN_ENTRIES = 32_000_000  # similarities held at once: 128 MB
+GPU_IMAGES = 8          # images of one size that a GPU sees at once
+GPU_SHARE = 0.5         # of its free memory that the token cache may take; else it stays in its file
+READERS = 16            # threads, at most, that decode for a GPU
 CLUSTER_ROWS = 100_000  # codes that k-means sees
 CROWD_ROWS = 500        # codes that stand for all where crowding is measured
 CROWD_SHARPNESS = 10.0  # crowding: mean of exp(10 (cosine - 1)), which halves at an angle of 21 degrees
@@ -167,6 +172,77 @@ def features_key(paths, network, config: dict) -> dict:
                 views=config["views"], cache_size=config["cache_size"], seed=config["seed"])
 
 
+# ---- several processes: torchrun --nproc-per-node N -m cli fit ... ----------------------------------------------
+# Each has the tokens of its part of the images. All draw the same batch from the same seed, see all its tokens, train
+# on their part of it, and average the gradients; so all end with the same model, that of one process within rounding.
+
+@contextmanager
+def several_processes():
+    """Join the processes that torchrun started; yields this one's number and their count: 0 and 1 without torchrun."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
+        yield rank(), processes()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(days=1))                       # their parts may differ in work
+    yield rank(), processes()
+    dist.destroy_process_group()
+
+
+def processes() -> int:
+    """How many processes work on this fit."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def mine(whole):
+    """This process's part of things in a row: as many for each, give or take one."""
+    first, end = (len(whole) * r // processes() for r in (rank(), rank() + 1))
+    return whole[first:end]
+
+
+class _Sum(torch.autograd.Function):
+    """all_reduce, through which gradients flow to the x of every process."""
+
+    @staticmethod
+    def forward(context, x):
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(context, gradient):
+        return _Sum.apply(gradient)
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum of x, of one shape everywhere, over all processes."""
+    return x if processes() == 1 else _Sum.apply(x)
+
+
+def averaged(x: Tensor) -> Tensor:
+    return summed(x) / processes()
+
+
+def everyones(part: Tensor) -> Tensor:
+    """The parts of all processes, which are equally long, in a row."""
+    return summed(torch.cat([part if r == rank() else torch.zeros_like(part) for r in range(processes())]))
+
+
+def check_alike(*what):
+    """ValueError if the processes are not about the same images, options and weights."""
+    told, digest = [None] * processes(), hashlib.sha256(repr(what).encode()).hexdigest()
+    if processes() > 1:
+        dist.all_gather_object(told, digest)
+    if len(set(told)) > 1:
+        raise ValueError("The processes see other images, options or weights than each other; give each the same "
+                         "command, and every machine the same files.")
+
+
 # ---- features, once (Sec. 3.1, five-crop of Sec. 4) ------------------------------------------------------------
 
 class TokenCache:
@@ -174,7 +250,7 @@ class TokenCache:
 
     tokens: (n, P, C) float16, P positions of each crop; means: (n, C) unit rows, their averaged features, in the same
     file; images: (n,) int64, the image each crop is of. The file is mapped: the system keeps in memory what it has room
-    for.
+    for. After `settle`, means and images are those of all processes, tokens stay where they are.
     """
 
     def __init__(self, crops: int, positions: int, channels: int, *, file=None):
@@ -192,7 +268,8 @@ class TokenCache:
         tokens = np.memmap(scratch, np.float16, "r+", offset=means.nbytes, shape=(crops, positions, channels))
         self.means, self.tokens = torch.from_numpy(means), torch.from_numpy(tokens)
         self.images = torch.empty(crops, dtype=torch.int64)
-        self.seed, self.filled = torch.initial_seed(), 0
+        self.seed, self.device = torch.initial_seed(), torch.device("cpu")
+        self.filled = self.crops = self.first = 0                            # crops here, everywhere, before those here
 
     @staticmethod
     def size(crops: int, positions: int, channels: int) -> int:
@@ -200,7 +277,7 @@ class TokenCache:
         return crops * (4 + positions * 2) * channels
 
     def __len__(self) -> int:
-        return self.filled
+        return self.crops
 
     def append(self, features: Tensor, *, image: int = 0):
         """Add crops' features (B, C, h, w): all positions, or random ones of each crop where P differs from h * w.
@@ -217,13 +294,45 @@ class TokenCache:
             kept = kept.repeat(1, -(-room // here))[:, :room].to(tokens.device)  # (B, P)
             tokens = tokens[torch.arange(len(tokens), device=kept.device)[:, None], kept]
         self.tokens[rows] = tokens.half().cpu()
-        self.filled = rows.stop
+        self.filled = self.crops = rows.stop
+
+    def settle(self, device="cpu"):
+        """Nothing more comes: number the crops of all processes in a row; sample onto a device, from it if there is room."""
+        if processes() > 1:
+            filled = everyones(torch.tensor([self.filled]))
+            self.first, self.crops = int(filled[:rank()].sum()), int(filled.sum())
+            for name in ("means", "images"):
+                own = getattr(self, name)[:self.filled]
+                whole = own.new_zeros(self.crops, *own.shape[1:])
+                whole[self.first:self.first + self.filled] = own
+                setattr(self, name, summed(whole))
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.tokens.nbytes < GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]:
+            self.tokens = self.tokens.to(self.device)
 
     def sample(self, crops: Tensor, count: int) -> Tensor:
         """Tokens at `count` random positions of each crop: (B,) int64 -> (B, count, C) float32."""
         places = self.tokens.shape[1]
-        rows = crops[:, None] * places + torch.randint(places, (len(crops), count))  # (B, count)
-        return self.tokens.flatten(0, 1).index_select(0, rows.flatten()).float().unflatten(0, rows.shape)
+        rows = (crops[:, None] - self.first) * places + torch.randint(places, (len(crops), count))  # (B, count)
+        here = (rows >= 0) & (rows < self.filled * places)                   # the others are in other processes
+        found = self.tokens.flatten(0, 1).index_select(0, moved(rows.where(here, 0).flatten(), self.tokens.device))
+        found = moved(found, self.device).unflatten(0, rows.shape)           # (B, count, C) float16
+        if processes() > 1:
+            found = summed(found * moved(here, self.device)[..., None])
+        return found.float()
+
+
+def moved(x: Tensor, device) -> Tensor:
+    """x on a device; to a GPU from page-locked memory, so that nobody waits while it is copied."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def dense_features(backbone, x: Tensor, device="cpu") -> Tensor:
+    """backbone(x) on a device, (B, C, h, w) float32; on a GPU computed in bfloat16: cosines differ by up to 0.03."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda"):
+        return backbone(moved(x, device)).float()
 
 
 def encode(backbone, paths, *, views="five", cache_size=CACHE_SIZE, device="cpu", progress=None,
@@ -242,16 +351,23 @@ def encode(backbone, paths, *, views="five", cache_size=CACHE_SIZE, device="cpu"
     if kept < positions:
         log.warning("The token cache is bounded to %g GB: keeping %d random positions of %d per crop.",
                     cache_size, kept, positions)
-    start, cache = _cache_in(scratch, key, (count, kept, backbone.channels))
-    for done, x in enumerate(ahead(lambda path: _views(path, views, backbone.patch), paths[start:]), start + 1):
-        if x is not None:
+    numbers, gpu = mine(range(len(paths))), torch.device(device).type == "cuda"
+    start, cache = _cache_in(scratch, key, (max(len(numbers), 1) * (count // len(paths)), kept, backbone.channels))
+    inputs = ahead(lambda number: (number, _views(paths[number], views, backbone.patch)), numbers[start:],
+                   workers=min(os.cpu_count() or 1, READERS) if gpu else 1)
+    done = start
+    for batch in alike(inputs, GPU_IMAGES if gpu else 1):
+        if batch[0][1] is not None:
             with torch.inference_mode():
-                maps = backbone(x.to(device))                                # (1 or 5, C, h, w)
-                cache.append(five_windows(maps) if views == "windows" else maps, image=done - 1)
-        if scratch and len(cache) and (scratch.due() or done == len(paths)):
+                maps = dense_features(backbone, torch.cat([x for _, x in batch]), device)  # (images x 1 or 5, C, h, w)
+                for (number, _), part in zip(batch, maps.split(len(batch[0][1]))):
+                    cache.append(five_windows(part) if views == "windows" else part, image=number)
+        done += len(batch)
+        if scratch and len(cache) and (scratch.due() or done == len(numbers)):
             scratch.save("features", key, dict(done=done, images=cache.images[:len(cache)].clone()))
         if progress:
-            progress("features", done, len(paths))
+            progress("features", done, len(numbers))
+    cache.settle(device)
     if not len(cache):
         raise ValueError(f"None of the {len(paths)} images could be used; give at least one readable image.")
     return cache
@@ -304,14 +420,26 @@ def backbone_size(image, patch: int, *, resolution: int = RESOLUTION, name="The 
     return tuple(max(round(side * scale / patch), 1) * patch for side in image.size)
 
 
-def ahead(function, items, *, window: int = 8):
-    """Results of function over items in order, computed a few ahead in a thread: decoding while the backbone works."""
+def ahead(function, items, *, window: int = 8, workers: int = 1):
+    """Results of function over items in order, computed a few ahead in threads: decoding while the backbone works."""
     items = iter(items)
-    with ThreadPoolExecutor(1) as pool:
-        pending = [pool.submit(function, item) for item in islice(items, window)]
+    with ThreadPoolExecutor(workers) as pool:
+        pending = [pool.submit(function, item) for item in islice(items, window * workers)]
         while pending:
             yield pending.pop(0).result()
             pending += [pool.submit(function, item) for item in islice(items, 1)]
+
+
+def alike(items, most: int):
+    """Pairs (name, tensor or None) in lists of at most `most` in a row whose tensors have one shape."""
+    batch = []
+    for item in items:
+        if batch and (len(batch) == most or getattr(item[1], "shape", None) != getattr(batch[0][1], "shape", None)):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
 
 
 # ---- nearest neighbours (Sec. 4: cosine similarity of averaged features) ---------------------------------------
@@ -407,7 +535,7 @@ def correspondence(a: Tensor, b: Tensor) -> Tensor:
 
 def centred(weight: Tensor) -> Tensor:
     """Each position's mean over the partner's positions taken off, the mean over everything added back (Eq. 3)."""
-    return weight - weight.mean(-1, keepdim=True) + weight.mean()
+    return weight - weight.mean(-1, keepdim=True) + averaged(weight.mean())
 
 
 def correlation_loss(f: Tensor, g: Tensor, s: Tensor, t: Tensor, b: float, *, centering: bool = True,
@@ -476,27 +604,31 @@ class Head(nn.Module):
         """Drop whole channels of an image while training: one draw for all its positions."""
         if not self.training:
             return f
-        return f * F.dropout(f.new_ones(*f.shape[:-2], 1, f.shape[-1]), DROPOUT)
+        every = torch.ones_like(f[..., :1, :]).repeat(processes(), *[1] * (f.ndim - 1))  # of all processes' parts
+        return f * mine(F.dropout(every, DROPOUT))
 
 
 def training_loss(head: Head, f: Tensor, g: Tensor, f_knn: Tensor, config: dict) -> Tensor:
     """The full loss (Eq. 5) of one batch: (B, P, C) tokens at two draws of positions and of a neighbour each.
 
-    A term whose lambda is 0 is not computed.
+    Of several processes, each gets the whole batch and computes the loss of its part; the average is the loss. A term
+    whose lambda is 0 is not computed.
     """
     def term(name, *pair):
         return config[f"lambda_{name}"] * correlation_loss(*pair, config[f"b_{name}"], centering=config["centering"],
                                                            zero_clamp=config["zero_clamp"])
 
-    same_image = torch.cat([f, g], 1)                                        # (B, 2P, C): shares its dropout
+    batch, same_image = len(f), mine(torch.cat([f, g], 1))                   # (B, 2P, C): shares its dropout
     s, t = unit(head(same_image)).split(f.shape[1], 1)
     f, g = unit(head.drop(same_image)).split(f.shape[1], 1)
     loss = term("self", f, f, s, s) if config["lambda_self"] else 0 * s.sum()  # 0, but with a gradient
     if config["lambda_knn"]:
+        f_knn = mine(f_knn)
         s_knn, f_knn = unit(head(f_knn)), unit(head.drop(f_knn))
         loss = loss + term("knn", f, f_knn, s, s_knn)
-    if config["lambda_rand"] and len(f) > 1:                                 # a lone crop has no random partner
-        others = [derangement(len(f)).to(f.device) for _ in range(DERANGEMENTS)]
+    if config["lambda_rand"] and batch > 1:                                  # a lone crop has no random partner
+        g, t = everyones(g), everyones(t)
+        others = [moved(mine(derangement(batch)), g.device) for _ in range(DERANGEMENTS)]
         loss = loss + sum(term("rand", f, g[other], s, t[other]) for other in others) / DERANGEMENTS
     return loss
 
@@ -509,8 +641,8 @@ def train_head(cache: TokenCache, neighbors: Tensor, config: dict, *, device="cp
     scratch: where it is noted how far training has come, and from where it goes on if it has come some way.
     """
     head = Head(cache.tokens.shape[2], config["code_size"]).to(device).train()
-    optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE)
-    batch, order, start = min(config["batch_size"], len(cache)), torch.empty(0, dtype=torch.int64), 0
+    optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE, fused=torch.device(device).type == "cuda" or None)
+    batch, order, start = batch_of(config, len(cache)), torch.empty(0, dtype=torch.int64), 0
     if scratch and (state := scratch.load("training", key)):
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
@@ -527,9 +659,11 @@ def train_head(cache: TokenCache, neighbors: Tensor, config: dict, *, device="cp
         f_knn = cache.sample(partner, POSITIONS).to(device)
         loss = training_loss(head, f, g, f_knn, config)
         if history is not None and (step % LOOK_EVERY == 0 or step + 1 == config["steps"]):
-            history.append({"step": step, "loss": float(loss.detach())} | look(head, f, f_knn))
+            history.append({"step": step, "loss": float(averaged(loss.detach()))} | look(head, f, f_knn))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        for parameter in head.parameters() if processes() > 1 else ():
+            parameter.grad = averaged(parameter.grad)
         optimizer.step()
         if scratch and (scratch.due() or step + 1 == config["steps"]):
             scratch.save("training", key, dict(step=step + 1, order=order.clone(), history=history,
@@ -537,6 +671,15 @@ def train_head(cache: TokenCache, neighbors: Tensor, config: dict, *, device="cp
         if progress:
             progress("training", step + 1, config["steps"])
     return head.half().float().requires_grad_(False).eval()
+
+
+def batch_of(config: dict, crops: int) -> int:
+    """Crops per step: at most all there are, and as many for each process; ValueError if that is none."""
+    batch = min(config["batch_size"], crops) // processes() * processes()
+    if not batch or config["batch_size"] % processes():
+        raise ValueError(f"A batch of {config['batch_size']} of {crops} crops cannot be divided among {processes()} "
+                         "processes; set a --batch-size that is a multiple of their number, or give more images.")
+    return batch
 
 
 @torch.no_grad()
@@ -605,6 +748,7 @@ def cluster_codes(head, cache: TokenCache, classes: int, *, evenness: float = 0.
 
 def drawn_codes(head, cache: TokenCache, crops: Tensor, count: int, *, device="cpu") -> Tensor:
     """Codes (N, D) of random positions, as many of each crop: about `count` in all, fewer where there are no more."""
+    crops = crops if len(crops) <= count else crops[torch.randperm(len(crops))[:count]]
     each = min(max(count // len(crops), 1), cache.tokens.shape[1])
     return torch.cat([head(cache.sample(part, each).to(device)).flatten(0, 1) for part in crops.split(256)])
 
@@ -748,6 +892,9 @@ class Stego:
         paths = [path for path, _ in find_images(images)]
         network = load_backbone(backbone, weights=weights, stride=stride, device=device, progress=progress is not None)
         config |= dict(backbone=network.name, stride=network.patch)
+        if scratch and processes() > 1:
+            raise ValueError("Several processes cannot go on with an interrupted fit; leave the scratch out.")
+        check_alike(list(map(str, paths)), config, network.sha256)
         earlier = None if match is None else _earlier(match, network, device)
         key = features_key(paths, network, config) if scratch else None      # asks the disk about every image
         trained = {"features": key, "config": dict(config)}
@@ -814,7 +961,7 @@ class Stego:
 
         x: (B, 3, H, W) float, H and W multiples of the patch -> (B, D, H / patch, W / patch).
         """
-        return mirror_averaged(lambda both: self.code_map(self.backbone(both)), x.to(self.device))
+        return mirror_averaged(lambda both: self.code_map(dense_features(self.backbone, both, self.device)), x)
 
     def code_map(self, features: Tensor) -> Tensor:
         """The head on a map of features: (B, C, h, w) -> (B, D, h, w)."""

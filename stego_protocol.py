@@ -24,8 +24,8 @@ from torchvision.datasets import Cityscapes
 
 from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY, SRGB, SXY, dense_crf
 from kmeans import CosineKMeans
-from stego import (BILINEAR, ahead, along, backbone_size, class_scores, correspondence, nearest_neighbors, pixels, unit,
-                   unmirror)
+from stego import (BILINEAR, ahead, along, backbone_size, class_scores, correspondence, dense_features,
+                   nearest_neighbors, pixels, unit, unmirror)
 from stego_images import (IGNORE, find_images, line_chart, mark, mask_image, matrix_picture, opened, read_image,
                           read_mat, replacing, spotlight, square, strips, to_tensor, voc_palette, write_image)
 
@@ -357,7 +357,7 @@ def probe_rows(model, labelled: LabelledSet, *, seed: int = 0, progress=None) ->
     rows, shares = [], []
     for done, (image, label) in enumerate(ahead(lambda i: labelled.read(i, side=_side(patch)), chosen), 1):
         with torch.inference_mode():
-            features = model.backbone(to_tensor(image)[None].to(model.device))  # (1, C, h, w)
+            features = dense_features(model.backbone, to_tensor(image)[None], model.device)  # (1, C, h, w)
         kept = torch.randperm(features[0, 0].numel(), generator=generator)[:each]
         rows.append(features[0].flatten(1).T.cpu()[kept].half())
         shares.append(class_shares(label, len(labelled.classes), patch)[kept])
@@ -397,8 +397,8 @@ def fit_probes(model, labelled: LabelledSet, *, train: LabelledSet | None = None
 
 def both_features(model, image: Image.Image) -> dict:
     """The model's codes and the backbone's features of an image, each averaged with its mirror's: (1, D, h, w)."""
-    x = to_tensor(image)[None].to(model.device)
-    seen = model.backbone(torch.cat([x, x.flip(-1)]))                        # (2, C, h, w)
+    x = to_tensor(image)[None]
+    seen = dense_features(model.backbone, torch.cat([x, x.flip(-1)]), model.device)  # (2, C, h, w)
     return {"stego": unmirror(model.code_map(seen)), "backbone": unmirror(seen)}
 
 

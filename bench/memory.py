@@ -65,8 +65,9 @@ def main(images, counts, cache_size, steps, views):
                 sys.executable, "-m", "cli", "fit", f"{folder}/images", "--backbone", "tiny", "--steps", str(steps),
                 "--cache-size", str(cache_size), "--views", views, "-o", f"{folder}/stego.pt"])
             first = first or anonymous
-            print(f"{min(count, len(paths)):7d} {time.perf_counter() - began:8.0f} {anonymous:13.0f} {anonymous / first:6.2f} "
-                  f"{mapped:10.0f}", flush=True)
+            seconds = time.perf_counter() - began
+            print(f"{min(count, len(paths)):7d} {seconds:8.0f} {anonymous:13.0f} {anonymous / first:6.2f} {mapped:10.0f}",
+                  flush=True)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def compare(x, ours):
     """scikit-learn's brute force on the same rows, and whether both find the same."""
     from sklearn.neighbors import NearestNeighbors
     search = NearestNeighbors(n_neighbors=NEIGHBORS + 1, algorithm="brute").fit(x.numpy())  # euclidean: its fast route
-    clock, cpu, theirs = timed(lambda: torch.from_numpy(search.kneighbors(return_distance=False, n_neighbors=NEIGHBORS)))
+    clock, cpu, theirs = timed(lambda: search.kneighbors(return_distance=False, n_neighbors=NEIGHBORS))
+    theirs = torch.from_numpy(theirs)
     return clock, cpu, float((ours[:, :, None] == theirs[:, None]).any(2).float().mean())
 
 
@@ -97,8 +98,8 @@ def main(rows, channels, compared, threads, lists, probes, images, features):
         for each in probes:
             clock, cpu, found = timed(lambda: listed_neighbors(x, probes=each))
             exact = 2 * len(x) ** 2 * x.shape[1] / rate
-            print(f"{each:3d} lists each: {clock:6.0f} s, CPU {cpu:6.0f} s, {cpu / exact:6.1%} of the matrix products of "
-                  f"exact search, {peak() - before:.2f} GB more, recall@{NEIGHBORS} {recall(x, found):.4f}")
+            print(f"{each:3d} lists each: {clock:6.0f} s, CPU {cpu:6.0f} s, {cpu / exact:6.1%} of the matrix products "
+                  f"of exact search, {peak() - before:.2f} GB more, recall@{NEIGHBORS} {recall(x, found):.4f}")
         return
     clock, cpu, _ = timed(lambda: nearest_neighbors(x))
     products = 2 * len(x) ** 2 * x.shape[1] / rate
@@ -107,8 +108,8 @@ def main(rows, channels, compared, threads, lists, probes, images, features):
     part = x[:compared]
     clock, cpu, found = timed(lambda: nearest_neighbors(part))
     their_clock, their_cpu, same = compare(part, found)
-    print(f"{len(part)} rows: {clock:.1f} s (CPU {cpu:.1f}), scikit-learn {their_clock:.1f} s (CPU {their_cpu:.1f}), ratio "
-          f"of CPU {their_cpu / cpu:.2f}; {same:.2%} of the neighbours are the same")
+    print(f"{len(part)} rows: {clock:.1f} s (CPU {cpu:.1f}), scikit-learn {their_clock:.1f} s (CPU {their_cpu:.1f}), "
+          f"ratio of CPU {their_cpu / cpu:.2f}; {same:.2%} of the neighbours are the same")
 
 
 if __name__ == "__main__":

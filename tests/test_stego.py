@@ -165,6 +165,27 @@ def test_neighbors_of_rows_that_are_all_the_same():
     assert (found != torch.arange(50)[:, None]).all() and all(len(row.unique()) == 7 for row in found)
 
 
+def test_batches_are_of_one_shape_in_order():
+    items = [(i, None if size is None else torch.empty(size)) for i, size in enumerate([2, 2, 2, 3, None, None, 3, 2])]
+    assert [[i for i, _ in batch] for batch in stego.alike(items, 2)] == [[0, 1], [2], [3], [4, 5], [6], [7]]
+    assert [len(batch) for batch in stego.alike(items, 1)] == [1] * 8
+
+
+def test_bfloat16_is_near_enough():
+    """What a GPU computes in, on the CPU: correspondences of `tiny` move by at most the tolerance that is stated."""
+    from conftest import draw_scene
+
+    from stego_images import to_tensor
+    network, x = stego.load_backbone("tiny"), to_tensor(Image.fromarray(draw_scene(0)[0]))[None]
+    with torch.inference_mode():
+        exact = stego.dense_features(network, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = network(x)
+    assert rounded.dtype == torch.bfloat16
+    cosines = [unit(maps[0].float().flatten(1).T) @ unit(maps[0].float().flatten(1).T).T for maps in (exact, rounded)]
+    assert 0 < (cosines[0] - cosines[1]).abs().max() < 0.03
+
+
 class Mean(torch.nn.Module):
     """A stand-in backbone: mean colour of each patch, so that a token tells where it came from."""
     patch, channels, name, sha256 = 8, 3, "mean", "none"
