@@ -297,7 +297,7 @@ class TokenCache:
         self.filled = self.crops = rows.stop
 
     def settle(self, device="cpu"):
-        """Nothing more comes: number the crops of all processes in a row; sample onto a device, from it if there is room."""
+        """Nothing more comes: number the crops of all processes in a row; sample onto a device."""
         if processes() > 1:
             filled = everyones(torch.tensor([self.filled]))
             self.first, self.crops = int(filled[:rank()].sum()), int(filled.sum())
@@ -382,7 +382,7 @@ def _cache_in(scratch: Scratch | None, key: dict | None, shape) -> tuple[int, To
     cache = TokenCache(*shape, file=open(path, "r+b" if whole else "w+b"))
     if not whole:
         return 0, cache
-    cache.filled = len(state["images"])
+    cache.filled = cache.crops = len(state["images"])
     cache.images[:cache.filled] = state["images"]
     log.info("%d of %d images are in the scratch already.", state["done"], key["count"])
     return state["done"], cache
