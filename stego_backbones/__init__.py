@@ -192,8 +192,8 @@ def _converted(state: dict, module: nn.Module) -> dict:
 class Custom(nn.Module):
     """A feature extractor of the caller's: any callable that maps normalised images (B, 3, H, W) to (B, C, h, w).
 
-    A module is put into eval mode and known by its weights; of another callable nothing tells whether it is the same
-    the next time: `sha256` is "". Its stride is the attribute `patch` if it has one, or else found out.
+    A module is frozen, put into eval mode and on the device, and known by its weights; of another callable nothing
+    tells whether it is the same the next time: `sha256` is "". Its stride is its attribute `patch`, or is found out.
     """
 
     def __init__(self, function, device):
