@@ -203,6 +203,8 @@ def class_count(text: str):
                    "the whole image.  [default: windows, or the named preset's]")
 @click.option("--evenness", type=float,
               help="0: clusters follow what is frequent, 1: also what is rare.  [default: 1, or 0 with a preset]")
+@click.option("--feature-weight", type=float,
+              help="Weight of the features themselves beside the codes in what is clustered.  [default: 0]")
 @click.option("--centering/--no-centering", default=None, help="Spatial centering.  [default: the preset's]")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same images, same machine: same model.")
 @click.option("--match", type=click.Path(), metavar="MODEL",

@@ -47,15 +47,16 @@ log = logging.getLogger("stego")
 
 # Hyper-parameters that differ between the published models (App. A.11 and the released configurations).
 _SMALL = dict(lambda_self=0.67, lambda_knn=0.25, lambda_rand=0.63, b_self=0.18, b_knn=0.12, b_rand=0.46,
-              code_size=70, steps=5000, batch_size=16, views="five", evenness=0.0, centering=True, zero_clamp=True)
+              code_size=70, steps=5000, batch_size=16, views="five", evenness=0.0, feature_weight=0.0, centering=True,
+              zero_clamp=True)
 PRESETS = {
     "small": _SMALL,
     "cityscapes": dict(lambda_self=1.00, lambda_knn=0.58, lambda_rand=0.91, b_self=0.46, b_knn=0.18, b_rand=0.31,
-                       code_size=100, steps=7000, batch_size=32, views="five", evenness=0.0, centering=False,
-                       zero_clamp=True),
+                       code_size=100, steps=7000, batch_size=32, views="five", evenness=0.0, feature_weight=0.0,
+                       centering=False, zero_clamp=True),
     "cocostuff": dict(lambda_self=0.10, lambda_knn=1.00, lambda_rand=0.15, b_self=0.12, b_knn=0.20, b_rand=1.00,
-                      code_size=90, steps=7000, batch_size=32, views="five", evenness=0.0, centering=True,
-                      zero_clamp=True),
+                      code_size=90, steps=7000, batch_size=32, views="five", evenness=0.0, feature_weight=0.0,
+                      centering=True, zero_clamp=True),
     "potsdam": _SMALL | dict(b_self=0.08, b_knn=0.02, b_rand=0.76, views="whole"),
 }
 UNNAMED = dict(steps=300, views="windows", evenness=1.0)  # where no preset is named, in place of those of "small"
@@ -73,6 +74,7 @@ LOGIT_SCALE = 2.0       # cosine to a centre -> class score for the CRF (referen
 CRF_SIZE = 0.5          # megapixels at which the CRF runs on larger photos
 CACHE_SIZE = 8.0        # GB of scratch file for the tokens of all crops
 BALANCE_TERMS = ("self", "knn", "rand")  # pairs within an image, with a neighbour, with another image
+MEAN_CROPS = 256        # crops whose features' mean direction stands for all
 BALANCE_CROPS = 64      # crops whose correspondences set the b's
 LOOK_EVERY = 10         # steps between two looks at the codes' similarities
 COLLAPSED = 0.5         # mean code similarity of unrelated images above which a run has collapsed; good runs: 0 to 0.1
@@ -91,7 +93,7 @@ MATCH_OVERLAP = 1 / 3   # intersection over union from which clusters of two mod
 REGION = 1 / 3          # side of the squares that show what a cluster is, of the image's shorter side
 SAVE_EVERY = 30         # seconds between two states of a fit: what an interruption costs at most
 MAX_ASPECT = 4          # longer side : shorter side up to which the shorter side gets its full resolution
-STRIP_PIXELS = 50_000   # pixels of a large photo that get their scores at once: temporaries stay in cache
+STRIP_VALUES = 1_000_000  # numbers of a large photo that are upsampled at once: temporaries stay in cache
 CLASS_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 24, 29, 35, 42)  # what -k auto chooses from
 SPLITS = 4              # halvings of the images behind -k auto
 AGREEMENT_ROWS = 20_000  # codes of each half
@@ -585,19 +587,34 @@ class Head(nn.Module):
     """Features (..., P, C) -> codes (..., P, code_size): a linear layer plus a two-layer perceptron.
 
     The reference's 1 x 1 convolutions, written for positions in rows, so that it works on sampled positions alone.
+    feature_weight: the weight of the features themselves, less their `mean` direction (C,), beside the codes in what is
+    clustered: the cosine of two descriptions is the weighted mean of both cosines. 0: codes alone, as in the paper.
     """
 
-    def __init__(self, channels: int, code_size: int):
+    def __init__(self, channels: int, code_size: int, *, feature_weight: float = 0.0):
         super().__init__()
+        self.feature_weight = feature_weight
+        self.register_buffer("mean", torch.zeros(channels) if feature_weight else None)
         self.linear = nn.Linear(channels, code_size)
         self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, code_size))
 
     def forward(self, f: Tensor) -> Tensor:
         return self.linear(self.drop(f)) + self.mlp(self.drop(f))
 
+    @property
+    def size(self) -> int:
+        """D, the length of a description."""
+        return self.linear.out_features + (self.linear.in_features if self.feature_weight else 0)
+
+    def describe(self, f: Tensor) -> Tensor:
+        """What is clustered: features (..., P, C) -> (..., P, D), the codes, with feature_weight also the features."""
+        if not self.feature_weight:
+            return self(f)
+        return torch.cat([unit(self(f)), self.feature_weight * unit(unit(f) - self.mean)], -1)
+
     def on_map(self, features: Tensor) -> Tensor:
-        """The same on a map: (B, C, h, w) -> (B, code_size, h, w)."""
-        codes = self(features.flatten(2).transpose(1, 2))                    # (B, h * w, D)
+        """The same on a map: (B, C, h, w) -> (B, D, h, w)."""
+        codes = self.describe(features.flatten(2).transpose(1, 2))           # (B, h * w, D)
         return codes.transpose(1, 2).unflatten(2, features.shape[2:])        # (B, D, h, w)
 
     def drop(self, f: Tensor) -> Tensor:
@@ -640,7 +657,10 @@ def train_head(cache: TokenCache, neighbors: Tensor, config: dict, *, device="cp
     Returns it in eval mode, rounded to float16 as it is saved. history: gets a look (see `look`) now and then.
     scratch: where it is noted how far training has come, and from where it goes on if it has come some way.
     """
-    head = Head(cache.tokens.shape[2], config["code_size"]).to(device).train()
+    head = Head(cache.tokens.shape[2], config["code_size"], feature_weight=config["feature_weight"]).to(device).train()
+    if head.feature_weight:
+        crops = torch.randperm(len(cache))[:MEAN_CROPS]
+        head.mean.copy_(unit(cache.sample(crops, POSITIONS)).mean((0, 1)))
     optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE, fused=torch.device(device).type == "cuda" or None)
     batch, order, start = batch_of(config, len(cache)), torch.empty(0, dtype=torch.int64), 0
     if scratch and (state := scratch.load("training", key)):
@@ -730,13 +750,14 @@ def diagnosis(history: list) -> str | None:
 
 # ---- clusters (Sec. 3.3: cosine k-means on the codes) ----------------------------------------------------------
 
-def cluster_codes(head, cache: TokenCache, classes: int, *, evenness: float = 0.0, seed: int = 0,
+def cluster_codes(describe, cache: TokenCache, classes: int, *, evenness: float = 0.0, seed: int = 0,
                   device="cpu") -> tuple[Tensor, Tensor]:
     """Centres (K, D) of the codes of random tokens, most used first, and each one's share of them (K,).
 
+    describe: tokens (..., C) to what is clustered, (..., D); `Head.describe` in a fit.
     evenness: 0 clusters the codes as they are; towards 1, crowded directions weigh less and rare things get centres.
     """
-    codes = drawn_codes(head, cache, torch.arange(len(cache)), CLUSTER_ROWS, device=device)  # (N, D)
+    codes = drawn_codes(describe, cache, torch.arange(len(cache)), CLUSTER_ROWS, device=device)  # (N, D)
     if len(codes) < classes:
         raise ValueError(f"{classes} classes are more than there are positions to cluster; "
                          "ask for fewer classes or give more images.")
@@ -746,15 +767,15 @@ def cluster_codes(head, cache: TokenCache, classes: int, *, evenness: float = 0.
     return kmeans.cluster_centers_[order], share[order]
 
 
-def drawn_codes(head, cache: TokenCache, crops: Tensor, count: int, *, device="cpu") -> Tensor:
+def drawn_codes(describe, cache: TokenCache, crops: Tensor, count: int, *, device="cpu") -> Tensor:
     """Codes (N, D) of random positions, as many of each crop: about `count` in all, fewer where there are no more."""
     crops = crops if len(crops) <= count else crops[torch.randperm(len(crops))[:count]]
     each = min(max(count // len(crops), 1), cache.tokens.shape[1])
-    return torch.cat([head(cache.sample(part, each).to(device)).flatten(0, 1) for part in crops.split(256)])
+    return torch.cat([describe(cache.sample(part, each).to(device)).flatten(0, 1) for part in crops.split(256)])
 
 
 @torch.no_grad()
-def class_agreement(head, cache: TokenCache, *, evenness: float = 0.0, seed: int = 0, device="cpu",
+def class_agreement(describe, cache: TokenCache, *, evenness: float = 0.0, seed: int = 0, device="cpu",
                     progress=None) -> dict[int, list[float]]:
     """How much two halves of the images agree on K clusters, for each K of CLASS_COUNTS and each of SPLITS splits.
 
@@ -766,7 +787,7 @@ def class_agreement(head, cache: TokenCache, *, evenness: float = 0.0, seed: int
         first = images[torch.randperm(len(images))[:len(images) // 2]]
         sides = torch.isin(cache.images[:len(cache)], first)                 # one image: its crops lie in one half
         sides = sides if len(images) > 1 else torch.arange(len(cache)) % 2 == 0
-        halves = [drawn_codes(head, cache, side.nonzero()[:, 0], AGREEMENT_ROWS, device=device)
+        halves = [drawn_codes(describe, cache, side.nonzero()[:, 0], AGREEMENT_ROWS, device=device)
                   for side in (sides, ~sides) if side.any()]
         drawn = [evened(codes, evenness) if evenness else codes for codes in (halves * 2)[:2]]
         common = torch.cat(drawn)
@@ -825,7 +846,7 @@ def corresponding(cache: TokenCache, new: "Stego", old: "Stego") -> dict[int, in
     joint = torch.zeros(K, L)
     for crops in torch.arange(len(cache)).split(256):
         tokens = cache.sample(crops, each).to(new.device).flatten(0, 1)      # (N, C)
-        mine, theirs = ((model.head(tokens) @ model.centers.T).argmax(1) for model in (new, old))
+        mine, theirs = ((model.head.describe(tokens) @ model.centers.T).argmax(1) for model in (new, old))
         joint += torch.bincount(mine * L + theirs, minlength=K * L).view(K, L).cpu()
     overlap = joint / (joint.sum(1, keepdim=True) + joint.sum(0) - joint).clamp(min=1)
     pairs = zip(*(side.tolist() for side in linear_sum_assignment(overlap, maximize=True)))
@@ -868,7 +889,7 @@ class Stego:
                 (B, C, h, w): a saved model does not hold it, `load` asks for it again.
             preset: the hyper-parameters to start from, one of PRESETS ("small" with UNNAMED unless named); each can
                 be overridden by keyword (lambda_self, lambda_knn, lambda_rand, b_self, b_knn, b_rand, code_size, steps,
-                batch_size, views: one of VIEWS, evenness: 0 to 1, see `evened`, centering, zero_clamp). A lambda of 0
+                batch_size, views: one of VIEWS, evenness: 0 to 1, see `evened`, feature_weight: 0 or more, see `Head`, centering, zero_clamp). A lambda of 0
                 switches its term off.
             balance: "auto" sets the b's that are not given from the features' own correspondences, "fixed" keeps
                 the preset's. Default: "fixed" for a named preset, else "auto".
@@ -914,10 +935,10 @@ class Stego:
                               scratch=kept, key=trained)
             agreement = {}
             if classes == "auto":
-                agreement = class_agreement(head, cache, evenness=config["evenness"], seed=seed, device=device,
+                agreement = class_agreement(head.describe, cache, evenness=config["evenness"], seed=seed, device=device,
                                             progress=progress)
                 config["classes"] = plausible_classes(agreement)[0]
-            centers, share = cluster_codes(head, cache, config["classes"], evenness=config["evenness"], seed=seed,
+            centers, share = cluster_codes(head.describe, cache, config["classes"], evenness=config["evenness"], seed=seed,
                                            device=device)
         config |= dict(crops=len(cache), images=_given(images))
         model = cls(config, head, centers, share, backbone_sha256=network.sha256, device=device, weights=weights)
@@ -1043,7 +1064,7 @@ class Stego:
 
     def _probabilities(self, image, codes: Tensor, *, crf: bool, crf_size: float) -> Tensor:
         height, width = working_size((image.height, image.width), megapixels=crf_size)
-        scores = class_scores(codes, self.centers, (height, width))[0]       # (K, h, w)
+        scores = class_scores(codes[0], self.centers, (height, width))       # (K, h, w)
         if not crf:
             return scores.softmax(0)
         small = pixels(image.resize((width, height), BILINEAR)).to(self.device)  # (3, h, w)
@@ -1198,7 +1219,7 @@ class Stego:
             return cls._released(state["state_dict"], path, device)
         try:
             code_size, channels = dict(state["head"])["linear.weight"].shape
-            head = Head(channels, code_size)
+            head = Head(channels, code_size, feature_weight=state["config"].get("feature_weight", 0.0))
             head.load_state_dict(state["head"])
             centers, share, palette = state["centers"], state["share"], state["palette"]
             names = state.get("names", [""] * len(share))                    # models of version 0.1.0 have none
@@ -1230,6 +1251,8 @@ def fit_config(*, classes: int | str, preset: str | None = None, balance: str | 
     config = PRESETS[preset] | ours | {key: value for key, value in overrides.items() if value is not None}
     if config["views"] not in VIEWS:
         raise ValueError(f"Unknown views {config['views']!r}; choose one of: {', '.join(VIEWS)}.")
+    if not 0 <= config["feature_weight"] < math.inf:
+        raise ValueError(f"Got feature_weight {config['feature_weight']}; it is 0 or more.")
     if not 0 <= config["evenness"] <= 1:
         raise ValueError(f"Got evenness {config['evenness']}; it lies between 0 and 1.")
     weights = [config[f"lambda_{name}"] for name in BALANCE_TERMS]
@@ -1279,27 +1302,34 @@ def unmirror(both: Tensor) -> Tensor:
     return (plain + mirrored.flip(-1)) / 2
 
 
+def upsampled_strips(maps: Tensor, height: int, width: int):
+    """Maps (C, h, w) upsampled bilinearly, in strips of rows: yields (rows, (C, rows, width)), in bounded memory."""
+    channels, h, _ = maps.shape
+    wide = F.interpolate(maps[None], size=(h, width), mode="bilinear", align_corners=False)[0]  # (C, h, width)
+    for rows in torch.arange(height).split(max(STRIP_VALUES // (width * channels), 1)):
+        y = ((rows + 0.5) * h / height - 0.5).clamp(0, h - 1).to(maps.device)
+        above = y.floor().long()
+        below = (above + 1).clamp(max=h - 1)
+        yield slice(rows[0], rows[-1] + 1), torch.lerp(wide[:, above], wide[:, below], (y - above)[:, None])
+
+
 def upsampled_argmax(scores: Tensor, height: int, width: int) -> np.ndarray:
-    """argmax over K of scores (K, h, w) upsampled bilinearly to (height, width) uint8, a strip of rows at a time.
+    """argmax over K of scores (K, h, w) upsampled bilinearly to (height, width) uint8.
 
     Scores linear in the codes may be upsampled in place of the codes: the length of a code scales all its scores.
     """
-    h = scores.shape[1]
-    wide = F.interpolate(scores[None], size=(h, width), mode="bilinear", align_corners=False)[0]  # (K, h, width)
     mask = np.empty((height, width), np.uint8)
-    for rows in torch.arange(height).split(max(STRIP_PIXELS // width, 1)):
-        y = ((rows + 0.5) * h / height - 0.5).clamp(0, h - 1).to(scores.device)
-        above = y.floor().long()
-        below = (above + 1).clamp(max=h - 1)
-        strip = torch.lerp(wide[:, above], wide[:, below], (y - above)[:, None])  # (K, rows, width)
-        mask[rows[0]:rows[-1] + 1] = strip.max(0).indices.byte().cpu().numpy()  # ten times faster than argmax
+    for rows, strip in upsampled_strips(scores, height, width):              # (K, rows, width)
+        mask[rows] = strip.max(0).indices.byte().cpu().numpy()               # ten times faster than argmax
     return mask
 
 
 def class_scores(codes: Tensor, centers: Tensor, size: tuple[int, int]) -> Tensor:
-    """Scores for softmax: LOGIT_SCALE x cosine of codes (B, D, h, w), upsampled to size (H, W): (B, K, H, W)."""
-    codes = F.interpolate(codes, size=size, mode="bilinear", align_corners=False)
-    return LOGIT_SCALE * along(F.normalize(codes, dim=1), centers)
+    """Scores for softmax: LOGIT_SCALE x cosine of codes (D, h, w), upsampled to size (H, W), to centres: (K, H, W)."""
+    scores = codes.new_empty(len(centers), *size)
+    for rows, strip in upsampled_strips(codes, *size):                       # (D, rows, W)
+        scores[:, rows] = LOGIT_SCALE * along(F.normalize(strip, dim=0)[None], centers)[0]
+    return scores
 
 
 def along(codes: Tensor, centers: Tensor) -> Tensor:
@@ -1315,7 +1345,7 @@ def pixels(image) -> Tensor:
 def _check_model(head: Head, centers: Tensor, share: Tensor, palette: Tensor, names: list, config: dict):
     """ValueError for what no fit leaves behind, so that a damaged or forged file is found before it is used."""
     count, values = len(share), (centers, share, *head.state_dict().values())
-    if (not 1 <= count <= MAX_CLASSES or centers.shape != (count, head.linear.out_features) or share.shape != (count,)
+    if (not 1 <= count <= MAX_CLASSES or centers.shape != (count, head.size) or share.shape != (count,)
             or palette.shape != (count, 3) or len(names) != count):
         raise ValueError("shapes that do not fit each other")
     if palette.dtype != torch.uint8 or not all(x.is_floating_point() and x.isfinite().all() for x in values):

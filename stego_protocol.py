@@ -302,7 +302,7 @@ def cluster_map(codes: Tensor, centers: Tensor, size: tuple[int, int], *, bias: 
     is to sharpen the result. Without one, scores are upsampled in place of codes: the largest stays the largest.
     """
     if pixels is not None and bias is None:
-        scores = class_scores(codes, centers, size)[0]                       # (K, H, W)
+        scores = class_scores(codes[0], centers, size)                       # (K, H, W)
     else:
         scores = along(codes, centers) + (0 if bias is None else bias[:, None, None])
         scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[0]  # (K, H, W)

@@ -46,11 +46,11 @@ class BilinearCache(TokenCache):
 
 def probe_centers(head, cache, classes, *, steps=1000):
     """The paper's cluster probe: centres learned by gradient on detached codes."""
-    centers = torch.nn.Parameter(torch.randn(classes, head.linear.out_features))
+    centers = torch.nn.Parameter(torch.randn(classes, head.size))
     optimizer = torch.optim.Adam([centers], lr=5e-3)
     for _ in range(steps):
         crops = torch.randint(len(cache), (16,))
-        codes = unit(head(cache.sample(crops, 121))).flatten(0, 1)           # (B * P, D)
+        codes = unit(head.describe(cache.sample(crops, 121))).flatten(0, 1)  # (B * P, D)
         loss = -(codes @ unit(centers).T).max(1).values.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -77,7 +77,7 @@ def main(data, sets, seeds, steps, backbone):
                 torch.manual_seed(seed)
                 head = fit_head(cache, fit_config(classes=classes, steps=steps))
                 cache.__class__ = TokenCache
-                centers = {"k-means": cluster_codes(head, cache, classes, seed=seed)[0],
+                centers = {"k-means": cluster_codes(head.describe, cache, classes, seed=seed)[0],
                            "probe": probe_centers(head, cache, classes)}
                 for method, center in centers.items():
                     miou, _ = score(head.on_map, center, val, classes, False)

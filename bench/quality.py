@@ -79,7 +79,7 @@ def raw_rows(cache, val, classes, evenness, seed, crf):
 def stego_rows(name, cache, val, classes, config, seed, crf):
     torch.manual_seed(seed)
     head = fit_head(cache, config)
-    centers, _ = cluster_codes(head, cache, classes, evenness=config["evenness"], seed=seed)
+    centers, _ = cluster_codes(head.describe, cache, classes, evenness=config["evenness"], seed=seed)
     for suffix, result in scored(head.on_map, centers, val, classes, crf):
         yield name + suffix, result
 

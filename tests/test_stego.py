@@ -455,6 +455,32 @@ def test_fit_takes_as_many_classes_as_halves_agree_on(scenes, monkeypatch, brief
         fit_config(classes="many")
 
 
+def test_features_join_the_codes_by_their_weight(scenes, tmp_path, monkeypatch):
+    """The cosine of two descriptions is the mean of both cosines, weighted by 1 and the square of the weight."""
+    monkeypatch.setattr(stego, "CLUSTER_ROWS", 2000)
+    model = Stego.fit(scenes, classes=3, backbone="tiny", steps=2, feature_weight=0.5)
+    head, f = model.head, torch.randn(1, 9, model.backbone.channels)
+    codes, own = unit(head(f)), unit(unit(f) - head.mean)
+    want = (codes @ codes.mT + 0.25 * own @ own.mT) / 1.25
+    together = unit(head.describe(f))
+    assert torch.allclose(together @ together.mT, want, atol=1e-5)
+    assert 0 < head.mean.norm() < 1 and model.centers.shape == (3, head.size) == (3, 70 + model.backbone.channels)
+    model.save(tmp_path / "m.pt")
+    picture = next(path for path in scenes.iterdir() if path.is_file())
+    again = Stego.load(tmp_path / "m.pt")
+    assert (again.predict(picture) == model.predict(picture)).all()
+    with pytest.raises(ValueError, match="feature_weight -1"):
+        fit_config(classes=3, feature_weight=-1)
+
+
+def test_class_scores_are_cosines_of_upsampled_codes(monkeypatch):
+    monkeypatch.setattr(stego, "STRIP_VALUES", 500)                          # strips of a few rows
+    codes, centers = torch.randn(5, 6, 7), unit(torch.randn(4, 5))
+    wide = F.normalize(F.interpolate(codes[None], size=(33, 47), mode="bilinear", align_corners=False)[0], dim=0)
+    want = stego.LOGIT_SCALE * torch.einsum("dhw,kd->khw", wide, centers)
+    assert torch.allclose(stego.class_scores(codes, centers, (33, 47)), want, atol=1e-5)
+
+
 def test_report_draws_the_history(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(stego, "load_backbone", lambda *args, **options: Mean())
     monkeypatch.setattr(stego, "CLUSTER_ROWS", 2000)
@@ -510,7 +536,7 @@ def test_exif_rotation_gives_the_displayed_size(model, tmp_path):
 
 
 def test_upsampled_argmax_equals_upsampling_everything(monkeypatch):
-    monkeypatch.setattr(stego, "STRIP_PIXELS", 100)                          # strips of two rows
+    monkeypatch.setattr(stego, "STRIP_VALUES", 300)                          # strips of a few rows
     scores = torch.randn(5, 6, 7)
     want = F.interpolate(scores[None], size=(33, 47), mode="bilinear", align_corners=False)[0].argmax(0)
     assert (upsampled_argmax(scores, 33, 47) == want.numpy()).mean() > 0.999
