@@ -129,10 +129,13 @@ def test_clusters_correspond_by_what_they_cover(scenes, model):
 
 def test_a_small_part_of_a_cluster_is_not_the_cluster(model):
     """Directions in the plane: half a circle is no twelfth of it, but nearly the half turned."""
+    head = torch.nn.Identity()
+    head.describe = head.forward                                             # what is clustered: points themselves
+
     def around(count, turned=0.0):
         angle = torch.arange(count) * (2 * torch.pi / count) + turned
         directions = torch.stack([angle.cos(), angle.sin()], 1)
-        return Stego(model.config, torch.nn.Identity(), directions, torch.ones(count), backbone_sha256="")
+        return Stego(model.config, head, directions, torch.ones(count), backbone_sha256="")
     cache = TokenCache(1, 720, 2)
     cache.append(around(720, 0.001).centers.T[None, :, None])                # (1, 2, 1, 720)
     assert corresponding(cache, around(12), around(2)) == {}
