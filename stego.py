@@ -459,7 +459,7 @@ def nearest_neighbors(means: Tensor, count: int = NEIGHBORS, *, device="cpu") ->
     found, room = [], means.new_empty(min(max(KNN_ENTRIES // n, 1), n), n)   # reused: fresh memory costs a third more
     for rows in torch.arange(n, device=device).split(len(room)):
         similarity = torch.mm(means[rows], means.T, out=room[:len(rows)])    # (rows, n)
-        similarity[torch.arange(len(rows)), rows] = -torch.inf               # an image is not its own neighbour
+        similarity[torch.arange(len(rows), device=device), rows] = -torch.inf  # an image is not its own neighbour
         found.append(similarity.topk(min(count, n - 1), dim=1).indices)
     return torch.cat(found).cpu()
 
@@ -919,7 +919,7 @@ class Stego:
         earlier = None if match is None else _earlier(match, network, device)
         key = features_key(paths, network, config) if scratch else None      # asks the disk about every image
         trained = {"features": key, "config": dict(config)}
-        with (closing(Scratch(scratch)) if scratch else nullcontext()) as kept, torch.random.fork_rng():
+        with (closing(Scratch(scratch)) if scratch else nullcontext()) as kept, forked_random(device):
             if kept:
                 kept.begin(trained, resume=resume)
             torch.manual_seed(seed)
@@ -1278,6 +1278,11 @@ def _earlier(match, network, device) -> Stego:
                          f"{earlier.backbone_sha256[:12]}…, this fit uses {network.name} {network.sha256[:12]}…; "
                          "clusters are compared on the same features: choose that backbone, or do not match.")
     return earlier
+
+
+def forked_random(device: torch.device):
+    """Leave the caller's random generators as they are: the CPU's and the device's."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def pick_device(device="auto") -> torch.device:

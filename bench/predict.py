@@ -1,0 +1,78 @@
+"""What does `stego predict --no-crf` cost beyond the backbone? (Target: at most 1.25 times the backbone's own time.)
+
+    python bench/predict.py --images ../shared/data/camvid/images/val [--backbone tiny] [--limit 20] [--threads 1]
+
+Takes images in turn: the backbone alone on each and its mirror image, in memory as tensors already, then all that
+`stego predict` does with the files: reading, resizing, codes, upsampling, writing masks, in its threads. Prints medians
+over rounds on the clock and of CPU time, all threads counted, and the ratios. Head, centres and the weights of other
+backbones than tiny are random: the time does not depend on them. Start-up is what a command does before its first image.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cli  # noqa: E402
+from evaluation import random_model  # noqa: E402
+from stego import BILINEAR  # noqa: E402
+from stego_backbones import BACKBONES, ViT, load_backbone  # noqa: E402
+from stego_images import find_images, read_image, to_tensor  # noqa: E402
+
+
+def network_of(name: str):
+    """tiny, or another backbone with random weights."""
+    if name == "tiny":
+        return load_backbone(name)
+    network = ViT(BACKBONES[name]).eval().requires_grad_(False)
+    network.name, network.sha256 = name, "random"
+    return network
+
+
+def seconds(function) -> tuple[float, float]:
+    """On the clock, and of CPU."""
+    began, used = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - began, time.process_time() - used
+
+
+@click.command()
+@click.option("--images", default="../shared/data/camvid/images/val")
+@click.option("--backbone", default="tiny")
+@click.option("--limit", default=20)
+@click.option("--threads", default=1)
+@click.option("--rounds", default=3)
+@torch.inference_mode()
+def main(images, backbone, limit, threads, rounds):
+    cli.keep_memory()
+    torch.set_num_threads(threads)
+    model = random_model(network_of(backbone), 27)
+    paths, inputs = [path for path, _ in find_images([images])][:limit], []
+    for path in paths:
+        image = read_image(path)
+        x = to_tensor(image.resize(model._working_size(image, 320), BILINEAR))[None]
+        inputs.append(torch.cat([x, x.flip(-1)]))
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [(path, path, Path(folder) / f"{path.stem}.png") for path in paths]
+        model.backbone(inputs[0])
+        for _ in range(rounds):
+            alone = seconds(lambda: [model.backbone(x) for x in inputs])
+            whole = seconds(lambda: list(cli.predicted(model, jobs, "mask", None, {"crf": False})))
+            found.append((*alone, *whole))
+    clock, cpu, whole_clock, whole_cpu = np.median(found, 0) / len(paths)
+    start, _ = seconds(lambda: subprocess.run([sys.executable, "-c", "import stego"], check=True))
+    print(f"{len(paths)} images, {backbone}, {threads} thread(s), medians of {rounds}, seconds an image")
+    print(f"clock: backbone {clock:.3f}, predict {whole_clock:.3f}, ratio {whole_clock / clock:.2f}")
+    print(f"CPU:   backbone {cpu:.3f}, predict {whole_cpu:.3f}, ratio {whole_cpu / cpu:.2f}")
+    print(f"start-up (import) {start:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
