@@ -98,7 +98,7 @@ def test_one_bad_image_among_good_ones(here, scenes, saved):
     (["fit", "nowhere"], 1, "No such file or folder: nowhere"),
     (["fit", "text.jpg", "--backbone", "tiny"], 1, "None of the 1 images"),
     (["fit", "ok.png", "-k", "256", "--backbone", "tiny"], 1, "1 to 255"),
-    (["fit", "ok.png", "-k", "two"], 2, "not a valid integer"),
+    (["fit", "ok.png", "-k", "two"], 2, "a number from 1 to 255, or auto"),
     (["fit", "ok.png", "--preset", "moon"], 2, "moon"),
     (["fit", "ok.png", "--backbone", "vgg"], 1, "Unknown backbone 'vgg'"),
     (["fit", "ok.png", "--backbone", "dino_vits8", "--weights", "none.pth"], 1, "No weight file at none.pth"),
