@@ -168,7 +168,8 @@ def potts_codes(image: Tensor, size: int, *, discrete: bool = True, steps: int =
     Minimises the energy - sum over pairs of (kernel - shift) * alike; alike is q_i . q_j for the probabilities of
     discrete codes, max(cosine, 0) for continuous ones, the kernel that of `dense_crf` before normalisation. First by
     Adam for a few thousand pixels, on mini-batches of their pairs; then each pixel of the image takes the code of
-    least energy towards them (continuous ones: but for the clamp). Without the shift all pixels would end up in one code.
+    least energy towards them (continuous ones: but for the clamp). Without the shift all pixels would end up in one
+    code.
 
     image     (3, H, W) or (B, 3, H, W) uint8, RGB 0..255; the images of a batch have nothing to do with each other.
     size      number of classes, or the length of a continuous code. With classes to spare, regions that differ

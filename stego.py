@@ -94,7 +94,8 @@ REGION = 1 / 3          # side of the squares that show what a cluster is, of th
 SAVE_EVERY = 30         # seconds between two states of a fit: what an interruption costs at most
 MAX_ASPECT = 4          # longer side : shorter side up to which the shorter side gets its full resolution
 STRIP_VALUES = 1_000_000  # numbers of a large photo that are upsampled at once: temporaries stay in cache
-CLASS_COUNTS = (3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 24, 29, 35, 42)  # what -k auto chooses from; two halves always exist
+# What -k auto chooses from; on two clusters, bright and dark, halves agree in any images.
+CLASS_COUNTS = (3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 24, 29, 35, 42)
 SPLITS = 4              # halvings of the images behind -k auto
 AGREEMENT_ROWS = 20_000  # codes of each half
 MAX_CLASSES = 255       # masks are 8 bit and 255 means "ignore"
@@ -804,7 +805,9 @@ def class_agreement(describe, cache: TokenCache, *, evenness: float = 0.0, seed:
 
 
 def adjusted_rand_index(a: Tensor, b: Tensor) -> float:
-    """Agreement of two labellings (N,) int64 beyond chance: 1 for the same parts, 0 for unrelated ones (Hubert 1985)."""
+    """Agreement of two labellings (N,) int64 beyond chance: 1 for the same parts, 0 for unrelated ones (Hubert & Arabie
+    1985).
+    """
     def pairs(counts: Tensor) -> float:
         return float((counts.double() * (counts.double() - 1) / 2).sum())
 
@@ -889,8 +892,8 @@ class Stego:
                 (B, C, h, w): a saved model does not hold it, `load` asks for it again.
             preset: the hyper-parameters to start from, one of PRESETS ("small" with UNNAMED unless named); each can
                 be overridden by keyword (lambda_self, lambda_knn, lambda_rand, b_self, b_knn, b_rand, code_size, steps,
-                batch_size, views: one of VIEWS, evenness: 0 to 1, see `evened`, feature_weight: 0 or more, see `Head`, centering, zero_clamp). A lambda of 0
-                switches its term off.
+                batch_size, views: one of VIEWS, evenness: 0 to 1, see `evened`, feature_weight: 0 or more, see `Head`,
+                centering, zero_clamp). A lambda of 0 switches its term off.
             balance: "auto" sets the b's that are not given from the features' own correspondences, "fixed" keeps
                 the preset's. Default: "fixed" for a named preset, else "auto".
             seed: same images, seed, machine and threads: same model.
@@ -938,8 +941,8 @@ class Stego:
                 agreement = class_agreement(head.describe, cache, evenness=config["evenness"], seed=seed, device=device,
                                             progress=progress)
                 config["classes"] = plausible_classes(agreement)[0]
-            centers, share = cluster_codes(head.describe, cache, config["classes"], evenness=config["evenness"], seed=seed,
-                                           device=device)
+            centers, share = cluster_codes(head.describe, cache, config["classes"], evenness=config["evenness"],
+                                           seed=seed, device=device)
         config |= dict(crops=len(cache), images=_given(images))
         model = cls(config, head, centers, share, backbone_sha256=network.sha256, device=device, weights=weights)
         model._backbone, model.history, model.agreement = network, history, agreement
@@ -1132,7 +1135,8 @@ class Stego:
         if not self.history:
             raise ValueError("This model has no history to report; a report is written right after fit.")
         pictures = {**history_charts(self.history), "neighbors": self._neighbor_strips(),
-                    "clusters": bar_chart(self.share.tolist(), self.palette, self.labels, title="Share of each cluster"),
+                    "clusters": bar_chart(self.share.tolist(), self.palette, self.labels,
+                                          title="Share of each cluster"),
                     "sheet": self.contact_sheet(self.sources.paths)}
         if self.agreement:
             counts, means = list(self.agreement), [np.mean(scores) for scores in self.agreement.values()]
@@ -1147,7 +1151,8 @@ class Stego:
         """The report in sentences."""
         last = self.history[-1]
         similar = ", ".join(f"{name} {last[name][0]:.2f}" for name in BALANCE_TERMS if name in last)
-        return [f"{len(self.sources.images.unique())} images, {len(self.sources.images)} crops, {last['step'] + 1} steps.",
+        images = self.sources.images
+        return [f"{len(images.unique())} images, {len(images)} crops, {last['step'] + 1} steps.",
                 f"Mean similarity of codes at the end: {similar}.",
                 self.sources.words(),
                 f"The largest cluster covers {self.share.max():.0%}, the smallest {self.share.min():.1%}.",
@@ -1156,15 +1161,17 @@ class Stego:
     def sureness(self) -> str:
         """In words: the number of clusters that -k auto took, and how sure it is."""
         first, *others = plausible_classes(self.agreement)
-        agree = f"{first} clusters: halves of the images agree on them to {np.mean(self.agreement[first]):.2f} (1 is best)"
-        return agree + (f"; {', '.join(map(str, others))} cannot be told from it." if others else "; no other comes near.")
+        near = f"{', '.join(map(str, others))} cannot be told from it" if others else "no other comes near"
+        return (f"{first} clusters: halves of the images agree on them to {np.mean(self.agreement[first]):.2f} "
+                f"(1 is best); {near}.")
 
     def _neighbor_strips(self, rows: int = 6):
         """Some crops, evenly spread over all, each before its nearest neighbours."""
         count, shown = len(self.sources.images), []
         for crop in range(0, count, max(count // rows, 1))[:rows]:
             try:
-                pictures = [self.sources.picture(i, self.config["views"]) for i in [crop, *self.sources.neighbors[crop]]]
+                beside = [crop, *self.sources.neighbors[crop]]
+                pictures = [self.sources.picture(each, self.config["views"]) for each in beside]
             except (ValueError, FileNotFoundError):
                 continue                                                     # an image is gone since
             shown.append((f"{self.sources.path(crop).name}, and its nearest neighbours", pictures))

@@ -30,7 +30,7 @@ from stego_images import replacing  # noqa: E402
 from stego_protocol import (cluster_map, confusion_matrix, folder_set, linear_probe, match_clusters,  # noqa: E402
                             probe_rows, scores)
 
-PAPER = dict(feature_weight=0.0, evenness=0.0, views="five")  # what the paper's whole method has and `fit`'s default has not
+PAPER = dict(evenness=0.0, views="five")  # what the paper's whole method has and `fit`'s default has not
 TABLE_2 = {  # {row: options of fit}; the last but one is scored with the CRF as well
     "features alone": None,
     "STEGO, none of them": dict(PAPER, views="whole", zero_clamp=False, centering=False),
