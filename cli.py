@@ -579,7 +579,7 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
     from stego_protocol import folder_set, labelled_set
     if dataset:
         root = dataset_root(dataset, root)
-        return labelled_set(dataset, root, "val"), labelled_set(dataset, root, "train")
+        return labelled_set(dataset, root, "val"), train_split(dataset, root)
     labelled = folder_set(images, labels, names=names)
     if not train_images:
         return labelled, None
@@ -588,6 +588,15 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
     for each in (labelled, train):
         each.classes, each.lookup = larger.classes, larger.lookup
     return labelled, train
+
+
+def train_split(dataset, root):
+    """The train split, for the linear probe and the baseline; None, with a warning, where only val was fetched."""
+    from stego_protocol import labelled_set
+    try:
+        return labelled_set(dataset, root, "train")
+    except FileNotFoundError as error:
+        log.warning("No linear probe, and the baseline's clusters from val itself: %s", error)
 
 
 # ---- show ------------------------------------------------------------------------------------------------------

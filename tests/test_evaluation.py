@@ -230,6 +230,22 @@ def test_command(model, drawn, tmp_path):
                        "strips.png"]
 
 
+def test_dataset_without_its_train_split(model, drawn, tmp_path):
+    for source in sorted((drawn / "images/val").glob("*.png")):
+        for folder, suffix in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+            (tmp_path / folder / "val/bonn").mkdir(parents=True, exist_ok=True)
+            pixels = np.array(Image.open(source if suffix == folder else drawn / "labels/val" / source.name))
+            shifted = pixels if suffix == folder else np.where(pixels == IGNORE, 0, pixels + 7).astype(np.uint8)
+            Image.fromarray(shifted).save(tmp_path / folder / f"val/bonn/bonn_{source.stem}_000019_{suffix}.png")
+    model.save(tmp_path / "stego.pt")
+    result = run("eval", "--dataset", "cityscapes", "--root", tmp_path, "-m", tmp_path / "stego.pt", "--no-crf")
+    assert result.exit_code == 0, result.output
+    assert "Warning: No linear probe" in result.output and "leftImg8bit/train is missing" in result.output
+    assert "no train labels" in result.output
+    row = next(line for line in result.stdout.splitlines() if line.startswith("stego "))
+    assert row.split()[-2:] == ["-", "-"] and float(row.split()[1]) > 50     # no linear probe, but a clustering
+
+
 @pytest.mark.parametrize("arguments, code, message", [
     ([], 2, "Give a --dataset, or your own --images and --labels"),
     (["--images", "x"], 2, "give both folders"),
