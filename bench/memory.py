@@ -66,8 +66,8 @@ def main(images, counts, cache_size, steps, views):
                 "--cache-size", str(cache_size), "--views", views, "-o", f"{folder}/stego.pt"])
             first = first or anonymous
             seconds = time.perf_counter() - began
-            print(f"{min(count, len(paths)):7d} {seconds:8.0f} {anonymous:13.0f} {anonymous / first:6.2f} {mapped:10.0f}",
-                  flush=True)
+            print(f"{min(count, len(paths)):7d} {seconds:8.0f} {anonymous:13.0f} {anonymous / first:6.2f} "
+                  f"{mapped:10.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 Takes images in turn: the backbone alone on each and its mirror image, in memory as tensors already, then all that
 `stego predict` does with the files: reading, resizing, codes, upsampling, writing masks, in its threads. Prints medians
 over rounds on the clock and of CPU time, all threads counted, and the ratios. Head, centres and the weights of other
-backbones than tiny are random: the time does not depend on them. Start-up is what a command does before its first image.
+backbones than tiny are random: the time does not depend on them. Start-up is what a command does before its first
+image.
 """
 
 import subprocess

@@ -261,7 +261,8 @@ def _download(name: str, progress: bool) -> dict:
             torch.hub.load_state_dict_from_url(spec.url, map_location="cpu", progress=watched, weights_only=True)
         return _read_weights(path, spec.sha256)
     except OSError as error:
-        raise FileNotFoundError(f"Could not download {name} from {spec.url} ({first_line(error)}): {by_hand}") from error
+        raise FileNotFoundError(f"Could not download {name} from {spec.url} ({first_line(error)}): "
+                                f"{by_hand}") from error
     except Exception as error:  # what came is not the file: a cut connection, a proxy's web page
         path.unlink(missing_ok=True)
         raise FileNotFoundError(f"What {spec.url} sent is not a usable weight file ({first_line(error)}): "

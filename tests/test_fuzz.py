@@ -1,7 +1,7 @@
 """Mutated images, label maps, models and command lines: one clear error or a sound result, never a traceback.
 
-2,000 cases with fixed seeds; STEGO_FUZZ=50000 pytest -s tests/test_fuzz.py tries as many as wanted. MATLAB files are left
-out: scipy's reader can crash the process on damaged ones, which no Python code can catch.
+2,000 cases with fixed seeds; STEGO_FUZZ=50000 pytest -s tests/test_fuzz.py tries as many as wanted. MATLAB files are
+left out: scipy's reader can crash the process on damaged ones, which no Python code can catch.
 """
 
 import io
@@ -62,7 +62,7 @@ def announce(capsys, what: str, tried: int, refused: int):
 
 
 def read_mutated(read, seeds, tried: int, seed: int, folder):
-    """What read makes of mutated files of (suffix, content) seeds; None where it refuses with a sentence of one line."""
+    """What read makes of mutated files of (suffix, content) seeds; None where it refuses in a sentence of one line."""
     rng = random.Random(seed)
     for _ in range(tried):
         suffix, content = rng.choice(seeds)

@@ -28,7 +28,7 @@ def fit_by_two(images, output):
 
 
 def test_two_processes_fit_the_same_model(tmp_path):
-    """Five images, one of them unreadable, and a cache that keeps some positions: the crops of both are numbered alike."""
+    """Five images, one unreadable, and a cache that keeps some positions: the crops of both are numbered alike."""
     (tmp_path / "images").mkdir()
     for i in range(5):
         Image.fromarray(draw_scene(i)[0]).save(tmp_path / f"images/{i}.png")

@@ -331,7 +331,7 @@ def test_more_classes_than_positions(tmp_path, scenes):
 
 
 def test_balance_follows_the_features():
-    """Tokens around one direction correspond more than scattered ones: every b moves with them, by the documented rule."""
+    """Tokens around one direction correspond more: every b moves with them, by the documented rule."""
     torch.manual_seed(0)
     shifts = {}
     for common in (0.0, 2.0):
@@ -373,7 +373,8 @@ def test_evened_rows_give_rare_directions_a_chance():
     torch.manual_seed(0)
     direction = unit(torch.randn(2, 16))
     codes = torch.cat([direction[:1].expand(3800, -1), direction[1:].expand(200, -1)]) + 0.05 * torch.randn(4000, 16)
-    share = [(unit(stego.evened(codes, evenness)) @ direction[1] > 0.7).float().mean().item() for evenness in (0, 0.5, 1)]
+    share = [(unit(stego.evened(codes, evenness)) @ direction[1] > 0.7).float().mean().item()
+             for evenness in (0, 0.5, 1)]
     assert share == pytest.approx([0.05, 0.19, 0.5], abs=0.1)               # 1 : 19, its root, as many
 
 
@@ -572,7 +573,8 @@ def test_a_loaded_model_is_the_saved_one(model, tmp_path):
 def test_the_file_is_small_and_plain(model, tmp_path):
     model.save(tmp_path / "a.pt")
     state = torch.load(tmp_path / "a.pt", weights_only=True)
-    assert state["config"]["classes"] == 3 and state["config"]["balance"] == "auto" and state["config"]["backbone"] == "tiny"
+    config = state["config"]
+    assert config["classes"] == 3 and config["balance"] == "auto" and config["backbone"] == "tiny"
     large = Stego(model.config, Head(768, 100), unit(torch.randn(255, 100)), torch.ones(255) / 255, backbone_sha256="")
     large.save(tmp_path / "large.pt")
     assert (tmp_path / "large.pt").stat().st_size < 2e6
