@@ -62,7 +62,7 @@ def result_of(report, features, probe, crf):
 
 @torch.inference_mode()
 def direct_clusters(model, image, size, crf):
-    """The protocol by its words: codes averaged with mirrored ones, upsampled, cosine; CRF on log-softmax of 2 cosine."""
+    """The protocol word by word: mirrored codes averaged, upsampled, cosine; CRF on log-softmax of 2 cosine."""
     x = to_tensor(image)[None]
     codes = sum(flip(model.code_map(model.backbone(flip(x)))) for flip in (lambda t: t, lambda t: t.flip(-1))) / 2
     codes = F.normalize(F.interpolate(codes, size=size, mode="bilinear", align_corners=False), dim=1)[0]
