@@ -5,8 +5,9 @@
     model.save("stego.pt"); model = Stego.load("stego.pt")
 
 The file follows the paper: features, nearest neighbours, correspondences and their loss (Sec. 3), the head and its
-training, clusters and prediction (Sec. 4). One thing differs from the reference implementation, and makes training a
-matter of minutes: the backbone is frozen and nothing is augmented, so every crop passes through it exactly once.
+training, clusters and prediction (Sec. 4). What any program needs comes last: options, files, going on after an
+interruption, several processes. One thing differs from the reference implementation, and makes training a matter of
+minutes: the backbone is frozen and nothing is augmented, so every crop passes through it exactly once.
 """
 
 import hashlib
@@ -106,146 +107,6 @@ RELEASED_PATCH = "net.model.patch_embed.proj.weight"
 BILINEAR = Image.Resampling.BILINEAR
 
 
-# ---- scratch: what an interrupted fit goes on from -------------------------------------------------------------
-
-class Scratch:
-    """The folder of a running fit: its tokens, and how far it has come. One process has it at a time.
-
-    Survives the process, however that ends. Each state is written under a temporary name and renamed.
-    """
-
-    def __init__(self, folder):
-        self.folder, self.saved = Path(folder), time.monotonic()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "w")
-        try:
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # falls with the process
-        except OSError as error:
-            raise ValueError(f"Another fit is working in {folder}; wait for it, or choose another output.") from error
-
-    def load(self, name: str, key: dict) -> dict | None:
-        """The state saved under a name, if it belongs to this key; None if there is none or a damaged one."""
-        try:
-            state = torch.load(self.folder / f"{name}.pt", weights_only=True)
-            return state if state["key"] == key else None
-        except Exception:  # never written, cut short, of another version: then that stage starts afresh
-            return None
-
-    def save(self, name: str, key: dict, state: dict):
-        """Keep a state and the random generator's under a name, for `load` with this key."""
-        write_state(state | {"key": key, "random": torch.get_rng_state()}, self.folder / f"{name}.pt")
-        self.saved = time.monotonic()
-
-    def due(self) -> bool:
-        return time.monotonic() - self.saved >= SAVE_EVERY
-
-    def begin(self, key: dict, *, resume: bool):
-        """Forget the training of an earlier fit, or make sure that it is the one to go on with."""
-        path = self.folder / "training.pt"
-        if not resume:
-            if path.exists():
-                log.warning("Starting afresh, though a fit was interrupted in %s; --resume would go on.", self.folder)
-            path.unlink(missing_ok=True)
-        elif path.exists() and self.load("training", key) is None:
-            raise ValueError(f"The fit in {self.folder} was of other images or options, or one has changed since; give "
-                             "the same ones, or start afresh without --resume.")
-
-    def close(self):
-        if not any(self.folder.glob("*.pt")):
-            shutil.rmtree(self.folder, ignore_errors=True)                   # nothing in it to go on from
-        self.lock.close()
-
-
-def write_state(state: dict, path):
-    """torch.save, whole or not at all."""
-    packed = io.BytesIO()                                                    # bytes free of the file's name,
-    torch.save(state, packed)                                                # and a full disk is an OSError
-    with replacing(path) as part:
-        part.write_bytes(packed.getvalue())
-
-
-def features_key(paths, network, config: dict) -> dict:
-    """What cached features depend on: each image's path, size and time, the backbone, how images are cut up."""
-    found = ((os.path.abspath(path), os.stat(path)) for path in paths)
-    found = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
-    images = hashlib.sha256("\n".join(map(repr, found)).encode()).hexdigest()
-    known = network.sha256 or os.urandom(16).hex()                           # a callable may have changed since
-    return dict(version=2, images=images, count=len(found), backbone=known, stride=network.patch,
-                views=config["views"], cache_size=config["cache_size"], seed=config["seed"])
-
-
-# ---- several processes: torchrun --nproc-per-node N -m cli fit ... ----------------------------------------------
-# Each has the tokens of its part of the images. All draw the same batch from the same seed, see all its tokens, train
-# on their part of it, and average the gradients; so all end with the same model, that of one process within rounding.
-
-@contextmanager
-def several_processes():
-    """Join the processes that torchrun started; yields this one's number and their count: 0 and 1 without torchrun."""
-    if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
-        yield rank(), processes()
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(days=1))                       # their parts may differ in work
-    yield rank(), processes()
-    dist.destroy_process_group()
-
-
-def processes() -> int:
-    """How many processes work on this fit."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This process's number, from 0."""
-    return dist.get_rank() if processes() > 1 else 0
-
-
-def mine(whole):
-    """This process's part of things in a row: as many for each, give or take one."""
-    first, end = (len(whole) * r // processes() for r in (rank(), rank() + 1))
-    return whole[first:end]
-
-
-class _Sum(torch.autograd.Function):
-    """all_reduce, through which gradients flow to the x of every process."""
-
-    @staticmethod
-    def forward(context, x):
-        x = x.contiguous().clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(context, gradient):
-        return _Sum.apply(gradient)
-
-
-def summed(x: Tensor) -> Tensor:
-    """The sum of x, of one shape everywhere, over all processes."""
-    return x if processes() == 1 else _Sum.apply(x)
-
-
-def averaged(x: Tensor) -> Tensor:
-    return summed(x) / processes()
-
-
-def everyones(part: Tensor) -> Tensor:
-    """The parts of all processes, which are equally long, in a row."""
-    return summed(torch.cat([part if r == rank() else torch.zeros_like(part) for r in range(processes())]))
-
-
-def check_alike(*what):
-    """ValueError if the processes are not about the same images, options and weights."""
-    told, digest = [None] * processes(), hashlib.sha256(repr(what).encode()).hexdigest()
-    if processes() > 1:
-        dist.all_gather_object(told, digest)
-    if len(set(told)) > 1:
-        raise ValueError("The processes see other images, options or weights than each other; give each the same "
-                         "command, and every machine the same files.")
-
-
 # ---- features, once (Sec. 3.1, five-crop of Sec. 4) ------------------------------------------------------------
 
 class TokenCache:
@@ -339,7 +200,7 @@ def dense_features(backbone, x: Tensor, device="cpu") -> Tensor:
 
 
 def encode(backbone, paths, *, views="five", cache_size=CACHE_SIZE, device="cpu", progress=None,
-           scratch: Scratch | None = None, key: dict | None = None) -> TokenCache:
+           scratch: "Scratch | None" = None, key: dict | None = None) -> TokenCache:
     """Push every image through the backbone once, cut up as VIEWS says; its parts lie one after another in the cache.
 
     Unreadable images are named in a warning and left out. Raises ValueError if none is left. scratch: where the cache
@@ -376,7 +237,7 @@ def encode(backbone, paths, *, views="five", cache_size=CACHE_SIZE, device="cpu"
     return cache
 
 
-def _cache_in(scratch: Scratch | None, key: dict | None, shape) -> tuple[int, TokenCache]:
+def _cache_in(scratch: "Scratch | None", key: dict | None, shape) -> tuple[int, TokenCache]:
     """How many images are in the cache already, and the cache; an empty one unless the scratch has one of this key."""
     if scratch is None:
         return 0, TokenCache(*shape)
@@ -652,7 +513,7 @@ def training_loss(head: Head, f: Tensor, g: Tensor, f_knn: Tensor, config: dict)
 
 
 def train_head(cache: TokenCache, neighbors: Tensor, config: dict, *, device="cpu", progress=None,
-               history: list | None = None, scratch: Scratch | None = None, key: dict | None = None) -> Head:
+               history: list | None = None, scratch: "Scratch | None" = None, key: dict | None = None) -> Head:
     """Train a head on cached tokens and the table of neighbours (n, <= 7) of their crops.
 
     Returns it in eval mode, rounded to float16 as it is saved. history: gets a look (see `look`) now and then.
@@ -985,11 +846,7 @@ class Stego:
 
         x: (B, 3, H, W) float, H and W multiples of the patch -> (B, D, H / patch, W / patch).
         """
-        return mirror_averaged(lambda both: self.code_map(dense_features(self.backbone, both, self.device)), x)
-
-    def code_map(self, features: Tensor) -> Tensor:
-        """The head on a map of features: (B, C, h, w) -> (B, D, h, w)."""
-        return self.head.on_map(features)
+        return mirror_averaged(lambda both: self.head.on_map(dense_features(self.backbone, both, self.device)), x)
 
     @property
     def labels(self) -> list[str]:
@@ -1241,6 +1098,8 @@ class Stego:
         return model
 
 
+# ---- options of a fit ------------------------------------------------------------------------------------------
+
 def fit_config(*, classes: int | str, preset: str | None = None, balance: str | None = None, seed: int = 0,
                cache_size: float = CACHE_SIZE, **overrides) -> dict:
     """Every option of a fit under its name: the preset with what was overridden; ValueError for what cannot be."""
@@ -1303,6 +1162,8 @@ def pick_device(device="auto") -> torch.device:
         raise ValueError(f"The device {device!r} is not available here; use --device cpu or leave it out.") from error
 
 
+# ---- maps of codes and scores ----------------------------------------------------------------------------------
+
 def mirror_averaged(network, x: Tensor) -> Tensor:
     """Dense output of network for x (B, 3, H, W), averaged with that of the mirror image turned back."""
     return unmirror(network(torch.cat([x, x.flip(-1)])))
@@ -1354,6 +1215,8 @@ def pixels(image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)                # (3, H, W) uint8
 
 
+# ---- model files -----------------------------------------------------------------------------------------------
+
 def _check_model(head: Head, centers: Tensor, share: Tensor, palette: Tensor, names: list, config: dict):
     """ValueError for what no fit leaves behind, so that a damaged or forged file is found before it is used."""
     count, values = len(share), (centers, share, *head.state_dict().values())
@@ -1383,3 +1246,143 @@ def _read_model(path: Path) -> dict:
         raise ValueError(f"{path} is a stego model of version {state.get('version')}, this program reads "
                          f"{VERSION}; install the matching stego or fit again.")
     return state
+
+
+# ---- scratch: what an interrupted fit goes on from -------------------------------------------------------------
+
+class Scratch:
+    """The folder of a running fit: its tokens, and how far it has come. One process has it at a time.
+
+    Survives the process, however that ends. Each state is written under a temporary name and renamed.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.saved = Path(folder), time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / "lock", "w")
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # falls with the process
+        except OSError as error:
+            raise ValueError(f"Another fit is working in {folder}; wait for it, or choose another output.") from error
+
+    def load(self, name: str, key: dict) -> dict | None:
+        """The state saved under a name, if it belongs to this key; None if there is none or a damaged one."""
+        try:
+            state = torch.load(self.folder / f"{name}.pt", weights_only=True)
+            return state if state["key"] == key else None
+        except Exception:  # never written, cut short, of another version: then that stage starts afresh
+            return None
+
+    def save(self, name: str, key: dict, state: dict):
+        """Keep a state and the random generator's under a name, for `load` with this key."""
+        write_state(state | {"key": key, "random": torch.get_rng_state()}, self.folder / f"{name}.pt")
+        self.saved = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.saved >= SAVE_EVERY
+
+    def begin(self, key: dict, *, resume: bool):
+        """Forget the training of an earlier fit, or make sure that it is the one to go on with."""
+        path = self.folder / "training.pt"
+        if not resume:
+            if path.exists():
+                log.warning("Starting afresh, though a fit was interrupted in %s; --resume would go on.", self.folder)
+            path.unlink(missing_ok=True)
+        elif path.exists() and self.load("training", key) is None:
+            raise ValueError(f"The fit in {self.folder} was of other images or options, or one has changed since; give "
+                             "the same ones, or start afresh without --resume.")
+
+    def close(self):
+        if not any(self.folder.glob("*.pt")):
+            shutil.rmtree(self.folder, ignore_errors=True)                   # nothing in it to go on from
+        self.lock.close()
+
+
+def write_state(state: dict, path):
+    """torch.save, whole or not at all."""
+    packed = io.BytesIO()                                                    # bytes free of the file's name,
+    torch.save(state, packed)                                                # and a full disk is an OSError
+    with replacing(path) as part:
+        part.write_bytes(packed.getvalue())
+
+
+def features_key(paths, network, config: dict) -> dict:
+    """What cached features depend on: each image's path, size and time, the backbone, how images are cut up."""
+    found = ((os.path.abspath(path), os.stat(path)) for path in paths)
+    found = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
+    images = hashlib.sha256("\n".join(map(repr, found)).encode()).hexdigest()
+    known = network.sha256 or os.urandom(16).hex()                           # a callable may have changed since
+    return dict(version=2, images=images, count=len(found), backbone=known, stride=network.patch,
+                views=config["views"], cache_size=config["cache_size"], seed=config["seed"])
+
+
+# ---- several processes: torchrun --nproc-per-node N -m cli fit ... ----------------------------------------------
+# Each has the tokens of its part of the images. All draw the same batch from the same seed, see all its tokens, train
+# on their part of it, and average the gradients; so all end with the same model, that of one process within rounding.
+
+@contextmanager
+def several_processes():
+    """Join the processes that torchrun started; yields this one's number and their count: 0 and 1 without torchrun."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
+        yield rank(), processes()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(days=1))                       # their parts may differ in work
+    yield rank(), processes()
+    dist.destroy_process_group()
+
+
+def processes() -> int:
+    """How many processes work on this fit."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def mine(whole):
+    """This process's part of things in a row: as many for each, give or take one."""
+    first, end = (len(whole) * r // processes() for r in (rank(), rank() + 1))
+    return whole[first:end]
+
+
+class _Sum(torch.autograd.Function):
+    """all_reduce, through which gradients flow to the x of every process."""
+
+    @staticmethod
+    def forward(context, x):
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(context, gradient):
+        return _Sum.apply(gradient)
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum of x, of one shape everywhere, over all processes."""
+    return x if processes() == 1 else _Sum.apply(x)
+
+
+def averaged(x: Tensor) -> Tensor:
+    return summed(x) / processes()
+
+
+def everyones(part: Tensor) -> Tensor:
+    """The parts of all processes, which are equally long, in a row."""
+    return summed(torch.cat([part if r == rank() else torch.zeros_like(part) for r in range(processes())]))
+
+
+def check_alike(*what):
+    """ValueError if the processes are not about the same images, options and weights."""
+    told, digest = [None] * processes(), hashlib.sha256(repr(what).encode()).hexdigest()
+    if processes() > 1:
+        dist.all_gather_object(told, digest)
+    if len(set(told)) > 1:
+        raise ValueError("The processes see other images, options or weights than each other; give each the same "
+                         "command, and every machine the same files.")

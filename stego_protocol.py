@@ -399,7 +399,7 @@ def both_features(model, image: Image.Image) -> dict:
     """The model's codes and the backbone's features of an image, each averaged with its mirror's: (1, D, h, w)."""
     x = to_tensor(image)[None]
     seen = dense_features(model.backbone, torch.cat([x, x.flip(-1)]), model.device)  # (2, C, h, w)
-    return {"stego": unmirror(model.code_map(seen)), "backbone": unmirror(seen)}
+    return {"stego": unmirror(model.head.on_map(seen)), "backbone": unmirror(seen)}
 
 
 @torch.inference_mode()
@@ -581,7 +581,7 @@ def _unit_maps(network, model, picture: Image.Image, name, device) -> dict:
     """Unit features (C, h, w) of a picture, averaged with its mirror's, and the model's codes (D, h, w)."""
     x = to_tensor(picture.resize(backbone_size(picture, network.patch, name=name), BILINEAR))[None].to(device)
     seen = network(torch.cat([x, x.flip(-1)]))                               # (2, C, h, w)
-    found = {"backbone features": seen} | ({"codes": model.code_map(seen)} if model else {})
+    found = {"backbone features": seen} | ({"codes": model.head.on_map(seen)} if model else {})
     return {kind: F.normalize(unmirror(maps)[0], dim=0) for kind, maps in found.items()}
 
 

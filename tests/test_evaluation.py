@@ -64,7 +64,7 @@ def result_of(report, features, probe, crf):
 def direct_clusters(model, image, size, crf):
     """The protocol word by word: mirrored codes averaged, upsampled, cosine; CRF on log-softmax of 2 cosine."""
     x = to_tensor(image)[None]
-    codes = sum(flip(model.code_map(model.backbone(flip(x)))) for flip in (lambda t: t, lambda t: t.flip(-1))) / 2
+    codes = sum(flip(model.head.on_map(model.backbone(flip(x)))) for flip in (lambda t: t, lambda t: t.flip(-1))) / 2
     codes = F.normalize(F.interpolate(codes, size=size, mode="bilinear", align_corners=False), dim=1)[0]
     cosine = torch.einsum("dhw,kd->khw", codes, model.centers)
     return (dense_crf(pixels(image), (2 * cosine).log_softmax(0)) if crf else cosine).argmax(0).numpy()
