@@ -24,8 +24,8 @@ from torchvision.datasets import Cityscapes
 
 from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY, SRGB, SXY, dense_crf
 from kmeans import CosineKMeans
-from stego import (BILINEAR, ahead, along, backbone_size, class_scores, correspondence, dense_features,
-                   nearest_neighbors, pixels, unit, unmirror)
+from stego import (BILINEAR, CLUSTER_STARTS, ahead, along, backbone_size, class_scores, correspondence,
+                   dense_features, nearest_neighbors, pixels, unit, unmirror)
 from stego_images import (IGNORE, find_images, line_chart, mark, mask_image, matrix_picture, opened, read_image,
                           read_mat, replacing, spotlight, square, strips, to_tensor, voc_palette, write_image)
 
@@ -379,7 +379,7 @@ def fit_probes(model, labelled: LabelledSet, *, train: LabelledSet | None = None
     """
     probes = {("stego", "cluster"): Probe(model.centers)}
     rows, shares = probe_rows(model, train or labelled, seed=seed, progress=progress)
-    kmeans = CosineKMeans(len(model.centers), seed=seed).fit(rows.float())
+    kmeans = CosineKMeans(len(model.centers), n_init=CLUSTER_STARTS, seed=seed).fit(rows.float())
     probes["backbone", "cluster"] = Probe(kmeans.cluster_centers_.to(model.device))
     if model.linear is not None and len(model.linear[1]) == len(labelled.classes):
         probes["stego", "linear"] = Probe(*model.linear)                     # comes with a released checkpoint
