@@ -20,7 +20,7 @@ from click.core import ParameterSource
 
 PRESET_NAMES = ("small", "cityscapes", "cocostuff", "potsdam")  # stego.PRESETS, known here without importing torch
 VIEWS = ("five", "whole", "windows")                            # stego.VIEWS, likewise
-DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")       # stego_protocol.LAYOUTS, likewise
+DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")       # datasets.LAYOUTS, likewise
 PIPE = "-"  # stdin as an image, stdout as an output
 SUFFIXES = {"mask": (".png",), "overlay": (".jpg", ".jpeg", ".png"), "both": (".png",), "npz": (".npz",),
             "json": (".json",), "coco": (".json",)}  # formats of predict and the file names they take
@@ -232,10 +232,12 @@ def fit(images, output, dataset, root, classes, preset, report, resume, keep_fea
         output = Path(output)
         if output.is_dir():
             raise click.UsageError(f"The output {output} is a folder; name a file, like {output / 'stego.pt'}.")
-        from stego import Stego, find_images, several_processes
+        from stego import Stego
+        from stego_parts.distributed import several_processes
+        from stego_parts.images import find_images
         began = time.monotonic()
         if dataset:
-            from stego_protocol import PRESET_OF, labelled_set
+            from stego_parts.datasets import PRESET_OF, labelled_set
             labelled = labelled_set(dataset, dataset_root(dataset, root), "train")
             paths, preset = [image for image, _ in labelled.pairs], preset or PRESET_OF[dataset]
             if click.get_current_context().get_parameter_source("classes") == ParameterSource.DEFAULT:
@@ -262,7 +264,7 @@ def fit(images, output, dataset, root, classes, preset, report, resume, keep_fea
         (scratch / "training.pt").unlink(missing_ok=True)
         if not keep_features:
             shutil.rmtree(scratch, ignore_errors=True)
-        from stego_images import write_image
+        from stego_parts.images import write_image
         sheet = output.with_name(f"{output.stem}-fit.png")
         write_image(model.contact_sheet(paths), sheet)
         if report:
@@ -321,7 +323,8 @@ def predict(images, model, output, kind, overlay, only, skip_existing, device, w
     """
     kind = check_kind("both" if overlay else kind, output, only, skip_existing)
     with clear_errors():
-        from stego import Stego, find_images
+        from stego import Stego
+        from stego_parts.images import find_images
         found = [(sys.stdin.buffer, Path("stdin"))] if images == (PIPE,) else find_images(images)
         jobs = plan_outputs(found, Path(output), kind)
         if skip_existing:
@@ -405,8 +408,8 @@ def document_path(output: Path, kind: str) -> Path:
 
 def predicted(model, jobs, kind: str, keep, options: dict):
     """The entry of each job, or its error: the next image is decoded and the last result written in threads."""
-    from stego import ahead
-    from stego_images import read_image
+    from stego_parts.images import read_image
+    from stego_parts.tokens import ahead
     images = ahead(lambda job: attempt(read_image, job[0]), jobs, window=READ_AHEAD)
     found = ((job, image, attempt(segment, model, image, kind, options)) for job, image in zip(jobs, images))
     return ahead(lambda each: attempt(write_result, model, *each, kind, keep), found, window=WRITE_BEHIND)
@@ -431,7 +434,8 @@ def segment(model, image, kind: str, options: dict):
 def write_result(model, job: tuple, image, result, kind: str, keep) -> dict:
     """Write what kind asks for of one image; returns its entry for the kinds with one file for all."""
     import numpy as np
-    from stego_images import IGNORE, cluster_shares, coco_annotations, mask_image
+
+    from stego_parts.images import IGNORE, cluster_shares, coco_annotations, mask_image
     _, place, target = job
     if kind == "npz":
         with opened(target) as file:
@@ -453,7 +457,7 @@ def write_result(model, job: tuple, image, result, kind: str, keep) -> dict:
 
 
 def legend_overlay(model, image, mask):
-    from stego_images import overlay, with_legend
+    from stego_parts.drawing import overlay, with_legend
     return with_legend(overlay(image, mask, model.palette), mask, model.palette, model.labels)
 
 
@@ -483,7 +487,7 @@ def opened(target: Path):
         sys.stdout.buffer.write(whole.getvalue())
         sys.stdout.buffer.flush()
     else:
-        from stego_images import replacing
+        from stego_parts.images import replacing
         with replacing(target) as part, open(part, "wb") as file:
             yield file
 
@@ -555,17 +559,18 @@ def evaluate(model, crf, diagnostics, json_file, figures, seed, device, weights,
     began = time.monotonic()
     with clear_errors():
         labelled, train = labelled_sets(**data)
-        import stego_protocol
         from stego import Stego
+        from stego_parts import protocol
+        from stego_parts import report as pictures
         fitted, progress = Stego.load(model, device=device, weights=weights), Progress()
-        report = stego_protocol.evaluate(fitted, labelled, train=train, crf=crf, seed=seed, progress=progress)
+        report = protocol.evaluate(fitted, labelled, train=train, crf=crf, seed=seed, progress=progress)
         if diagnostics:
-            report["diagnostics"] = stego_protocol.diagnose(fitted, labelled, seed=seed, progress=progress)
-        click.echo(stego_protocol.table(report))
+            report["diagnostics"] = protocol.diagnose(fitted, labelled, seed=seed, progress=progress)
+        click.echo(protocol.table(report))
         if json_file:
-            stego_protocol.write_json(report, json_file)
+            protocol.write_json(report, json_file)
         if figures:
-            stego_protocol.write_figures(report, fitted, labelled, figures)
+            pictures.write_figures(report, fitted, labelled, figures)
     outputs = " and ".join(str(each) for each in (json_file, figures) if each)
     summary(f"{report['images']} images, {time.monotonic() - began:.0f} s" + (f": {outputs}" if outputs else ""))
 
@@ -576,7 +581,7 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
         raise click.UsageError("Give a --dataset, or your own --images and --labels.")
     if bool(images) != bool(labels) or bool(train_images) != bool(train_labels):
         raise click.UsageError("Images and labels belong together: give both folders.")
-    from stego_protocol import folder_set, labelled_set
+    from stego_parts.datasets import folder_set, labelled_set
     if dataset:
         root = dataset_root(dataset, root)
         return labelled_set(dataset, root, "val"), train_split(dataset, root)
@@ -592,7 +597,7 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
 
 def train_split(dataset, root):
     """The train split, for the linear probe and the baseline; None, with a warning, where only val was fetched."""
-    from stego_protocol import labelled_set
+    from stego_parts.datasets import labelled_set
     try:
         return labelled_set(dataset, root, "train")
     except FileNotFoundError as error:
@@ -636,7 +641,8 @@ def show(things, model, sheet, at, output, backbone, device, weights):
     if bool(images) != bool(sheet) or backbone:
         raise click.UsageError("Give images and a sheet, or neither: `stego show stego.pt images/ --sheet sheet.png`.")
     with clear_errors():
-        from stego import Stego, find_images
+        from stego import Stego
+        from stego_parts.images import find_images
         fitted = Stego.load(model, device=device, weights=weights)
         for line in description(fitted):
             click.echo(line)
@@ -644,7 +650,8 @@ def show(things, model, sheet, at, output, backbone, device, weights):
             log.info("%s: %s", key, value)
         print_usage(fitted)
         if sheet:
-            from stego_images import region_sheet, write_image
+            from stego_parts.drawing import region_sheet
+            from stego_parts.images import write_image
             began, paths = time.monotonic(), [path for path, _ in find_images(images)]
             captions = [f"{label}\n{share:.1%}" for label, share in zip(fitted.labels, fitted.share.tolist())]
             regions = fitted.best_regions(paths, progress=Progress())
@@ -664,9 +671,10 @@ def show_points(image, others, at, model, output, backbone, device, weights):
     """Write the picture of what corresponds with points of an image."""
     began = time.monotonic()
     with clear_errors():
-        from stego import Stego, load_backbone, pick_device
-        from stego_images import find_images, write_image
-        from stego_protocol import correspondence_sheet
+        from stego import Stego, pick_device
+        from stego_parts.backbones import load_backbone
+        from stego_parts.images import find_images, write_image
+        from stego_parts.report import correspondence_sheet
         fitted = Stego.load(model, device=device, weights=weights) if model else None
         device = pick_device(device)
         network = fitted.backbone if model else load_backbone(backbone, weights=weights, device=device)
@@ -681,7 +689,7 @@ def show_points(image, others, at, model, output, backbone, device, weights):
 
 def images_of(model) -> list[Path]:
     """The images a model was fitted on, as far as it tells and they are there; without a model none."""
-    from stego_images import find_images
+    from stego_parts.images import find_images
     given = model.config.get("images") if model else None
     if not isinstance(given, list) or not given:
         return []
@@ -724,9 +732,14 @@ def demo(output, seed):
     began, output, progress = time.monotonic(), Path(output), Progress()
     with clear_errors():
         import numpy as np
-        from stego import Stego, find_images
-        from stego_images import SCENE_CLASSES, mask_image, read_image, region_sheet, write_image
-        from stego_protocol import evaluate, folder_set, headline, table, write_figures, write_json
+
+        from stego import Stego
+        from stego_parts.datasets import folder_set
+        from stego_parts.drawing import region_sheet
+        from stego_parts.images import find_images, mask_image, read_image, write_image
+        from stego_parts.protocol import evaluate, headline, table, write_json
+        from stego_parts.report import write_figures
+        from stego_parts.scenes import SCENE_CLASSES
         draw_scenes(output, seed, progress)
         paths = [path for path, _ in find_images(output / "images" / "train")]
         model = Stego.fit(paths, classes=len(SCENE_CLASSES), backbone="tiny", steps=DEMO_STEPS, seed=seed,
@@ -755,7 +768,9 @@ def demo(output, seed):
 def draw_scenes(folder: Path, seed: int, progress):
     """images/ and labels/ with train/ and val/, and classes.txt, as `stego eval` reads them."""
     from PIL import Image
-    from stego_images import SCENE_CLASSES, draw_scene, replacing, write_image
+
+    from stego_parts.images import replacing, write_image
+    from stego_parts.scenes import SCENE_CLASSES, draw_scene
     number = 0
     for split, count in DEMO_SCENES.items():
         for i in range(count):

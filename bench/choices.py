@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from quality import fit_head, score, val_features  # noqa: E402
 
-from stego import TokenCache, cluster_codes, encode, fit_config, unit  # noqa: E402
-from stego_backbones import load_backbone  # noqa: E402
-from stego_images import find_images  # noqa: E402
+from stego import cluster_codes, fit_config, unit  # noqa: E402
+from stego_parts.backbones import load_backbone  # noqa: E402
+from stego_parts.images import find_images  # noqa: E402
+from stego_parts.tokens import TokenCache, encode  # noqa: E402
 
 
 class BilinearCache(TokenCache):

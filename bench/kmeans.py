@@ -18,9 +18,10 @@ from sklearn.cluster import MiniBatchKMeans
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kmeans import CosineKMeans  # noqa: E402
-from stego import balanced_shifts, encode, fit_config, nearest_neighbors, train_head  # noqa: E402
-from stego_backbones import load_backbone  # noqa: E402
-from stego_images import find_images  # noqa: E402
+from stego import balanced_shifts, fit_config, nearest_neighbors, train_head  # noqa: E402
+from stego_parts.backbones import load_backbone  # noqa: E402
+from stego_parts.images import find_images  # noqa: E402
+from stego_parts.tokens import encode  # noqa: E402
 
 
 @torch.inference_mode()

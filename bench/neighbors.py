@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stego import KNN_PROBES, NEIGHBORS, encode, listed_neighbors, nearest_neighbors  # noqa: E402
-from stego_backbones import load_backbone  # noqa: E402
-from stego_images import find_images  # noqa: E402
+from stego import KNN_PROBES, NEIGHBORS, listed_neighbors, nearest_neighbors  # noqa: E402
+from stego_parts.backbones import load_backbone  # noqa: E402
+from stego_parts.images import find_images  # noqa: E402
+from stego_parts.tokens import encode  # noqa: E402
 
 QUERIES = 2000
 

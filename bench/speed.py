@@ -19,10 +19,10 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stego import (CROP_SIDE, POSITIONS, Head, Stego, encode, fit_config, nearest_neighbors, train_head,  # noqa: E402
-                   training_loss)
-from stego_backbones import BACKBONES, ViT, load_backbone  # noqa: E402
-from stego_images import find_images  # noqa: E402
+from stego import POSITIONS, Head, Stego, fit_config, nearest_neighbors, train_head, training_loss  # noqa: E402
+from stego_parts.backbones import BACKBONES, ViT, load_backbone  # noqa: E402
+from stego_parts.images import find_images  # noqa: E402
+from stego_parts.tokens import CROP_SIDE, encode  # noqa: E402
 
 
 def timed(function, repeats: int) -> float:

@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-import stego_images
+from stego_parts.scenes import draw_scene as draw_demo_scene
 
 torch.set_num_threads(1)  # small problems: more threads only wait for each other
 
 
 def draw_scene(seed: int, height: int = 96, width: int = 128):
     """A picture (H, W, 3) uint8 and its labels (H, W) uint8: sky (0), land and road (1), what stands on it (2)."""
-    image, labels = stego_images.draw_scene(seed, height, width)
+    image, labels = draw_demo_scene(seed, height, width)
     return np.array(image), np.array([0, 1, 1, 1, 2, 2, 2], np.uint8)[labels]
 
 

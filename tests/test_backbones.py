@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import stego_backbones
-from stego_backbones import BACKBONES, Spec, checkpoint_path, load_backbone
+from stego_parts import backbones
+from stego_parts.backbones import BACKBONES, Spec, checkpoint_path, load_backbone
 
 DEPTH = 12
 
@@ -93,8 +93,8 @@ def test_full_size_layout():
     """dino_vits8 as published: 384 channels, position grid 28 x 28, 21.7 million parameters."""
     state = dino_state(BACKBONES["dino_vits8"])
     assert state["pos_embed"].shape == (1, 785, 384)
-    module = stego_backbones.ViT(BACKBONES["dino_vits8"])
-    assert {k: v.shape for k, v in stego_backbones.convert_dino(state).items()} == {
+    module = backbones.ViT(BACKBONES["dino_vits8"])
+    assert {k: v.shape for k, v in backbones.convert_dino(state).items()} == {
         k: v.shape for k, v in module.state_dict().items() if k != "registers"}
     assert 21e6 < sum(p.numel() for p in module.parameters()) < 22e6
 
@@ -183,10 +183,10 @@ def test_auto_falls_back_and_says_so(small, monkeypatch, caplog, capsys):
 
 
 def test_a_damaged_or_missing_bundled_file(monkeypatch, tmp_path):
-    damaged = bytearray(stego_backbones.TINY_FILE.read_bytes())
+    damaged = bytearray(backbones.TINY_FILE.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "tiny.pt").write_bytes(damaged)
-    monkeypatch.setattr(stego_backbones, "TINY_FILE", tmp_path / "tiny.pt")
+    monkeypatch.setattr(backbones, "TINY_FILE", tmp_path / "tiny.pt")
     with pytest.raises(ValueError, match="damaged.*[Rr]einstall"):
         load_backbone("tiny")
     (tmp_path / "tiny.pt").unlink()
@@ -195,7 +195,7 @@ def test_a_damaged_or_missing_bundled_file(monkeypatch, tmp_path):
 
 
 def test_the_bundled_file_is_the_one_we_mean():
-    assert hashlib.sha256(stego_backbones.TINY_FILE.read_bytes()).hexdigest() == stego_backbones.TINY_SHA256
+    assert hashlib.sha256(backbones.TINY_FILE.read_bytes()).hexdigest() == backbones.TINY_SHA256
 
 
 class Evil:

@@ -10,6 +10,7 @@ from conftest import run
 from PIL import Image
 
 from cli import main
+from stego_parts import tokens
 
 
 def test_help_loads_no_torch():
@@ -26,7 +27,7 @@ def test_help_loads_no_torch():
 def test_presets_on_the_command_line_are_the_librarys():
     import cli
     import stego
-    assert set(cli.PRESET_NAMES) == set(stego.PRESETS) and cli.VIEWS == stego.VIEWS
+    assert set(cli.PRESET_NAMES) == set(stego.PRESETS) and cli.VIEWS == tokens.VIEWS
 
 
 def test_fit_options_are_those_of_the_library():

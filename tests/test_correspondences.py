@@ -9,9 +9,9 @@ from conftest import run
 from PIL import Image
 
 import stego
-import stego_protocol
 from stego import Stego
-from stego_protocol import LIT_HEIGHT, POINT_COLOURS, correspondence_sheet
+from stego_parts import drawing, report
+from stego_parts.report import LIT_HEIGHT, POINT_COLOURS, correspondence_sheet
 
 RED, BLUE, GREEN = (200, 30, 30), (30, 30, 200), (30, 200, 30)
 ROW = 13 + 8 + LIT_HEIGHT + 8                                                # caption, gap, pictures, gap of `strips`
@@ -58,13 +58,13 @@ def test_what_is_alike_is_coloured(tmp_path):
 
 
 def test_of_many_others_the_nearest_are_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(stego_protocol, "SHOWN", 2)
+    monkeypatch.setattr(report, "SHOWN", 2)
     one = halves(tmp_path / "one.png", RED, BLUE)
     others = [halves(tmp_path / f"{i}.png", *colours) for i, colours in enumerate(
         [(GREEN, GREEN), (BLUE, RED), (GREEN, BLUE), (RED, BLUE), (GREEN, RED)])]
     (tmp_path / "broken.png").write_text("no picture")
     seen = []
-    monkeypatch.setattr(stego_protocol, "strips", lambda rows, legend: seen.extend(caption for caption, _ in rows))
+    monkeypatch.setattr(drawing, "strips", lambda rows, legend: seen.extend(caption for caption, _ in rows))
     correspondence_sheet(Colours(), one, [(1, 2)], others=[*others, tmp_path / "broken.png"])
     assert seen[0] in ("backbone features at 1,2; 1.png, 3.png", "backbone features at 1,2; 3.png, 1.png")
 

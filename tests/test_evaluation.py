@@ -10,20 +10,32 @@ from click.testing import CliRunner
 from conftest import draw_scene
 from PIL import Image
 
-import stego_protocol
 from cli import main
 from crf import dense_crf
 from stego import Stego, pixels
-from stego_images import IGNORE, to_tensor
-from stego_protocol import (class_shares, confusion_matrix, diagnose, evaluate, fit_probes, folder_set, linear_probe,
-                            match_clusters, precision_recall, scores, table)
+from stego_parts import protocol
+from stego_parts.datasets import folder_set
+from stego_parts.images import IGNORE, to_tensor
+from stego_parts.protocol import (
+    class_shares,
+    confusion_matrix,
+    diagnose,
+    evaluate,
+    fit_probes,
+    linear_probe,
+    match_clusters,
+    precision_recall,
+    scores,
+    table,
+)
+from stego_parts.report import write_figures
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_probes():
     """Probes on 1,200 positions: enough for drawn scenes, and quick."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stego_protocol, "PROBE_ROWS", 1200)
+        patch.setattr(protocol, "PROBE_ROWS", 1200)
         yield
 
 
@@ -97,7 +109,7 @@ def test_every_figure_follows_from_the_confusion(report):
 
 
 def test_table_json_and_console_agree(report, tmp_path):
-    stego_protocol.write_json(report, tmp_path / "scores.json")
+    protocol.write_json(report, tmp_path / "scores.json")
     read, text = json.loads((tmp_path / "scores.json").read_text()), table(report)
     assert read["results"] == report["results"] and read["protocol"] in text
     best = result_of(read, "stego", "cluster", True)
@@ -107,16 +119,16 @@ def test_table_json_and_console_agree(report, tmp_path):
     assert line.split()[-4:] == [f"{100 * cell:.1f}" for cell in cells]
     for name, iou in zip(read["classes"], best["iou"]):
         assert f"{100 * iou:.1f}" in next(line for line in text.splitlines() if line.startswith(name))
-    assert stego_protocol.headline(report) == best
+    assert protocol.headline(report) == best
 
 
 def test_pictures(report, model, drawn, tmp_path):
     val, _ = sets(drawn)
-    paths = stego_protocol.write_figures(report, model, val, tmp_path)
+    paths = write_figures(report, model, val, tmp_path)
     assert [path.name for path in paths] == ["confusion.png", "strips.png"]
     strips = Image.open(tmp_path / "strips.png")
     assert strips.width >= 3 * 320 and strips.height >= 3 * 320
-    label = val.read(int(np.argmax(stego_protocol.headline(report)["image_accuracy"])))[1]
+    label = val.read(int(np.argmax(protocol.headline(report)["image_accuracy"])))[1]
     shown = np.asarray(strips)[29:349, 8 + 328:8 + 328 + 320]                # the best image's label, second in its row
     for value in np.unique(label):
         assert len(np.unique(shown[label == value], axis=0)) == 1            # one colour a class, pixel for pixel

@@ -11,8 +11,8 @@ from conftest import run
 from PIL import Image
 
 from stego import Stego
-from stego_images import (IGNORE, cluster_shares, coco_annotations, overlay, read_image, run_lengths, voc_palette,
-                          with_legend)
+from stego_parts.drawing import overlay, with_legend
+from stego_parts.images import IGNORE, cluster_shares, coco_annotations, read_image, run_lengths, voc_palette
 
 FAST = ["--no-crf", "--resolution", 96]
 PNG = b"\x89PNG\r\n\x1a\n"

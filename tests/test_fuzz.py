@@ -17,9 +17,9 @@ from PIL import Image
 
 from cli import main
 from stego import Stego
-from stego_backbones import read_checkpoint
-from stego_images import read_image
-from stego_protocol import read_label
+from stego_parts.backbones import read_checkpoint
+from stego_parts.datasets import read_label
+from stego_parts.images import read_image
 
 CASES = int(os.environ.get("STEGO_FUZZ", 2000))
 SHARE = {"images": 0.55, "labels": 0.15, "models": 0.2, "commands": 0.1}

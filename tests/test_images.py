@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stego_images import (contact_sheet, find_images, five_crops, mask_image, overlay, read_image, replacing, square,
-                          to_tensor, voc_palette, write_image)
+from stego_parts.drawing import contact_sheet, overlay
+from stego_parts.images import (
+    find_images,
+    five_crops,
+    mask_image,
+    read_image,
+    replacing,
+    square,
+    to_tensor,
+    voc_palette,
+    write_image,
+)
 
 RAMP = np.linspace(0, 255, 16 * 12).reshape(12, 16)
 

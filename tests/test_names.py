@@ -6,8 +6,10 @@ import torch
 from conftest import run
 from PIL import Image
 
-from stego import Stego, TokenCache, corresponding, encode
-from stego_images import region_sheet, voc_palette
+from stego import Stego, corresponding
+from stego_parts.drawing import region_sheet
+from stego_parts.images import voc_palette
+from stego_parts.tokens import TokenCache, encode
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = {"stego.py", "crf.py", "kmeans.py", "cli.py", "stego_images.py", "stego_protocol.py"}
+MODULES = {"stego.py", "crf.py", "kmeans.py", "cli.py"}
 BUILD = "import setuptools.build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
 
 
@@ -35,8 +35,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         info = {name.split(".dist-info/")[1] for name in wheel.namelist() if ".dist-info/" in name}
         metadata = next(wheel.read(name).decode() for name in wheel.namelist() if name.endswith("METADATA"))
-    backbones = {f"stego_backbones/{path.name}" for path in (ROOT / "stego_backbones").glob("*.py")}
-    assert names == MODULES | backbones | {"stego_backbones/tiny.pt", "stego_backbones/TINY.md"}
+    parts = {f"stego_parts/{path.name}" for path in (ROOT / "stego_parts").glob("*.py")}
+    assert names == MODULES | parts | {"stego_parts/tiny.pt", "stego_parts/TINY.md"}
     assert {"licenses/LICENSE", "entry_points.txt", "METADATA"} <= info
     run_time = {line.split()[1].split(">")[0] for line in metadata.splitlines()
                 if line.startswith("Requires-Dist") and "extra ==" not in line}
@@ -47,7 +47,7 @@ def test_the_sdist_holds_what_builds_and_tests_it(dist):
     with tarfile.open(next(dist.glob("*.tar.gz"))) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
     wanted = MODULES | {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "setup.cfg", "pyproject.toml",
-                        "stego_backbones/tiny.pt", "docs/sheet.png", "tests/conftest.py", "tools/pretrain.py"}
+                        "stego_parts/tiny.pt", "docs/sheet.png", "tests/conftest.py", "tools/pretrain.py"}
     assert wanted <= names and not [name for name in names if name.startswith("data/") or name.endswith(".pyc")]
 
 
@@ -66,7 +66,7 @@ def test_an_environment_of_its_own(dist, tmp_path):
         (tmp_path / name).write_text("raise ImportError('not ours')\n")
     shown = subprocess.run([tool, "--version"], cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=60)
     assert shown.stdout.startswith("stego, version"), shown.stderr
-    code = "import stego, sys; print(stego.__file__); stego.load_backbone('tiny')"
+    code = "import stego, sys; print(stego.__file__); from stego_parts.backbones import load_backbone; load_backbone('tiny')"
     shown = subprocess.run([python, "-I", "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True,
                            timeout=120)
     assert shown.returncode == 0 and Path(shown.stdout.strip()).parent.resolve() == site.resolve(), shown.stderr

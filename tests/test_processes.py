@@ -13,6 +13,7 @@ from PIL import Image
 
 import stego
 from stego import Stego
+from stego_parts import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["-k", "3", "--backbone", "tiny", "--steps", "30", "--batch-size", "4", "--cache-size", "0.003"]
@@ -57,8 +58,8 @@ def loss_and_gradients(number, processes, port, path):
     head, config = stego.Head(8, 5).train(), stego.fit_config(classes=2, batch_size=4)
     loss = stego.training_loss(head, *torch.randn(3, 4, 6, 8), config)
     loss.backward()
-    gradients = [stego.averaged(parameter.grad) for parameter in head.parameters()]
-    torch.save([stego.averaged(loss.detach()), *gradients], f"{path}/{processes}-{number}.pt")
+    gradients = [distributed.averaged(parameter.grad) for parameter in head.parameters()]
+    torch.save([distributed.averaged(loss.detach()), *gradients], f"{path}/{processes}-{number}.pt")
     if processes > 1:
         dist.destroy_process_group()
 

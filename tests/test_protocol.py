@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from stego_protocol import IGNORE, confusion_matrix, match_clusters, scores
+from stego_parts.images import IGNORE
+from stego_parts.protocol import confusion_matrix, match_clusters, scores
 
 
 def count(labels, clusters, n, k):

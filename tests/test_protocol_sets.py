@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from stego_images import read_image
-from stego_protocol import IGNORE, LAYOUTS, folder_set, labelled_set, read_pair
+from stego_parts.datasets import LAYOUTS, folder_set, labelled_set, read_pair
+from stego_parts.images import IGNORE, read_image
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -16,7 +16,7 @@ from conftest import run
 from PIL import Image
 
 import cli
-from stego_images import SCENE_CLASSES
+from stego_parts.scenes import SCENE_CLASSES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,8 +54,8 @@ def place(tmp_path_factory, scenes):
         patch.chdir(folder)
         patch.setattr(cli, "DEMO_SCENES", {"train": 2, "val": 1})
         patch.setattr(cli, "DEMO_STEPS", 10)
-        patch.setattr("stego_protocol.ROUNDS", 1)                            # of the linear probe
-        patch.setattr("stego_protocol.PROBE_ROWS", 4000)
+        patch.setattr("stego_parts.protocol.ROUNDS", 1)                            # of the linear probe
+        patch.setattr("stego_parts.protocol.PROBE_ROWS", 4000)
         patch.setattr("stego.CLUSTER_ROWS", 4000)                            # that k-means sees
         patch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
         said = {line: execute(line) for line in lines() if not line.startswith("pipx")}

@@ -11,7 +11,8 @@ from torchvision.models import resnet50
 
 import stego
 from stego import Stego
-from stego_backbones import BACKBONES, checkpoint_path, load_backbone
+from stego_parts import tokens
+from stego_parts.backbones import BACKBONES, checkpoint_path, load_backbone
 
 RESNETS = ("dino_resnet50", "mocov2", "resnet50")
 
@@ -104,7 +105,7 @@ def test_torchvisions_file_is_known_by_how_its_hash_begins(reference, tmp_path, 
 
 def test_stride_survives_saving(reference, scenes, here, monkeypatch):
     monkeypatch.setattr(stego, "CLUSTER_ROWS", 200)
-    monkeypatch.setattr(stego, "RESOLUTION", 64)
+    monkeypatch.setattr(tokens, "RESOLUTION", 64)
     torch.save(layout("dino_resnet50", reference), "w.pth")
     image, known = scenes / "scene00.png", dict(backbone="dino_resnet50", weights="w.pth")
     Stego.fit(image, classes=2, stride=16, steps=1, batch_size=2, code_size=4, **known).save("m.pt")
@@ -151,7 +152,7 @@ def test_a_changed_callable_gets_new_features(scenes):
     config = dict(views="five", cache_size=1, seed=0)
     for function, same in ((half, False), (Strided(), True)):
         network = load_backbone(function)
-        one, other = (stego.features_key([scenes / "scene00.png"], network, config) for _ in range(2))
+        one, other = (tokens.features_key([scenes / "scene00.png"], network, config) for _ in range(2))
         assert (one == other) is same
 
 

@@ -14,7 +14,9 @@ from PIL import Image
 
 import stego
 from cli import main
-from stego import Scratch, Stego
+from stego import Stego
+from stego_parts import tokens
+from stego_parts.tokens import Scratch
 
 OPTIONS = dict(classes=3, backbone="tiny", steps=40, batch_size=4)
 
@@ -28,7 +30,7 @@ def draw_into(folder) -> Path:
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stego, "SAVE_EVERY", 0)
+    monkeypatch.setattr(tokens, "SAVE_EVERY", 0)
     return draw_into(tmp_path / "images")
 
 
@@ -164,7 +166,7 @@ def test_command(images, expected, monkeypatch):
     assert result.exit_code == 0, result.output
     assert same(Stego.load("stego.pt"), expected)
     assert sorted(os.listdir("stego.pt.scratch")) == ["features.pt", "lock", "tokens"]
-    monkeypatch.setattr(stego, "_views", None)                               # no image is looked at again
+    monkeypatch.setattr(tokens, "_views", None)                               # no image is looked at again
     assert CliRunner().invoke(main, [*COMMAND, "--steps", "2"]).exit_code == 0
     assert sorted(os.listdir()) == ["images", "stego-fit.png", "stego.pt"]   # and the scratch is gone
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import draw_scene
 from PIL import Image
 
-from conftest import draw_scene
-from stego_backbones import TINY_FILE, load_backbone
-from stego_backbones.tiny import Tiny
+from stego_parts.backbones import TINY_FILE, load_backbone
+from stego_parts.tiny import Tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import pretrain  # noqa: E402

@@ -2,7 +2,7 @@
 
     python bench/paper/potts.py [--seed 7] [-o bench/paper/potts.jpg]
 
-On a scene drawn by `stego_images.draw_scene`: the picture, superpixels (discrete codes, each in the mean colour of its
+On a scene drawn by `stego_parts.scenes.draw_scene`: the picture, superpixels (discrete codes, each in the mean colour of its
 pixels, and their borders), continuous codes of three numbers as red, green and blue.
 """
 
@@ -17,7 +17,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from crf import potts_codes  # noqa: E402
-from stego_images import draw_scene, overlay, strips, write_image  # noqa: E402
+from stego_parts.drawing import overlay, strips  # noqa: E402
+from stego_parts.images import write_image  # noqa: E402
+from stego_parts.scenes import draw_scene  # noqa: E402
 
 CLASSES, LENGTH = 24, 3
 

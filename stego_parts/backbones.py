@@ -1,6 +1,6 @@
 """The frozen backbones: where their weights come from and how an image becomes dense features.
 
-`load_backbone(name)` returns a module that maps (B, 3, H, W) images, normalised with MEAN and STD, to features
+`load_backbone(name)` returns a module that maps (B, 3, H, W) images, normalised (images.to_tensor), to features
 (B, channels, H / patch, W / patch): of a transformer the tokens of the last block after the final LayerNorm, class
 token dropped (STEGO Sec. 3, DINO: Caron et al. 2021, DINOv2: Oquab et al. 2023, registers: Darcet et al. 2024), of a
 ResNet the last feature map (resnet.py).
@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stego_backbones.tiny import Tiny
+from stego_parts.tiny import Tiny
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in 0..1: what every backbone was trained with
 NET_TIMEOUT = 10  # seconds without an answer from the server before a download is given up
 TINY_FILE = Path(__file__).with_name("tiny.pt")
 TINY_SHA256 = "1a2178c4823fa67f838845a58b2a094c0c2f05c2886d25947e368bba4c21ec7c"
@@ -168,7 +167,7 @@ def _empty(name: str, stride: int | None) -> nn.Module:
     spec = BACKBONES.get(name)
     with torch.random.fork_rng(devices=[]):  # the first values are overwritten: draw them at nobody's cost
         if spec and not spec.heads:
-            from stego_backbones.resnet import DILATED, ResNet50  # these need torchvision, see ViT
+            from stego_parts.resnet import DILATED, ResNet50
             stride = spec.patch if stride is None else stride
             if stride not in DILATED:
                 raise ValueError(f"Got stride {stride}; {name} has {', '.join(map(str, DILATED))}.")
@@ -184,7 +183,7 @@ def _converted(state: dict, module: nn.Module) -> dict:
     """A published state dict under the names of our module, with what it need not hold."""
     if isinstance(module, ViT):
         return {"registers": module.registers.data, **convert_dino(state)}
-    from stego_backbones.resnet import convert_resnet
+    from stego_parts.resnet import convert_resnet
     counters = {key: value for key, value in module.state_dict().items() if key.endswith("num_batches_tracked")}
     return counters | convert_resnet(state)
 

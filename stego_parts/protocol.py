@@ -6,32 +6,40 @@ matrix over the whole set, Hungarian matching, mIoU. In order: labelled sets, me
 diagnostics (Sec. 3.1, App. A.6), correspondences of points (Fig. 2), the report.
 """
 
-import itertools
 import json
 import logging
 import math
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.datasets import Cityscapes
 
 from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY, SRGB, SXY, dense_crf
 from kmeans import CosineKMeans
-from stego import (BILINEAR, CLUSTER_STARTS, ahead, along, backbone_size, class_scores, correspondence,
-                   dense_features, nearest_neighbors, pixels, unit, unmirror)
-from stego_images import (IGNORE, find_images, line_chart, mark, mask_image, matrix_picture, opened, read_image,
-                          read_mat, replacing, spotlight, square, strips, to_tensor, voc_palette, write_image)
+from stego import (
+    CLUSTER_STARTS,
+    along,
+    class_scores,
+    correspondence,
+    nearest_neighbors,
+    pixels,
+    unit,
+    unmirror,
+)
+from stego_parts.datasets import PUBLISHED, SIDE, LabelledSet
+from stego_parts.images import (
+    IGNORE,
+    replacing,
+    to_tensor,
+)
+from stego_parts.tokens import ahead, dense_features
 
 log = logging.getLogger("stego")
 
-SIDE = 320               # pixels (Sec. 4); rounded up to whole patches: 322 for patches of 14
 PROBE_IMAGES = 2000      # train images that the probes are fitted on, drawn at random from larger sets
 PROBE_ROWS = 400_000     # positions of them
 PROBE_RATE = 5e-3        # Adam, linear probe (App. A.11)
@@ -41,198 +49,6 @@ CONVERGED = 1e-3         # nats: a fall of the loss over a round below which it 
 PATIENCE, ROUNDS = 3, 200  # rounds without a fall that end the training; the greatest number of rounds
 DIAGNOSTIC_POINTS = 121  # positions an image whose pairs are looked at, as many as enter a training step
 CURVE_POINTS = 200       # points of a precision-recall curve that are kept
-SHOWN, CANDIDATES = 4, 300  # other images that a sheet of correspondences shows, and among how many it looks for them
-LIT_HEIGHT = 200         # pixels: height of its pictures
-POINT_COLOURS = ((255, 40, 40), (40, 210, 40), (70, 110, 255), (255, 190, 0), (230, 60, 230), (0, 200, 220))
-UNKNOWN = -1             # in a lookup: a label id that the set does not know
-
-
-# ---- labelled sets (App. A: Cityscapes-27, CocoStuff-27, Potsdam-3; your own) -----------------------------------
-
-@dataclass
-class LabelledSet:
-    """Images with label maps.
-
-    pairs: (image path, label path); classes: their names; lookup: (256,) int16, the class of each label id, IGNORE
-    or UNKNOWN; source: which images these are, in words.
-    """
-    name: str
-    classes: list
-    pairs: list
-    lookup: np.ndarray
-    source: str
-
-    def read(self, index: int, *, side: int = SIDE):
-        return read_pair(*self.pairs[index], lookup=self.lookup, side=side)
-
-
-CITYSCAPES = """road,sidewalk,parking,rail track,building,wall,fence,guard rail,bridge,tunnel,pole,polegroup,
-traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,bus,caravan,trailer,train,motorcycle,bicycle"""
-COCOSTUFF = """electronic,appliance,food,furniture,indoor,kitchen,accessory,animal,outdoor,person,sports,vehicle,
-ceiling,floor,food-stuff,furniture-stuff,rawmaterial,textile,wall,window,building,ground,plant,sky,solid,structural,
-water"""
-POTSDAM = "roads and cars,buildings and clutter,trees and vegetation"
-COARSE = [  # CocoStuff: the coarse class of fine ids 0..181
-    9, 11, 11, 11, 11, 11, 11, 11, 11, 8, 8, 8, 8, 8, 8, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 6, 6, 6, 6, 6, 6, 6, 6,
-    10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 5, 5, 5, 5, 5, 5, 5, 5, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3,
-    3, 3, 3, 3, 3, 3, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 4, 4, 4, 4, 4, 4, 4, 4, 17, 17, 22, 20, 20, 22, 15,
-    25, 16, 13, 12, 12, 17, 17, 23, 15, 15, 17, 15, 21, 15, 25, 13, 13, 13, 13, 13, 22, 26, 14, 14, 15, 22, 21,
-    21, 24, 20, 22, 15, 17, 16, 15, 22, 24, 21, 17, 25, 16, 21, 17, 22, 16, 21, 21, 25, 21, 26, 21, 24, 20, 17,
-    14, 21, 26, 15, 23, 20, 21, 24, 15, 24, 22, 25, 15, 20, 17, 17, 22, 14, 18, 18, 18, 18, 18, 18, 18, 26, 26,
-    19, 19, 24,
-]
-LAYOUTS = {
-    "cityscapes": """leftImg8bit/{train,val}/CITY/*_leftImg8bit.png
-gtFine/{train,val}/CITY/*_gtFine_labelIds.png""",
-    "cocostuff27": """images/{train,val}2017/*.jpg
-annotations/{train,val}2017/*.png                                  (ids 0..181, 255 = void)
-curated/train2017/Coco164kFull_Stuff_Coarse.txt, curated/val2017/Coco164kFull_Stuff_Coarse_7.txt   (optional)""",
-    "potsdam3": """imgs/ID.mat   (key img)
-gt/ID.mat     (key gt)
-labelled_train.txt, labelled_test.txt   (one ID a line)""",
-}
-# Accuracy and mIoU in percent, unsupervised and linear probe (Tables 1 to 4 and App. A; DINOv2: later work).
-PUBLISHED = {
-    "cityscapes": [("STEGO, DINO ViT-B/8", 73.2, 21.0, None, None),
-                   ("k-means, DINOv2 ViT-S/14", 49.5, 15.3, None, None)],
-    "cocostuff27": [("DINO alone", 30.5, 9.6, 66.8, 29.4), ("STEGO, DINO ViT-S/8", 48.3, 24.5, 74.4, 38.3),
-                    ("STEGO, DINO ViT-B/8", 56.9, 28.2, 76.1, 41.0), ("STEGO, MoCoV2", 43.1, 19.6, 65.9, 26.0),
-                    ("k-means, DINOv2 ViT-S/14", 44.5, 22.9, None, None)],
-    "potsdam3": [("STEGO, DINO ViT-S/8", 77.0, 62.6, 85.8, 74.8),
-                 ("k-means, DINOv2 ViT-S/14", 75.9, 61.0, None, None)],
-}
-PRESET_OF = {"cityscapes": "cityscapes", "cocostuff27": "cocostuff", "potsdam3": "potsdam"}
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
-
-
-def _lookup(classes, first: int = 0) -> np.ndarray:
-    """classes[i] is the class of id first + i; ids before them and 255 are ignored, all others unknown."""
-    lookup = np.full(256, UNKNOWN, np.int16)
-    lookup[:first] = IGNORE
-    lookup[first:first + len(classes)] = classes
-    lookup[IGNORE] = IGNORE
-    return lookup
-
-
-def labelled_set(name: str, root, split: str) -> LabelledSet:
-    """A published dataset under root; split "train" or "val" (Potsdam: its test list).
-
-    Raises ValueError for an unknown name, FileNotFoundError naming the first missing path and the expected tree.
-    """
-    makers = {"cityscapes": _cityscapes, "cocostuff27": _cocostuff, "potsdam3": _potsdam}
-    if name not in makers:
-        raise ValueError(f"Unknown dataset {name!r}; choose one of {', '.join(makers)}, or give --images and --labels.")
-    found = makers[name](Path(root), split)
-    for path in [path for pair in found.pairs for path in pair]:
-        _need(path, name, root)
-    return found
-
-
-def _need(path: Path, name: str, root):
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing. {name} under {root} should look like\n{LAYOUTS[name]}")
-
-
-def _cityscapes(root: Path, split: str) -> LabelledSet:
-    for folder in ("leftImg8bit", "gtFine"):
-        _need(root / folder / split, "cityscapes", root)
-    found = Cityscapes(str(root), split=split, mode="fine", target_type="semantic")
-    pairs = sorted((Path(image), Path(label[0])) for image, label in zip(found.images, found.targets))
-    return LabelledSet("cityscapes", _names(CITYSCAPES), pairs, _lookup(range(27), first=7), f"all of {split}")
-
-
-def _cocostuff(root: Path, split: str) -> LabelledSet:
-    images, labels = root / f"images/{split}2017", root / f"annotations/{split}2017"
-    _need(images, "cocostuff27", root)
-    _need(labels, "cocostuff27", root)
-    curated = root / f"curated/{split}2017/Coco164kFull_Stuff_Coarse{'_7' if split == 'val' else ''}.txt"
-    if curated.exists():
-        stems, source = curated.read_text().split(), f"the curated list {curated.name}"
-    else:
-        stems = sorted(path.stem for path in images.glob("*.jpg"))
-        source = f"all of {split}2017: no curated list, so not comparable with the published figures"
-    pairs = [(images / f"{stem}.jpg", labels / f"{stem}.png") for stem in stems]
-    return LabelledSet("cocostuff27", _names(COCOSTUFF), pairs, _lookup(COARSE), source)
-
-
-def _potsdam(root: Path, split: str) -> LabelledSet:
-    listed = root / f"labelled_{'test' if split == 'val' else split}.txt"
-    _need(listed, "potsdam3", root)
-    pairs = [(root / f"imgs/{stem}.mat", root / f"gt/{stem}.mat") for stem in listed.read_text().split()]
-    return LabelledSet("potsdam3", _names(POTSDAM), pairs, _lookup([0, 1, 2, 2, 0, 1]), listed.name)
-
-
-def folder_set(images, labels, *, names=None) -> LabelledSet:
-    """Your own images and labels: two folders, paired by file stem.
-
-    names: a text file, one class a line in the order of the label values; without it the labels are looked through
-    for their largest value. 255 is ignored.
-    """
-    pairs = folder_pairs(images, labels)
-    if names is not None:
-        classes = [line.strip() for line in Path(names).read_text().splitlines() if line.strip()]
-    else:
-        largest = max(_largest(read_label(label)) for _, label in pairs)
-        classes = [f"class {i}" for i in range(largest + 1)]
-    if not 1 <= len(classes) <= IGNORE:
-        raise ValueError(f"Got {len(classes)} classes in {names or labels}; there must be 1 to {IGNORE}.")
-    return LabelledSet(str(images), classes, pairs, _lookup(range(len(classes))), f"all of {images}")
-
-
-def _largest(label: np.ndarray) -> int:
-    known = label[label != IGNORE]
-    return int(known.max()) if known.size else -1
-
-
-def folder_pairs(images, labels) -> list[tuple[Path, Path]]:
-    """Images and label maps of two folders, paired by file stem, in the order of the images.
-
-    Raises ValueError naming the first image without a label, or two labels of one stem.
-    """
-    by_stem = {}
-    for path, _ in find_images(labels):
-        if path.stem in by_stem:
-            raise ValueError(f"Two labels for one image: {by_stem[path.stem]} and {path}; keep one.")
-        by_stem[path.stem] = path
-    pairs = [(path, by_stem.get(path.stem)) for path, _ in find_images(images)]
-    missing = [path for path, label in pairs if label is None]
-    if missing:
-        raise ValueError(f"{len(missing)} of {len(pairs)} images have no label of the same stem in {labels}: "
-                         f"the first is {missing[0]}.")
-    return pairs
-
-
-def read_label(path) -> np.ndarray:
-    """Label ids of a picture of mode L or P, or of a MATLAB file under the key gt: (H, W) uint8."""
-    if Path(path).suffix.lower() == ".mat":
-        return read_mat(path, "gt")
-    with opened(path, "a label map") as file:
-        if file.mode not in ("L", "P"):
-            raise ValueError(f"it has mode {file.mode}; a label map has one 8-bit value a pixel")
-        return np.array(file)
-
-
-def read_pair(image_path, label_path, *, lookup=None, side: int = SIDE) -> tuple[Image.Image, np.ndarray]:
-    """The central square of an image (side x side RGB) and of its label map (side, side) uint8, nearest neighbour.
-
-    lookup: (256,) the class of each label id, see LabelledSet. Raises ValueError for two sizes or an unknown id.
-    """
-    image, ids = read_image(image_path), read_label(label_path)
-    if ids.shape != image.size[::-1]:
-        raise ValueError(f"{label_path} is {ids.shape[1]} x {ids.shape[0]} pixels and its image {image.width} x "
-                         f"{image.height}; they must have one size.")
-    if lookup is not None:
-        unknown = [i for i in np.flatnonzero(np.bincount(ids.ravel(), minlength=256)) if lookup[i] == UNKNOWN]
-        if unknown:
-            known = np.flatnonzero(lookup != UNKNOWN)[:-1]
-            raise ValueError(f"{label_path} holds the label {unknown[0]}; labels lie in {known[0]}..{known[-1]}, "
-                             f"or are {IGNORE} to be ignored. Check --names, or the kind of label file.")
-        ids = lookup[ids].astype(np.uint8)
-    label = ImageOps.fit(Image.fromarray(ids), (side, side), method=Image.Resampling.NEAREST)
-    return square(image, side), np.asarray(label)
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------
@@ -543,70 +359,6 @@ def _couplings(points: list[dict], classes: int) -> dict:
     return {name: count.tolist() for name, count in counts.items()}
 
 
-# ---- correspondences of marked points (Fig. 2) ------------------------------------------------------------------
-
-@torch.inference_mode()
-def correspondence_sheet(network, image, at, *, others=(), model=None, device="cpu", progress=None) -> Image.Image:
-    """What corresponds with points of an image, in itself and in others: a row of coloured pictures a point.
-
-    network: a backbone; model: one that was fitted on it, for rows of its codes too. image: a path; at: points (x, y)
-    in its pixels; others: paths, of more than SHOWN those whose averaged features are nearest. Full colour is the
-    point itself, none its mean correspondence with its image, or less (the centering of Eq. 3).
-    Raises ValueError for a point outside of the image, or what cannot be read.
-    """
-    picture = read_image(image)
-    for x, y in at:
-        if not (0 <= x < picture.width and 0 <= y < picture.height):
-            raise ValueError(f"The point {x},{y} is not in {image}, which is {picture.width} x {picture.height} "
-                             f"pixels: x is 0 to {picture.width - 1}, y 0 to {picture.height - 1}.")
-    own = _unit_maps(network, model, picture, image, device)
-    if len(others) > SHOWN:
-        others = _nearest_images(network, unit(own["backbone features"].mean((1, 2))), others, device, progress)
-    pictures = [(picture, own)]
-    for path in others:
-        pictures.append((other := read_image(path), _unit_maps(network, model, other, path, device)))
-    rows, names = [], ", ".join(Path(path).name for path in others)
-    for (x, y), colour in zip(at, itertools.cycle(POINT_COLOURS)):
-        for kind, maps in own.items():
-            h, w = maps.shape[1:]
-            code = maps[:, int(y * h / picture.height), int(x * w / picture.width)]  # (D,)
-            floor = float((code @ maps.flatten(1)).mean())
-            lit = [_lit(each, code, found[kind], floor, colour) for each, found in pictures]
-            mark(lit[0], x * lit[0].width / picture.width, y * lit[0].height / picture.height, colour)
-            rows.append((f"{kind} at {x},{y}" + (f"; {names}" if names else ""), lit))
-    return strips(rows, legend={})
-
-
-def _unit_maps(network, model, picture: Image.Image, name, device) -> dict:
-    """Unit features (C, h, w) of a picture, averaged with its mirror's, and the model's codes (D, h, w)."""
-    x = to_tensor(picture.resize(backbone_size(picture, network.patch, name=name), BILINEAR))[None].to(device)
-    seen = network(torch.cat([x, x.flip(-1)]))                               # (2, C, h, w)
-    found = {"backbone features": seen} | ({"codes": model.head.on_map(seen)} if model else {})
-    return {kind: F.normalize(unmirror(maps)[0], dim=0) for kind, maps in found.items()}
-
-
-def _nearest_images(network, mean: Tensor, paths, device, progress) -> list:
-    """The SHOWN images whose averaged features are nearest to a unit vector (C,), of CANDIDATES spread over paths."""
-    paths, near = list(paths)[::math.ceil(len(paths) / CANDIDATES)], []
-    for done, path in enumerate(paths, 1):
-        try:
-            maps = _unit_maps(network, None, read_image(path), path, device)["backbone features"]
-            near.append((float(unit(maps.mean((1, 2))) @ mean), path))
-        except (ValueError, FileNotFoundError) as error:
-            log.warning("Skipped: %s", error)
-        if progress:
-            progress("neighbors", done, len(paths))
-    return [path for _, path in sorted(near, key=lambda each: -each[0])[:SHOWN]]
-
-
-def _lit(picture: Image.Image, code: Tensor, maps: Tensor, floor: float, colour) -> Image.Image:
-    """A picture coloured where its unit features (C, h, w) correspond with a unit vector (C,) by more than floor."""
-    picture = picture.resize((max(round(picture.width * LIT_HEIGHT / picture.height), 1), LIT_HEIGHT), BILINEAR)
-    weight = (torch.einsum("chw,c->hw", maps, code) - floor) / max(1 - floor, 1e-6)
-    weight = F.interpolate(weight[None, None], size=picture.size[::-1], mode="bilinear", align_corners=False)[0, 0]
-    return spotlight(picture, weight.clamp(0, 1).cpu().numpy(), colour)
-
-
 # ---- the report ------------------------------------------------------------------------------------------------
 
 def headline(report: dict) -> dict:
@@ -661,48 +413,3 @@ def write_json(report: dict, path):
         part.write_text(json.dumps(plain(report), allow_nan=False, indent=1))
 
 
-def write_figures(report: dict, model, labelled: LabelledSet, folder) -> list[Path]:
-    """confusion.png, strips.png, with diagnostics also precision-recall.png and couplings-*.png; returns their paths.
-    """
-    best, classes = headline(report), report["classes"]
-    columns = np.argsort([c if c >= 0 else len(classes) for c in best["assignment"]], kind="stable")
-    pictures = {"confusion": matrix_picture(_rows_to_one(best["confusion"])[:, columns], classes,
-                                            [f"cluster {k}" for k in columns],
-                                            title=f"{report['dataset']}: where the pixels of each class go, %"),
-                "strips": _strips(best, model, labelled)}
-    if "diagnostics" in report:
-        curves = report["diagnostics"]["curves"]
-        pictures["precision-recall"] = line_chart(
-            {f"{name} (AP {curve['average_precision']:.3f})": (curve["recall"], curve["precision"])
-             for name, curve in curves.items()},
-            title="Correspondences as predictors of equal labels", x_label="recall", y_label="precision",
-            y_range=(0, 1))
-        for name, count in report["diagnostics"]["couplings"].items():
-            pictures[f"couplings-{name.split()[-1]}"] = matrix_picture(
-                _rows_to_one(count), classes, classes, title=f"Labels joined by the strongest couplings, {name}, %")
-    for name, picture in pictures.items():
-        write_image(picture, Path(folder) / f"{name}.png")
-    return [Path(folder) / f"{name}.png" for name in pictures]
-
-
-def _rows_to_one(counts) -> np.ndarray:
-    counts = np.array(counts, dtype=float)
-    with np.errstate(invalid="ignore"):
-        return counts / counts.sum(1, keepdims=True)                         # a class that does not occur: NaN
-
-
-@torch.inference_mode()
-def _strips(best: dict, model, labelled: LabelledSet) -> Image.Image:
-    """Image, label and prediction of the best, the median and the worst image by accuracy."""
-    accuracy = np.array([np.nan if x is None else x for x in best["image_accuracy"]], dtype=float)
-    ranked = np.argsort(-accuracy, kind="stable")[:np.isfinite(accuracy).sum()]  # NaN sorts last
-    names = np.array([c if c >= 0 else IGNORE for c in best["assignment"]], np.uint8)  # of each cluster
-    palette = voc_palette(len(labelled.classes))
-    rows = []
-    for what, i in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
-        image, label = labelled.read(i, side=_side(model.backbone.patch))
-        codes, picture = both_features(model, image)["stego"], pixels(image).to(model.device)
-        clusters = cluster_map(codes, model.centers, label.shape, pixels=picture if best["crf"] else None)
-        masks = [mask_image(mask, palette).convert("RGB") for mask in (label, names[clusters])]
-        rows.append((f"{what}: {labelled.pairs[i][0].name}, accuracy {100 * accuracy[i]:.1f} %", [image, *masks]))
-    return strips(rows, legend=dict(zip(labelled.classes, palette.tolist())))
