@@ -39,7 +39,7 @@ class BilinearCache(TokenCache):
         blended = 0
         for dy in (0, 1):
             for dx in (0, 1):
-                weight = (y if dy else 1 - y) * (x if dx else 1 - x)         # (B, count)
+                weight = (y if dy else 1 - y) * (x if dx else 1 - x)  # (B, count)
                 position = (low[0] + dy) * side + low[1] + dx
                 blended = blended + weight[..., None] * self.tokens[rows, position].float()
         return blended
@@ -78,14 +78,19 @@ def main(data, sets, seeds, steps, backbone):
                 torch.manual_seed(seed)
                 head = fit_head(cache, fit_config(classes=classes, steps=steps))
                 cache.__class__ = TokenCache
-                centers = {"k-means": cluster_codes(head.describe, cache, classes, seed=seed)[0],
-                           "probe": probe_centers(head, cache, classes)}
+                centers = {
+                    "k-means": cluster_codes(head.describe, cache, classes, seed=seed)[0],
+                    "probe": probe_centers(head, cache, classes),
+                }
                 for method, center in centers.items():
                     miou, _ = score(head.on_map, center, val, classes, False)
                     found.setdefault((sampling, method), []).append(miou)
         for choice, mious in found.items():
-            print(f"{name:8} {choice[0]:9} {choice[1]:8} {np.mean(mious):6.2f} +- {np.std(mious):.2f}  "
-                  f"{np.round(mious, 1)}", flush=True)
+            print(
+                f"{name:8} {choice[0]:9} {choice[1]:8} {np.mean(mious):6.2f} +- {np.std(mious):.2f}  "
+                f"{np.round(mious, 1)}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

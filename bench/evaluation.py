@@ -36,8 +36,11 @@ def random_model(network, classes: int) -> Stego:
 def random_probes(model, classes: int) -> dict:
     sizes = {"stego": model.config["code_size"], "backbone": model.backbone.channels}
     biases = {"cluster": None, "linear": torch.zeros(classes)}
-    return {(features, probe): Probe(unit(torch.randn(classes, size)), bias)
-            for features, size in sizes.items() for probe, bias in biases.items()}
+    return {
+        (features, probe): Probe(unit(torch.randn(classes, size)), bias)
+        for features, size in sizes.items()
+        for probe, bias in biases.items()
+    }
 
 
 @click.command()

@@ -37,7 +37,7 @@ def inertias(codes, centers) -> tuple[float, float]:
     centers = F.normalize(centers, dim=1)
     nearest = [(part @ centers.T).max(1) for part in codes.split(65_536)]
     labels = torch.cat([each.indices for each in nearest])
-    sums = torch.zeros_like(centers).index_add_(0, labels, codes)            # (K, D)
+    sums = torch.zeros_like(centers).index_add_(0, labels, codes)  # (K, D)
     counts = labels.bincount(minlength=len(centers)).clamp(min=1)
     cosine = sum(float((1 - each.values).sum()) for each in nearest) / len(codes)
     return cosine, float(1 - (sums.square().sum(1) / counts).sum() / len(codes))
@@ -51,22 +51,28 @@ def inertias(codes, centers) -> tuple[float, float]:
 @click.option("--seeds", default=3)
 @click.option("--threads", default=1)
 def main(images, limit, classes, rows, seeds, threads):
-    torch.set_num_threads(threads)                                           # scikit-learn's: OMP_NUM_THREADS
+    torch.set_num_threads(threads)  # scikit-learn's: OMP_NUM_THREADS
     torch.manual_seed(0)
     paths = [path for path, _ in find_images(images)][:limit]
     config = fit_config(classes=classes)
     cache = encode(load_backbone("tiny"), paths, views="windows")
-    neighbors = nearest_neighbors(cache.means[:len(cache)])
+    neighbors = nearest_neighbors(cache.means[: len(cache)])
     head = train_head(cache, neighbors, config | balanced_shifts(cache, neighbors))
     codes = unit_codes(head, cache, rows).clone()
-    theirs = {"scikit-learn": {}, "  batch 8192": dict(batch_size=8192),
-              "  batch 8192, 3 starts": dict(batch_size=8192, n_init=3)}
-    print(f"{len(codes)} x {codes.shape[1]} codes of {len(paths)} images, {classes} clusters, {threads} thread(s)")
+    theirs = {
+        "scikit-learn": {},
+        "  batch 8192": dict(batch_size=8192),
+        "  batch 8192, 3 starts": dict(batch_size=8192, n_init=3),
+    }
+    print(
+        f"{len(codes)} x {codes.shape[1]} codes of {len(paths)} images, {classes} clusters, {threads} thread(s)"
+    )
     print(f"{'means of ' + str(seeds) + ' seeds':24} seconds  ratio   cosine  squared")
     runs = {"CosineKMeans": lambda seed: CosineKMeans(classes, seed=seed).fit(codes).cluster_centers_}
     for name, options in theirs.items():
         runs[name] = lambda seed, options=options: torch.from_numpy(
-            MiniBatchKMeans(classes, random_state=seed, **options).fit(codes.numpy()).cluster_centers_)
+            MiniBatchKMeans(classes, random_state=seed, **options).fit(codes.numpy()).cluster_centers_
+        )
     ours = None
     for name, run in runs.items():
         found = []

@@ -61,13 +61,32 @@ def main(images, counts, cache_size, steps, views):
             for number, path in enumerate(paths[:count]):
                 os.symlink(path, f"{folder}/images/{number:06d}{path.suffix}")
             began = time.perf_counter()
-            anonymous, mapped = peaks([
-                sys.executable, "-m", "cli", "fit", f"{folder}/images", "--backbone", "tiny", "--steps", str(steps),
-                "--cache-size", str(cache_size), "--views", views, "-o", f"{folder}/stego.pt"])
+            anonymous, mapped = peaks(
+                [
+                    sys.executable,
+                    "-m",
+                    "cli",
+                    "fit",
+                    f"{folder}/images",
+                    "--backbone",
+                    "tiny",
+                    "--steps",
+                    str(steps),
+                    "--cache-size",
+                    str(cache_size),
+                    "--views",
+                    views,
+                    "-o",
+                    f"{folder}/stego.pt",
+                ]
+            )
             first = first or anonymous
             seconds = time.perf_counter() - began
-            print(f"{min(count, len(paths)):7d} {seconds:8.0f} {anonymous:13.0f} {anonymous / first:6.2f} "
-                  f"{mapped:10.0f}", flush=True)
+            print(
+                f"{min(count, len(paths)):7d} {seconds:8.0f} {anonymous:13.0f} {anonymous / first:6.2f} "
+                f"{mapped:10.0f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

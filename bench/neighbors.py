@@ -51,9 +51,9 @@ def drawn(rows: int, channels: int):
 
 def tokens(rows: int, images):
     """Tokens of `tiny`, 400 positions at most of each of the five windows of as many images as that takes."""
-    paths = [path for path, _ in find_images(images)][:-(-rows // 2000)]
+    paths = [path for path, _ in find_images(images)][: -(-rows // 2000)]
     cache = encode(load_backbone("tiny"), paths, views="windows")
-    return F.normalize(cache.tokens[:len(cache)].flatten(0, 1)[:rows].float(), dim=1)
+    return F.normalize(cache.tokens[: len(cache)].flatten(0, 1)[:rows].float(), dim=1)
 
 
 def recall(x, found) -> float:
@@ -71,7 +71,10 @@ def recall(x, found) -> float:
 def compare(x, ours):
     """scikit-learn's brute force on the same rows, and whether both find the same."""
     from sklearn.neighbors import NearestNeighbors
-    search = NearestNeighbors(n_neighbors=NEIGHBORS + 1, algorithm="brute").fit(x.numpy())  # euclidean: its fast route
+
+    search = NearestNeighbors(n_neighbors=NEIGHBORS + 1, algorithm="brute").fit(
+        x.numpy()
+    )  # euclidean: its fast route
     clock, cpu, theirs = timed(lambda: search.kneighbors(return_distance=False, n_neighbors=NEIGHBORS))
     theirs = torch.from_numpy(theirs)
     return clock, cpu, float((ours[:, :, None] == theirs[:, None]).any(2).float().mean())
@@ -90,26 +93,38 @@ def compare(x, ours):
 def main(rows, channels, compared, threads, lists, probes, images, features):
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    x = (torch.load(features)["means"] if features else tokens(rows, images) if images else drawn(rows, channels))
+    x = (
+        torch.load(features)["means"]
+        if features
+        else tokens(rows, images)
+        if images
+        else drawn(rows, channels)
+    )
     a = torch.randn(2048, 2048)
-    rate = 2 * 2048 ** 3 / min(timed(lambda: a @ a)[1] for _ in range(5))     # operations a second of CPU
+    rate = 2 * 2048**3 / min(timed(lambda: a @ a)[1] for _ in range(5))  # operations a second of CPU
     print(f"{len(x)} x {x.shape[1]} rows ({x.nbytes / 1e9:.2f} GB), {threads} thread(s)")
     if lists:
         for each in probes:
             clock, cpu, found = timed(lambda: listed_neighbors(x, probes=each))
             exact = 2 * len(x) ** 2 * x.shape[1] / rate
-            print(f"{each:3d} lists each: {clock:6.0f} s, CPU {cpu:6.0f} s, {cpu / exact:6.1%} of the matrix products "
-                  f"of exact search, {peak():.2f} GB at the peak, recall@{NEIGHBORS} {recall(x, found):.4f}")
+            print(
+                f"{each:3d} lists each: {clock:6.0f} s, CPU {cpu:6.0f} s, {cpu / exact:6.1%} of the matrix products "
+                f"of exact search, {peak():.2f} GB at the peak, recall@{NEIGHBORS} {recall(x, found):.4f}"
+            )
         return
     clock, cpu, _ = timed(lambda: nearest_neighbors(x))
     products = 2 * len(x) ** 2 * x.shape[1] / rate
-    print(f"exact: {clock:.0f} s, CPU {cpu:.0f} s, {cpu / products:.2f} of the bare matrix products ({rate / 1e9:.0f} "
-          f"Gflop/s and thread), {peak():.2f} GB at the peak")
+    print(
+        f"exact: {clock:.0f} s, CPU {cpu:.0f} s, {cpu / products:.2f} of the bare matrix products ({rate / 1e9:.0f} "
+        f"Gflop/s and thread), {peak():.2f} GB at the peak"
+    )
     part = x[:compared]
     clock, cpu, found = timed(lambda: nearest_neighbors(part))
     their_clock, their_cpu, same = compare(part, found)
-    print(f"{len(part)} rows: {clock:.1f} s (CPU {cpu:.1f}), scikit-learn {their_clock:.1f} s (CPU {their_cpu:.1f}), "
-          f"ratio of CPU {their_cpu / cpu:.2f}; {same:.2%} of the neighbours are the same")
+    print(
+        f"{len(part)} rows: {clock:.1f} s (CPU {cpu:.1f}), scikit-learn {their_clock:.1f} s (CPU {their_cpu:.1f}), "
+        f"ratio of CPU {their_cpu / cpu:.2f}; {same:.2%} of the neighbours are the same"
+    )
 
 
 if __name__ == "__main__":

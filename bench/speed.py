@@ -42,7 +42,7 @@ def reference_step(network, head, optimizer, config):
     for _ in range(2):
         with torch.no_grad():
             maps.append(network(torch.randn(batch, 3, CROP_SIDE, CROP_SIDE)).flatten(2).transpose(1, 2))
-    whole = [head(tokens) for tokens in maps]                                # it codes every position, then samples
+    whole = [head(tokens) for tokens in maps]  # it codes every position, then samples
     positions = torch.randint(maps[0].shape[1], (3, POSITIONS))
     f, g, k = maps[0][:, positions[0]], maps[0][:, positions[1]], maps[1][:, positions[2]]
     loss = training_loss(head, f, g, k, config) + 0 * sum(codes.sum() for codes in whole)
@@ -54,7 +54,12 @@ def reference_step(network, head, optimizer, config):
 def whole_fit(network, images, **options):
     """{stage: seconds} of one fit as users run it, nothing scaled; neighbours count to the training."""
     ends = {"start": time.perf_counter()}
-    Stego.fit(images, backbone=network, progress=lambda stage, *_: ends.update({stage: time.perf_counter()}), **options)
+    Stego.fit(
+        images,
+        backbone=network,
+        progress=lambda stage, *_: ends.update({stage: time.perf_counter()}),
+        **options,
+    )
     ends["clusters"] = time.perf_counter()
     return {stage: end - before for (stage, end), before in zip(list(ends.items())[1:], ends.values())}
 
@@ -71,12 +76,16 @@ def whole_fit(network, images, **options):
 @click.option("--threads", default=2)
 def main(images, backbone, limit, batch_size, steps, views, reference, whole, threads):
     torch.set_num_threads(threads)
-    network = load_backbone("tiny") if backbone == "tiny" else ViT(BACKBONES[backbone]).eval().requires_grad_(False)
+    network = (
+        load_backbone("tiny") if backbone == "tiny" else ViT(BACKBONES[backbone]).eval().requires_grad_(False)
+    )
     paths = [path for path, _ in find_images(images)]
     options = dict(classes=27, batch_size=batch_size, steps=steps, views=views)
     config = fit_config(**options)
-    print(f"{backbone}, batch {batch_size}, {threads} threads, {len(paths)} images, views {views}, {steps} steps",
-          flush=True)
+    print(
+        f"{backbone}, batch {batch_size}, {threads} threads, {len(paths)} images, views {views}, {steps} steps",
+        flush=True,
+    )
     if whole:
         for stage, seconds in (stages := whole_fit(network, paths, **options)).items():
             print(f"{stage:9} {seconds:8.2f} s  {seconds / sum(stages.values()):4.0%}")
@@ -90,17 +99,21 @@ def main(images, backbone, limit, batch_size, steps, views, reference, whole, th
     knn = time.perf_counter() - began
 
     short = config | {"steps": 20}
-    train_head(cache, neighbors, config | {"steps": 3})                                 # warm up
+    train_head(cache, neighbors, config | {"steps": 3})  # warm up
     ours = timed(lambda: train_head(cache, neighbors, short), 3) / short["steps"]
     total = encoding + knn + ours * steps
-    print(f"ours: step {ours:7.4f} s, fit {total / 60:7.2f} min, {encoding / total:.0%} of it the backbone pass")
+    print(
+        f"ours: step {ours:7.4f} s, fit {total / 60:7.2f} min, {encoding / total:.0%} of it the backbone pass"
+    )
     if reference:
         head = Head(network.channels, config["code_size"]).train()
         optimizer = torch.optim.Adam(head.parameters())
         theirs = timed(lambda: reference_step(network, head, optimizer, config), 3)
-        scheduled = encoding + theirs * steps                            # its own neighbour table needs one pass too
-        print(f"reference: step {theirs:8.3f} s, ratio {theirs / ours:7.0f}; fit {scheduled / 60:8.1f} min, "
-              f"ratio {scheduled / total:7.0f}")
+        scheduled = encoding + theirs * steps  # its own neighbour table needs one pass too
+        print(
+            f"reference: step {theirs:8.3f} s, ratio {theirs / ours:7.0f}; fit {scheduled / 60:8.1f} min, "
+            f"ratio {scheduled / total:7.0f}"
+        )
 
 
 if __name__ == "__main__":

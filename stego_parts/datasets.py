@@ -9,22 +9,24 @@ from torchvision.datasets import Cityscapes
 
 from stego_parts.images import IGNORE, find_images, opened, read_image, read_mat, square
 
-SIDE = 320               # pixels (Sec. 4); rounded up to whole patches: 322 for patches of 14
-UNKNOWN = -1             # in a lookup: a label id that the set does not know
+SIDE = 320  # pixels (Sec. 4); rounded up to whole patches: 322 for patches of 14
+UNKNOWN = -1  # in a lookup: a label id that the set does not know
 CITYSCAPES = """road,sidewalk,parking,rail track,building,wall,fence,guard rail,bridge,tunnel,pole,polegroup,
 traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,bus,caravan,trailer,train,motorcycle,bicycle"""
 COCOSTUFF = """electronic,appliance,food,furniture,indoor,kitchen,accessory,animal,outdoor,person,sports,vehicle,
 ceiling,floor,food-stuff,furniture-stuff,rawmaterial,textile,wall,window,building,ground,plant,sky,solid,structural,
 water"""
 POTSDAM = "roads and cars,buildings and clutter,trees and vegetation"
-COARSE = [  # CocoStuff: the coarse class of fine ids 0..181
-    9, 11, 11, 11, 11, 11, 11, 11, 11, 8, 8, 8, 8, 8, 8, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 6, 6, 6, 6, 6, 6, 6, 6,
-    10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 5, 5, 5, 5, 5, 5, 5, 5, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3,
-    3, 3, 3, 3, 3, 3, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 4, 4, 4, 4, 4, 4, 4, 4, 17, 17, 22, 20, 20, 22, 15,
-    25, 16, 13, 12, 12, 17, 17, 23, 15, 15, 17, 15, 21, 15, 25, 13, 13, 13, 13, 13, 22, 26, 14, 14, 15, 22, 21,
-    21, 24, 20, 22, 15, 17, 16, 15, 22, 24, 21, 17, 25, 16, 21, 17, 22, 16, 21, 21, 25, 21, 26, 21, 24, 20, 17,
-    14, 21, 26, 15, 23, 20, 21, 24, 15, 24, 22, 25, 15, 20, 17, 17, 22, 14, 18, 18, 18, 18, 18, 18, 18, 26, 26,
-    19, 19, 24,
+# CocoStuff: the coarse class of fine ids 0..181
+COARSE = [
+    int(c)
+    for c in """
+9 11 11 11 11 11 11 11 11 8 8 8 8 8 8 7 7 7 7 7 7 7 7 7 7 6 6 6 6 6 6 6 6 10 10 10 10 10 10 10 10 10 10
+5 5 5 5 5 5 5 5 2 2 2 2 2 2 2 2 2 2 3 3 3 3 3 3 3 3 3 3 0 0 0 0 0 0 1 1 1 1 1 1 4 4 4 4 4 4 4 4 17 17 22
+20 20 22 15 25 16 13 12 12 17 17 23 15 15 17 15 21 15 25 13 13 13 13 13 22 26 14 14 15 22 21 21 24 20 22
+15 17 16 15 22 24 21 17 25 16 21 17 22 16 21 21 25 21 26 21 24 20 17 14 21 26 15 23 20 21 24 15 24 22 25
+15 20 17 17 22 14 18 18 18 18 18 18 18 26 26 19 19 24
+""".split()
 ]
 LAYOUTS = {
     "cityscapes": """leftImg8bit/{train,val}/CITY/*_leftImg8bit.png
@@ -38,13 +40,21 @@ labelled_train.txt, labelled_test.txt   (one ID a line)""",
 }
 # Accuracy and mIoU in percent, unsupervised and linear probe (Tables 1 to 4 and App. A; DINOv2: later work).
 PUBLISHED = {
-    "cityscapes": [("STEGO, DINO ViT-B/8", 73.2, 21.0, None, None),
-                   ("k-means, DINOv2 ViT-S/14", 49.5, 15.3, None, None)],
-    "cocostuff27": [("DINO alone", 30.5, 9.6, 66.8, 29.4), ("STEGO, DINO ViT-S/8", 48.3, 24.5, 74.4, 38.3),
-                    ("STEGO, DINO ViT-B/8", 56.9, 28.2, 76.1, 41.0), ("STEGO, MoCoV2", 43.1, 19.6, 65.9, 26.0),
-                    ("k-means, DINOv2 ViT-S/14", 44.5, 22.9, None, None)],
-    "potsdam3": [("STEGO, DINO ViT-S/8", 77.0, 62.6, 85.8, 74.8),
-                 ("k-means, DINOv2 ViT-S/14", 75.9, 61.0, None, None)],
+    "cityscapes": [
+        ("STEGO, DINO ViT-B/8", 73.2, 21.0, None, None),
+        ("k-means, DINOv2 ViT-S/14", 49.5, 15.3, None, None),
+    ],
+    "cocostuff27": [
+        ("DINO alone", 30.5, 9.6, 66.8, 29.4),
+        ("STEGO, DINO ViT-S/8", 48.3, 24.5, 74.4, 38.3),
+        ("STEGO, DINO ViT-B/8", 56.9, 28.2, 76.1, 41.0),
+        ("STEGO, MoCoV2", 43.1, 19.6, 65.9, 26.0),
+        ("k-means, DINOv2 ViT-S/14", 44.5, 22.9, None, None),
+    ],
+    "potsdam3": [
+        ("STEGO, DINO ViT-S/8", 77.0, 62.6, 85.8, 74.8),
+        ("k-means, DINOv2 ViT-S/14", 75.9, 61.0, None, None),
+    ],
 }
 PRESET_OF = {"cityscapes": "cityscapes", "cocostuff27": "cocostuff", "potsdam3": "potsdam"}
 
@@ -56,6 +66,7 @@ class LabelledSet:
     pairs: (image path, label path); classes: their names; lookup: (256,) int16, the class of each label id, IGNORE
     or UNKNOWN; source: which images these are, in words.
     """
+
     name: str
     classes: list
     pairs: list
@@ -74,7 +85,7 @@ def _lookup(classes, first: int = 0) -> np.ndarray:
     """classes[i] is the class of id first + i; ids before them and 255 are ignored, all others unknown."""
     lookup = np.full(256, UNKNOWN, np.int16)
     lookup[:first] = IGNORE
-    lookup[first:first + len(classes)] = classes
+    lookup[first : first + len(classes)] = classes
     lookup[IGNORE] = IGNORE
     return lookup
 
@@ -86,7 +97,9 @@ def labelled_set(name: str, root, split: str) -> LabelledSet:
     """
     makers = {"cityscapes": _cityscapes, "cocostuff27": _cocostuff, "potsdam3": _potsdam}
     if name not in makers:
-        raise ValueError(f"Unknown dataset {name!r}; choose one of {', '.join(makers)}, or give --images and --labels.")
+        raise ValueError(
+            f"Unknown dataset {name!r}; choose one of {', '.join(makers)}, or give --images and --labels."
+        )
     found = makers[name](Path(root), split)
     for path in [path for pair in found.pairs for path in pair]:
         _need(path, name, root)
@@ -103,7 +116,9 @@ def _cityscapes(root: Path, split: str) -> LabelledSet:
         _need(root / folder / split, "cityscapes", root)
     found = Cityscapes(str(root), split=split, mode="fine", target_type="semantic")
     pairs = sorted((Path(image), Path(label[0])) for image, label in zip(found.images, found.targets))
-    return LabelledSet("cityscapes", _names(CITYSCAPES), pairs, _lookup(range(27), first=7), f"all of {split}")
+    return LabelledSet(
+        "cityscapes", _names(CITYSCAPES), pairs, _lookup(range(27), first=7), f"all of {split}"
+    )
 
 
 def _cocostuff(root: Path, split: str) -> LabelledSet:
@@ -162,8 +177,10 @@ def folder_pairs(images, labels) -> list[tuple[Path, Path]]:
     pairs = [(path, by_stem.get(path.stem)) for path, _ in find_images(images)]
     missing = [path for path, label in pairs if label is None]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(pairs)} images have no label of the same stem in {labels}: "
-                         f"the first is {missing[0]}.")
+        raise ValueError(
+            f"{len(missing)} of {len(pairs)} images have no label of the same stem in {labels}: "
+            f"the first is {missing[0]}."
+        )
     return pairs
 
 
@@ -184,14 +201,18 @@ def read_pair(image_path, label_path, *, lookup=None, side: int = SIDE) -> tuple
     """
     image, ids = read_image(image_path), read_label(label_path)
     if ids.shape != image.size[::-1]:
-        raise ValueError(f"{label_path} is {ids.shape[1]} x {ids.shape[0]} pixels and its image {image.width} x "
-                         f"{image.height}; they must have one size.")
+        raise ValueError(
+            f"{label_path} is {ids.shape[1]} x {ids.shape[0]} pixels and its image {image.width} x "
+            f"{image.height}; they must have one size."
+        )
     if lookup is not None:
         unknown = [i for i in np.flatnonzero(np.bincount(ids.ravel(), minlength=256)) if lookup[i] == UNKNOWN]
         if unknown:
             known = np.flatnonzero(lookup != UNKNOWN)[:-1]
-            raise ValueError(f"{label_path} holds the label {unknown[0]}; labels lie in {known[0]}..{known[-1]}, "
-                             f"or are {IGNORE} to be ignored. Check --names, or the kind of label file.")
+            raise ValueError(
+                f"{label_path} holds the label {unknown[0]}; labels lie in {known[0]}..{known[-1]}, "
+                f"or are {IGNORE} to be ignored. Check --names, or the kind of label file."
+            )
         ids = lookup[ids].astype(np.uint8)
     label = ImageOps.fit(Image.fromarray(ids), (side, side), method=Image.Resampling.NEAREST)
     return square(image, side), np.asarray(label)

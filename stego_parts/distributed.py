@@ -22,7 +22,7 @@ def several_processes():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(days=1))                       # their parts may differ in work
+    dist.init_process_group(timeout=timedelta(days=1))  # their parts may differ in work
     yield rank(), processes()
     dist.destroy_process_group()
 
@@ -77,5 +77,7 @@ def check_alike(*what):
     if processes() > 1:
         dist.all_gather_object(told, digest)
     if len(set(told)) > 1:
-        raise ValueError("The processes see other images, options or weights than each other; give each the same "
-                         "command, and every machine the same files.")
+        raise ValueError(
+            "The processes see other images, options or weights than each other; give each the same "
+            "command, and every machine the same files."
+        )

@@ -5,16 +5,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stego_parts.images import IGNORE, mask_image, voc_palette
 
-SHEET_CELL = 240            # pixels: longer side of a picture on the contact sheet
-SHEET_GAP = 8               # pixels between them
-FONT = 13                   # pixels: height of the letters in charts
+SHEET_CELL = 240  # pixels: longer side of a picture on the contact sheet
+SHEET_GAP = 8  # pixels between them
+FONT = 13  # pixels: height of the letters in charts
 INK, FAINT = (40, 40, 40), (225, 225, 225)  # letters and axes; grid lines
 
 
-def overlay(image: Image.Image, mask: np.ndarray, palette: np.ndarray, *, opacity: float = 0.5) -> Image.Image:
+def overlay(
+    image: Image.Image, mask: np.ndarray, palette: np.ndarray, *, opacity: float = 0.5
+) -> Image.Image:
     """The picture with its segments' colours over it and a thin dark line between segments; none where mask is 255."""
     colours = mask_image(mask, palette).convert("RGB")
-    blended = np.array(Image.blend(image, colours, opacity))                 # (H, W, 3)
+    blended = np.array(Image.blend(image, colours, opacity))  # (H, W, 3)
     blended[mask == IGNORE] = np.asarray(image)[mask == IGNORE]
     edge = np.zeros(mask.shape, dtype=bool)
     edge[1:] |= mask[1:] != mask[:-1]
@@ -25,7 +27,7 @@ def overlay(image: Image.Image, mask: np.ndarray, palette: np.ndarray, *, opacit
 
 def spotlight(image: Image.Image, weight: np.ndarray, colour, *, opacity: float = 0.8) -> Image.Image:
     """The picture in grey, coloured where weight (H, W), 0 to 1, is large."""
-    grey = np.asarray(image.convert("L"), dtype=float)[..., None]            # (H, W, 1)
+    grey = np.asarray(image.convert("L"), dtype=float)[..., None]  # (H, W, 1)
     share = opacity * weight[..., None]
     return Image.fromarray((grey * (1 - share) + np.asarray(colour) * share).round().astype(np.uint8))
 
@@ -39,10 +41,12 @@ def mark(image: Image.Image, x: float, y: float, colour, *, radius: int = 4):
 
 def with_legend(image: Image.Image, mask: np.ndarray, palette: np.ndarray, labels) -> Image.Image:
     """The picture over a strip that names the clusters of mask (H, W), the largest first; labels: (K,) str."""
-    sizes = np.bincount(mask.ravel(), minlength=IGNORE + 1)[:len(palette)]
+    sizes = np.bincount(mask.ravel(), minlength=IGNORE + 1)[: len(palette)]
     present = [k for k in sizes.argsort(kind="stable")[::-1] if sizes[k]]
     em = max(FONT, image.width // 50)
-    strip = legend_strip([(labels[k], palette[k].tolist()) for k in present], max(image.width, 16 * em), em=em)
+    strip = legend_strip(
+        [(labels[k], palette[k].tolist()) for k in present], max(image.width, 16 * em), em=em
+    )
     sheet = Image.new("RGB", (strip.width, image.height + strip.height), "white")
     sheet.paste(image)
     sheet.paste(strip, (0, image.height))
@@ -58,8 +62,11 @@ def contact_sheet(pairs, palette: np.ndarray, *, columns: int = 3) -> Image.Imag
         coloured = mask_image(mask, palette).resize(size, Image.Resampling.NEAREST).convert("RGB")
         cells.append((image.resize(size, Image.Resampling.BILINEAR), coloured))
     columns = min(columns, len(cells))
-    rows = [cells[i:i + columns] for i in range(0, len(cells), columns)]
-    wide, high = 2 * SHEET_CELL + 2 * SHEET_GAP, [max(cell[0].height for cell in row) + SHEET_GAP for row in rows]
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    wide, high = (
+        2 * SHEET_CELL + 2 * SHEET_GAP,
+        [max(cell[0].height for cell in row) + SHEET_GAP for row in rows],
+    )
     sheet = Image.new("RGB", (columns * wide + SHEET_GAP, sum(high) + SHEET_GAP), "white")
     for r, row in enumerate(rows):
         for c, (image, coloured) in enumerate(row):
@@ -71,7 +78,9 @@ def contact_sheet(pairs, palette: np.ndarray, *, columns: int = 3) -> Image.Imag
 
 def strips(rows, *, legend: dict) -> Image.Image:
     """Rows of (caption, RGB pictures), one below the other, and a legend {name: colour} below -> one RGB picture."""
-    high = [FONT + SHEET_GAP + max(picture.height for picture in pictures) + SHEET_GAP for _, pictures in rows]
+    high = [
+        FONT + SHEET_GAP + max(picture.height for picture in pictures) + SHEET_GAP for _, pictures in rows
+    ]
     wide = max(sum(picture.width + SHEET_GAP for picture in pictures) for _, pictures in rows) + SHEET_GAP
     names = legend_strip(legend.items(), wide)
     sheet = Image.new("RGB", (wide, sum(high) + SHEET_GAP + names.height), "white")
@@ -113,8 +122,15 @@ def region_sheet(regions, palette: np.ndarray, captions) -> Image.Image:
     regions: for each cluster (picture, mask (h, w) uint8) pairs; captions: a text of lines each.
     """
     font, cell = ImageFont.load_default(FONT), SHEET_CELL // 2
-    wide = 2 * SHEET_GAP + FONT + max(round(font.getlength(line)) for text in captions for line in text.split("\n"))
-    size = (wide + max(max(map(len, regions)), 1) * (cell + SHEET_GAP), len(regions) * (cell + SHEET_GAP) + SHEET_GAP)
+    wide = (
+        2 * SHEET_GAP
+        + FONT
+        + max(round(font.getlength(line)) for text in captions for line in text.split("\n"))
+    )
+    size = (
+        wide + max(max(map(len, regions)), 1) * (cell + SHEET_GAP),
+        len(regions) * (cell + SHEET_GAP) + SHEET_GAP,
+    )
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for k, (row, text) in enumerate(zip(regions, captions)):
@@ -124,11 +140,15 @@ def region_sheet(regions, palette: np.ndarray, captions) -> Image.Image:
         for i, (picture, mask) in enumerate(row):
             pale = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.75)
             pale.paste(picture, mask=Image.fromarray(mask == k))
-            sheet.paste(pale.resize((cell, cell), Image.Resampling.BICUBIC), (wide + i * (cell + SHEET_GAP), y))
+            sheet.paste(
+                pale.resize((cell, cell), Image.Resampling.BICUBIC), (wide + i * (cell + SHEET_GAP), y)
+            )
     return sheet
 
 
-def line_chart(series: dict, *, title: str, x_label: str, y_label: str, size=(560, 400), y_range=None) -> Image.Image:
+def line_chart(
+    series: dict, *, title: str, x_label: str, y_label: str, size=(560, 400), y_range=None
+) -> Image.Image:
     """Curves {name: (xs, ys)} with axes, ticks and a legend -> RGB picture of size (width, height).
 
     Values that are not finite are left out; y_range (low, high) fixes the vertical axis.
@@ -142,7 +162,12 @@ def line_chart(series: dict, *, title: str, x_label: str, y_label: str, size=(56
     high = np.where(high > low, high, low + 1)
     picture = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT)
-    left, top, right, bottom = 5 * FONT, 3 * FONT, size[0] - 2 * FONT, size[1] - (4 + len(curves)) * FONT - FONT // 2
+    left, top, right, bottom = (
+        5 * FONT,
+        3 * FONT,
+        size[0] - 2 * FONT,
+        size[1] - (4 + len(curves)) * FONT - FONT // 2,
+    )
     corner, extent = np.array([left, bottom]), np.array([right - left, top - bottom])
 
     def place(points):
@@ -171,7 +196,9 @@ def _ticks(low: float, high: float, count: int = 5) -> np.ndarray:
     """Round numbers (steps of 1, 2 or 5 times a power of ten) between low and high, about `count` of them."""
     step = 10 ** np.floor(np.log10((high - low) / count))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= count)
-    return np.round(np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step, 12) + 0.0  # no -0
+    return (
+        np.round(np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step, 12) + 0.0
+    )  # no -0
 
 
 def density_chart(panels: dict, *, title: str, x_label: str, y_range) -> Image.Image:
@@ -186,8 +213,12 @@ def density_chart(panels: dict, *, title: str, x_label: str, y_range) -> Image.I
     draw.text((picture.width / 2, 6), title, fill=INK, font=font, anchor="ma")
     for i, (name, (xs, shares)) in enumerate(panels.items()):
         top = 3 * FONT + i * step
-        grey = 255 - 255 * np.sqrt(np.asarray(shares, dtype=float).T[::-1])  # (bins, T), the highest bin above
-        field = Image.fromarray(grey.clip(0, 255).astype(np.uint8)).resize((wide, high), Image.Resampling.NEAREST)
+        grey = 255 - 255 * np.sqrt(
+            np.asarray(shares, dtype=float).T[::-1]
+        )  # (bins, T), the highest bin above
+        field = Image.fromarray(grey.clip(0, 255).astype(np.uint8)).resize(
+            (wide, high), Image.Resampling.NEAREST
+        )
         picture.paste(field, (left, top))
         draw.rectangle([left, top, left + wide, top + high], outline=INK)
         for tick in _ticks(*y_range, 4):
@@ -235,9 +266,16 @@ def matrix_picture(matrix: np.ndarray, rows, columns, *, title: str, cell: int =
         draw.text((left - 6, top + cell * (i + 0.5)), name, fill=INK, font=font, anchor="rm")
         for j, share in enumerate(matrix[i]):
             x, y = left + cell * j, top + cell * i
-            colour = (200, 200, 200) if np.isnan(share) else tuple(int(255 - share * d) for d in (225, 160, 80))
+            colour = (
+                (200, 200, 200) if np.isnan(share) else tuple(int(255 - share * d) for d in (225, 160, 80))
+            )
             draw.rectangle([x, y, x + cell - 2, y + cell - 2], fill=colour)
             if share >= 0.05:
-                draw.text((x + cell / 2 - 1, y + cell / 2 - 1), f"{100 * share:.0f}", font=small, anchor="mm",
-                          fill="white" if share > 0.5 else INK)
+                draw.text(
+                    (x + cell / 2 - 1, y + cell / 2 - 1),
+                    f"{100 * share:.0f}",
+                    font=small,
+                    anchor="mm",
+                    fill="white" if share > 0.5 else INK,
+                )
     return picture

@@ -21,12 +21,16 @@ from torch import Tensor
 log = logging.getLogger("stego")
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pnm", ".jp2"}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in 0..1: what every backbone was trained with
+MEAN, STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # ImageNet, RGB in 0..1: what every backbone was trained with
 BACKDROP = (255, 255, 255)  # transparent pixels are shown on white
-IGNORE = 255                # mask value of "no segment"
+IGNORE = 255  # mask value of "no segment"
 
 
 # ---- the door in -----------------------------------------------------------------------------------------------
+
 
 def find_images(sources) -> list[tuple[Path, Path]]:
     """The images that files, folders (recursive) and glob patterns name, sorted, each once.
@@ -48,12 +52,16 @@ def _expand(source: Path) -> list[tuple[Path, Path]]:
         inside = sorted(Path(folder) / name for folder, _, names in os.walk(source) for name in names)
         images = [path for path in inside if path.suffix.lower() in SUFFIXES and path.is_file()]
         if not images:
-            raise FileNotFoundError(f"No images in {source}; looked for {', '.join(sorted(SUFFIXES))} in it and below.")
+            raise FileNotFoundError(
+                f"No images in {source}; looked for {', '.join(sorted(SUFFIXES))} in it and below."
+            )
         return [(path, path.relative_to(source)) for path in images]
     if source.is_file():
         return [(source, Path(source.name))]
     if source.exists():
-        raise FileNotFoundError(f"{source} is neither a file nor a folder; give image files, folders or patterns.")
+        raise FileNotFoundError(
+            f"{source} is neither a file nor a folder; give image files, folders or patterns."
+        )
     if not glob.has_magic(str(source)):
         raise FileNotFoundError(f"No such file or folder: {source}.")
     matches = [Path(match) for match in sorted(glob.glob(str(source), recursive=True))]
@@ -93,15 +101,21 @@ def opened(path, what: str, *, name=None):
     name = path if name is None else name
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photo; twice that is an error
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # a large photo; twice that is an error
             with Image.open(path) as image:
                 yield image
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large to be opened safely ({error}); if you trust it, raise the limit with "
-                         "--max-megapixels.") from error
+        raise ValueError(
+            f"{name} is too large to be opened safely ({error}); if you trust it, raise the limit with "
+            "--max-megapixels."
+        ) from error
     except UnidentifiedImageError as error:
         raise ValueError(f"Cannot read {name} as {what} (no known format).") from error
-    except Exception as error:  # decoders raise whatever a damaged file leads them to: TypeError, struct.error, ...
+    except (
+        Exception
+    ) as error:  # decoders raise whatever a damaged file leads them to: TypeError, struct.error, ...
         reason = (str(error).strip() or "broken file").splitlines()[0]
         raise ValueError(f"Cannot read {name} as {what} ({reason}).") from error
 
@@ -109,9 +123,12 @@ def opened(path, what: str, *, name=None):
 def read_mat(path, key: str) -> np.ndarray:
     """The uint8 array under `key` in a MATLAB file, as Potsdam-3 comes; ValueError for anything else."""
     from scipy.io import loadmat  # here: an eighth of a second that only Potsdam needs
+
     try:
         found = loadmat(path).get(key)
-    except Exception as error:  # scipy documents no errors of its own: struct, zlib, Type-, Index-, MatReadError, ...
+    except (
+        Exception
+    ) as error:  # scipy documents no errors of its own: struct, zlib, Type-, Index-, MatReadError, ...
         raise ValueError(f"Cannot read {path} as a MATLAB file ({error}).") from error
     dims = {"img": 3, "gt": 2}[key]
     sound = isinstance(found, np.ndarray) and found.dtype == np.uint8 and found.ndim == dims and found.size
@@ -158,7 +175,13 @@ def five_crops(image: Image.Image) -> list[Image.Image]:
 def five_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
     """(left, top, right, bottom) of the four corners and the centre, each half as wide and half as high."""
     w, h = max(width // 2, 1), max(height // 2, 1)
-    corners = [(0, 0), (width - w, 0), (0, height - h), (width - w, height - h), ((width - w) // 2, (height - h) // 2)]
+    corners = [
+        (0, 0),
+        (width - w, 0),
+        (0, height - h),
+        (width - w, height - h),
+        ((width - w) // 2, (height - h) // 2),
+    ]
     return [(x, y, x + w, y + h) for x, y in corners]
 
 
@@ -169,11 +192,12 @@ def square(image: Image.Image, side: int) -> Image.Image:
 
 # ---- the door out ----------------------------------------------------------------------------------------------
 
+
 def voc_palette(count: int = 256) -> np.ndarray:
     """The Pascal VOC colours shifted by one, so that cluster 0 is not black: (count, 3) uint8; entry 255 is black."""
-    index = (np.arange(count)[:, None] + 1) % 256                            # (count, 1)
-    bits = index >> np.arange(8) & 1                                         # (count, 8): bits of the index
-    place = 7 - np.arange(8) // 3                                            # three bits a level, from the top
+    index = (np.arange(count)[:, None] + 1) % 256  # (count, 1)
+    bits = index >> np.arange(8) & 1  # (count, 8): bits of the index
+    place = 7 - np.arange(8) // 3  # three bits a level, from the top
     return np.stack([(bits << place)[:, channel::3].sum(1) for channel in range(3)], 1).astype(np.uint8)
 
 
@@ -182,7 +206,9 @@ def replacing(path):
     """Yield a temporary path beside `path`; it takes the name when the block ends well and vanishes otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix + ".part")
+    handle, name = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix + ".part"
+    )
     os.close(handle)
     try:
         yield Path(name)
@@ -204,7 +230,7 @@ def mask_image(mask: np.ndarray, palette: np.ndarray) -> Image.Image:
     """Indexed picture of a mask (H, W) uint8; always 256 palette entries, fewer make Pillow pack 4 bits."""
     image = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
     full = voc_palette()
-    full[:min(len(palette), IGNORE)] = palette[:IGNORE]
+    full[: min(len(palette), IGNORE)] = palette[:IGNORE]
     image.putpalette(full.tobytes())
     return image
 
@@ -220,11 +246,14 @@ def write_image(image: Image.Image, path):
 
 # ---- segments as JSON: shares and COCO -------------------------------------------------------------------------
 
+
 def cluster_shares(mask: np.ndarray, labels) -> list[dict]:
     """What part of a mask (H, W) each cluster covers, 0 to 1; labels: (K,) str."""
-    sizes = np.bincount(mask.ravel(), minlength=IGNORE + 1)[:len(labels)]
-    return [{"cluster": k, "name": name, "share": round(size / mask.size, 6)}
-            for k, (name, size) in enumerate(zip(labels, sizes.tolist()))]
+    sizes = np.bincount(mask.ravel(), minlength=IGNORE + 1)[: len(labels)]
+    return [
+        {"cluster": k, "name": name, "share": round(size / mask.size, 6)}
+        for k, (name, size) in enumerate(zip(labels, sizes.tolist()))
+    ]
 
 
 def coco_annotations(mask: np.ndarray) -> list[dict]:
@@ -234,8 +263,15 @@ def coco_annotations(mask: np.ndarray) -> list[dict]:
         segment = mask == k
         rows, columns = np.flatnonzero(segment.any(1)), np.flatnonzero(segment.any(0))
         x, y, right, bottom = (int(i) for i in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
-        found.append({"category_id": k, "segmentation": run_lengths(segment), "area": int(segment.sum()),
-                      "bbox": [x, y, right - x, bottom - y], "iscrowd": 0})
+        found.append(
+            {
+                "category_id": k,
+                "segmentation": run_lengths(segment),
+                "area": int(segment.sum()),
+                "bbox": [x, y, right - x, bottom - y],
+                "iscrowd": 0,
+            }
+        )
     return found
 
 
@@ -254,8 +290,6 @@ def run_lengths(segment: np.ndarray) -> dict:
         more = True
         while more:
             group, run = run & 31, run >> 5
-            more = run != (-1 if group & 16 else 0)                          # the fifth bit bears the sign
+            more = run != (-1 if group & 16 else 0)  # the fifth bit bears the sign
             characters.append(48 + group + 32 * more)
     return {"size": list(segment.shape), "counts": bytes(characters).decode()}
-
-

@@ -31,27 +31,24 @@ from stego import (
     unmirror,
 )
 from stego_parts.datasets import PUBLISHED, SIDE, LabelledSet
-from stego_parts.images import (
-    IGNORE,
-    replacing,
-    to_tensor,
-)
+from stego_parts.images import IGNORE, replacing, to_tensor
 from stego_parts.tokens import ahead, dense_features
 
 log = logging.getLogger("stego")
 
-PROBE_IMAGES = 2000      # train images that the probes are fitted on, drawn at random from larger sets
-PROBE_ROWS = 400_000     # positions of them
-PROBE_RATE = 5e-3        # Adam, linear probe (App. A.11)
-PROBE_BATCH = 4096       # positions a step
-ROUND = 50               # steps after which the loss of a linear probe is looked at
-CONVERGED = 1e-3         # nats: a fall of the loss over a round below which it stands still
+PROBE_IMAGES = 2000  # train images that the probes are fitted on, drawn at random from larger sets
+PROBE_ROWS = 400_000  # positions of them
+PROBE_RATE = 5e-3  # Adam, linear probe (App. A.11)
+PROBE_BATCH = 4096  # positions a step
+ROUND = 50  # steps after which the loss of a linear probe is looked at
+CONVERGED = 1e-3  # nats: a fall of the loss over a round below which it stands still
 PATIENCE, ROUNDS = 3, 200  # rounds without a fall that end the training; the greatest number of rounds
 DIAGNOSTIC_POINTS = 121  # positions an image whose pairs are looked at, as many as enter a training step
-CURVE_POINTS = 200       # points of a precision-recall curve that are kept
+CURVE_POINTS = 200  # points of a precision-recall curve that are kept
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------
+
 
 def confusion_matrix(labels, clusters, *, n_classes: int, n_clusters: int) -> np.ndarray:
     """Pixel counts (n_classes, n_clusters) int64; rows are labels, columns clusters; label 255 is left out.
@@ -60,13 +57,17 @@ def confusion_matrix(labels, clusters, *, n_classes: int, n_clusters: int) -> np
     """
     labels, clusters = np.asarray(labels), np.asarray(clusters)
     if labels.shape != clusters.shape:
-        raise ValueError(f"Labels are {labels.shape} and clusters {clusters.shape}; they must have one shape.")
+        raise ValueError(
+            f"Labels are {labels.shape} and clusters {clusters.shape}; they must have one shape."
+        )
     known = labels != IGNORE
     labels, clusters = labels[known].astype(np.int64), clusters[known].astype(np.int64)
     for name, values, size in (("label", labels, n_classes), ("cluster", clusters, n_clusters)):
         if values.size and (values.min() < 0 or values.max() >= size):
-            raise ValueError(f"Got {name} values {values.min()}..{values.max()}; "
-                             f"they must lie in 0..{size - 1} (or be {IGNORE} to be ignored).")
+            raise ValueError(
+                f"Got {name} values {values.min()}..{values.max()}; "
+                f"they must lie in 0..{size - 1} (or be {IGNORE} to be ignored)."
+            )
     flat = np.bincount(labels * n_clusters + clusters, minlength=n_classes * n_clusters)
     return flat.reshape(n_classes, n_clusters)
 
@@ -92,46 +93,59 @@ def scores(confusion, assignment) -> dict:
     """
     confusion, assignment = np.asarray(confusion), np.asarray(assignment)
     n_classes = confusion.shape[0]
-    named = np.zeros((n_classes, n_classes + 1), dtype=np.int64)             # last column: clusters without a class
-    np.add.at(named.T, assignment, confusion.T)                              # -1 lands in the last column
+    named = np.zeros((n_classes, n_classes + 1), dtype=np.int64)  # last column: clusters without a class
+    np.add.at(named.T, assignment, confusion.T)  # -1 lands in the last column
     hit = named.diagonal()
     union = named.sum(1) + named[:, :n_classes].sum(0) - hit
     iou = np.where(union > 0, hit / np.maximum(union, 1), np.nan)
     total = named.sum()
-    return {"accuracy": float(hit.sum() / total) if total else float("nan"),
-            "miou": float(np.nanmean(iou)) if (union > 0).any() else float("nan"), "iou": iou}
+    return {
+        "accuracy": float(hit.sum() / total) if total else float("nan"),
+        "miou": float(np.nanmean(iou)) if (union > 0).any() else float("nan"),
+        "iou": iou,
+    }
 
 
 # ---- probes (Sec. 4.1) ------------------------------------------------------------------------------------------
 
+
 class Probe(NamedTuple):
     """A linear map from features to K scores: weight (K, D), and bias (K,) or None for cluster centres."""
+
     weight: Tensor
     bias: Tensor | None = None
 
 
-def cluster_map(codes: Tensor, centers: Tensor, size: tuple[int, int], *, bias: Tensor | None = None,
-                pixels: Tensor | None = None) -> np.ndarray:
+def cluster_map(
+    codes: Tensor,
+    centers: Tensor,
+    size: tuple[int, int],
+    *,
+    bias: Tensor | None = None,
+    pixels: Tensor | None = None,
+) -> np.ndarray:
     """Cluster of each pixel from codes (1, D, h, w), upsampled to size (H, W), and unit centres (K, D): (H, W) uint8.
 
     bias: (K,) for a linear probe, whose weights then stand for the centres. pixels: the image (3, H, W) uint8 if a CRF
     is to sharpen the result. Without one, scores are upsampled in place of codes: the largest stays the largest.
     """
     if pixels is not None and bias is None:
-        scores = class_scores(codes[0], centers, size)                       # (K, H, W)
+        scores = class_scores(codes[0], centers, size)  # (K, H, W)
     else:
         scores = along(codes, centers) + (0 if bias is None else bias[:, None, None])
         scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[0]  # (K, H, W)
     if pixels is not None:
         scores = dense_crf(pixels, scores)
-    return scores.max(0).indices.byte().cpu().numpy()                        # ten times faster than argmax(0)
+    return scores.max(0).indices.byte().cpu().numpy()  # ten times faster than argmax(0)
 
 
 def class_shares(label: np.ndarray, classes: int, patch: int) -> Tensor:
     """Share of each class in the pixels of each patch: label (H, W) -> (H / patch * W / patch, classes) float32."""
     known = torch.from_numpy(label.astype(np.int64))
-    shares = F.one_hot(known.clamp(max=classes), classes + 1)[..., :classes].float()  # (H, W, n); ignored: zero
-    return F.avg_pool2d(shares.permute(2, 0, 1), patch).flatten(1).T         # (h * w, n)
+    shares = F.one_hot(known.clamp(max=classes), classes + 1)[
+        ..., :classes
+    ].float()  # (H, W, n); ignored: zero
+    return F.avg_pool2d(shares.permute(2, 0, 1), patch).flatten(1).T  # (h * w, n)
 
 
 def linear_probe(rows: Tensor, shares: Tensor, *, seed: int = 0) -> Probe:
@@ -146,7 +160,10 @@ def linear_probe(rows: Tensor, shares: Tensor, *, seed: int = 0) -> Probe:
     mean, deviation = rows.float().mean(0), rows.float().std(0, correction=0) + 1e-6
     layer = torch.nn.Linear(rows.shape[1], shares.shape[1]).to(rows.device)
     torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
-    optimizer, generator = torch.optim.Adam(layer.parameters(), lr=PROBE_RATE), torch.Generator().manual_seed(seed)
+    optimizer, generator = (
+        torch.optim.Adam(layer.parameters(), lr=PROBE_RATE),
+        torch.Generator().manual_seed(seed),
+    )
     best, still = math.inf, 0
     for _ in range(ROUNDS):
         total = 0.0
@@ -186,8 +203,9 @@ def _side(patch: int) -> int:
     return math.ceil(SIDE / patch) * patch
 
 
-def fit_probes(model, labelled: LabelledSet, *, train: LabelledSet | None = None, seed: int = 0,
-               progress=None) -> dict:
+def fit_probes(
+    model, labelled: LabelledSet, *, train: LabelledSet | None = None, seed: int = 0, progress=None
+) -> dict:
     """{(features, probe): Probe} for features "stego" and "backbone", probes "cluster" and "linear".
 
     The model's own clusters need no fitting. The others are fitted on `train`; without it the backbone's clusters
@@ -198,7 +216,7 @@ def fit_probes(model, labelled: LabelledSet, *, train: LabelledSet | None = None
     kmeans = CosineKMeans(len(model.centers), n_init=CLUSTER_STARTS, seed=seed).fit(rows.float())
     probes["backbone", "cluster"] = Probe(kmeans.cluster_centers_.to(model.device))
     if model.linear is not None and len(model.linear[1]) == len(labelled.classes):
-        probes["stego", "linear"] = Probe(*model.linear)                     # comes with a released checkpoint
+        probes["stego", "linear"] = Probe(*model.linear)  # comes with a released checkpoint
     if train is not None:
         with torch.inference_mode():
             codes = torch.cat([model.head(part.float().to(model.device)).cpu() for part in rows.split(65536)])
@@ -210,6 +228,7 @@ def fit_probes(model, labelled: LabelledSet, *, train: LabelledSet | None = None
 
 
 # ---- the evaluation (Sec. 4) ------------------------------------------------------------------------------------
+
 
 def both_features(model, image: Image.Image) -> dict:
     """The model's codes and the backbone's features of an image, each averaged with its mirror's: (1, D, h, w)."""
@@ -228,15 +247,26 @@ def confusions(model, labelled: LabelledSet, probes: dict, *, crf: bool = True, 
         features, picture = both_features(model, image), pixels(image).to(model.device)
         for (kind, probe, sharp), counts in found.items():
             weight, bias = probes[kind, probe]
-            clusters = cluster_map(features[kind], weight, label.shape, bias=bias, pixels=picture if sharp else None)
-            counts.append(confusion_matrix(label, clusters, n_classes=len(labelled.classes), n_clusters=len(weight)))
+            clusters = cluster_map(
+                features[kind], weight, label.shape, bias=bias, pixels=picture if sharp else None
+            )
+            counts.append(
+                confusion_matrix(label, clusters, n_classes=len(labelled.classes), n_clusters=len(weight))
+            )
         if progress:
             progress("evaluate", done, len(labelled.pairs))
     return {key: np.stack(counts) for key, counts in found.items()}
 
 
-def evaluate(model, labelled: LabelledSet, *, train: LabelledSet | None = None, crf: bool = True, seed: int = 0,
-             progress=None) -> dict:
+def evaluate(
+    model,
+    labelled: LabelledSet,
+    *,
+    train: LabelledSet | None = None,
+    crf: bool = True,
+    seed: int = 0,
+    progress=None,
+) -> dict:
     """Score a model on a labelled set by the published protocol, beside its backbone's raw features.
 
     train: labelled images for the linear probe and the backbone's clusters. Returns plain values, ready for JSON:
@@ -248,12 +278,20 @@ def evaluate(model, labelled: LabelledSet, *, train: LabelledSet | None = None, 
     counts = confusions(model, labelled, probes, crf=crf, progress=progress)
     if not next(iter(counts.values())).sum():
         raise ValueError(f"Not one labelled pixel in {labelled.name}: nothing to score.")
-    results = [dict(features=features, probe=probe, crf=sharp, **_result(each, probe))
-               for (features, probe, sharp), each in counts.items()]
-    return dict(dataset=labelled.name, classes=labelled.classes, images=len(labelled.pairs), seed=seed,
-                model={key: model.config[key] for key in ("backbone", "classes", "preset", "steps", "seed")},
-                protocol=_protocol(model, labelled, train, crf),
-                published=PUBLISHED.get(labelled.name, []), results=results)
+    results = [
+        dict(features=features, probe=probe, crf=sharp, **_result(each, probe))
+        for (features, probe, sharp), each in counts.items()
+    ]
+    return dict(
+        dataset=labelled.name,
+        classes=labelled.classes,
+        images=len(labelled.pairs),
+        seed=seed,
+        model={key: model.config[key] for key in ("backbone", "classes", "preset", "steps", "seed")},
+        protocol=_protocol(model, labelled, train, crf),
+        published=PUBLISHED.get(labelled.name, []),
+        results=results,
+    )
 
 
 def _result(each: np.ndarray, probe: str) -> dict:
@@ -262,21 +300,34 @@ def _result(each: np.ndarray, probe: str) -> dict:
     assignment = match_clusters(confusion) if probe == "cluster" else np.arange(confusion.shape[1])
     found = scores(confusion, assignment)
     single = [scores(one, assignment)["accuracy"] for one in each]
-    return dict(accuracy=found["accuracy"], miou=found["miou"], iou=found["iou"].tolist(), confusion=confusion.tolist(),
-                assignment=assignment.tolist(), image_accuracy=single)
+    return dict(
+        accuracy=found["accuracy"],
+        miou=found["miou"],
+        iou=found["iou"].tolist(),
+        confusion=confusion.tolist(),
+        assignment=assignment.tolist(),
+        image_accuracy=single,
+    )
 
 
 def _protocol(model, labelled: LabelledSet, train: LabelledSet | None, crf: bool) -> str:
     side = _side(model.backbone.patch)
-    fitted = (f"linear probes and the backbone's k-means fitted on {min(len(train.pairs), PROBE_IMAGES)} train images "
-              f"({train.source})" if train else "backbone's k-means fitted on the same images, no train labels")
-    return (f"{len(labelled.pairs)} images ({labelled.source}); shorter side to {side} (images bilinear, labels "
-            f"nearest), centre crop {side} x {side}; averaged with the mirror image; "
-            f"{'dense CRF, 10 iterations' if crf else 'no CRF'}; one confusion matrix, {len(model.centers)} clusters "
-            f"matched with {len(labelled.classes)} classes (Hungarian), clusters left over count as errors; {fitted}")
+    fitted = (
+        f"linear probes and the backbone's k-means fitted on {min(len(train.pairs), PROBE_IMAGES)} train images "
+        f"({train.source})"
+        if train
+        else "backbone's k-means fitted on the same images, no train labels"
+    )
+    return (
+        f"{len(labelled.pairs)} images ({labelled.source}); shorter side to {side} (images bilinear, labels "
+        f"nearest), centre crop {side} x {side}; averaged with the mirror image; "
+        f"{'dense CRF, 10 iterations' if crf else 'no CRF'}; one confusion matrix, {len(model.centers)} clusters "
+        f"matched with {len(labelled.classes)} classes (Hungarian), clusters left over count as errors; {fitted}"
+    )
 
 
 # ---- diagnostics (Sec. 3.1, App. A.6) ----------------------------------------------------------------------------
+
 
 @torch.inference_mode()
 def diagnose(model, labelled: LabelledSet, *, seed: int = 0, progress=None) -> dict:
@@ -292,14 +343,20 @@ def diagnose(model, labelled: LabelledSet, *, seed: int = 0, progress=None) -> d
     for point in points:
         upper = tuple(torch.triu_indices(len(point["label"]), len(point["label"]), 1))
         same.append(point["label"][upper[0]] == point["label"][upper[1]])
-        weights = [correspondence(point[kind], point[kind]) for kind in ("backbone", "stego")] + [_crf_kernel(point)]
+        weights = [correspondence(point[kind], point[kind]) for kind in ("backbone", "stego")] + [
+            _crf_kernel(point)
+        ]
         for values, weight in zip(found.values(), weights):
             values.append(weight[upper])
     same = torch.cat(same).numpy()
     if not same.any():
-        raise ValueError(f"No two positions of one label in an image of {labelled.name}: nothing to diagnose.")
+        raise ValueError(
+            f"No two positions of one label in an image of {labelled.name}: nothing to diagnose."
+        )
     curves = {name: precision_recall(torch.cat(values).numpy(), same) for name, values in found.items()}
-    return dict(curves=curves, base_rate=float(same.mean()), couplings=_couplings(points, len(labelled.classes)))
+    return dict(
+        curves=curves, base_rate=float(same.mean()), couplings=_couplings(points, len(labelled.classes))
+    )
 
 
 def _points(model, labelled: LabelledSet, seed: int, progress) -> list[dict]:
@@ -310,13 +367,21 @@ def _points(model, labelled: LabelledSet, seed: int, progress) -> list[dict]:
         image, label = labelled.read(i, side=_side(patch))
         features = both_features(model, image)
         h, w = features["stego"].shape[2:]
-        here = torch.from_numpy(label[patch // 2::patch, patch // 2::patch].astype(np.int64)).flatten()  # (h * w,)
+        here = torch.from_numpy(
+            label[patch // 2 :: patch, patch // 2 :: patch].astype(np.int64)
+        ).flatten()  # (h * w,)
         known = (here != IGNORE).nonzero()[:, 0]
         at = known[torch.randperm(len(known), generator=generator)[:DIAGNOSTIC_POINTS]]
         y, x = at // w * patch + patch // 2, at % w * patch + patch // 2
-        point = {kind: unit(value[0].flatten(1).T[at.to(value.device)]).cpu() for kind, value in features.items()}
-        point |= dict(label=here[at], place=torch.stack([y, x], 1).float(), colour=pixels(image)[:, y, x].T.float(),
-                      mean=unit(features["backbone"].mean((2, 3))).cpu())
+        point = {
+            kind: unit(value[0].flatten(1).T[at.to(value.device)]).cpu() for kind, value in features.items()
+        }
+        point |= dict(
+            label=here[at],
+            place=torch.stack([y, x], 1).float(),
+            colour=pixels(image)[:, y, x].T.float(),
+            mean=unit(features["backbone"].mean((2, 3))).cpu(),
+        )
         points.append(point)
         if progress:
             progress("diagnose", i + 1, len(labelled.pairs))
@@ -326,8 +391,8 @@ def _points(model, labelled: LabelledSet, seed: int, progress) -> list[dict]:
 def _crf_kernel(point: dict) -> Tensor:
     """The CRF's pairwise kernel between positions (App. A.9): (P, P)."""
     near, alike = (torch.cdist(point[key], point[key]).square() for key in ("place", "colour"))
-    colour = torch.exp(-near / (2 * SXY ** 2) - alike / (2 * SRGB ** 2))
-    return COMPAT * colour + SMOOTH_COMPAT * torch.exp(-near / (2 * SMOOTH_SXY ** 2))
+    colour = torch.exp(-near / (2 * SXY**2) - alike / (2 * SRGB**2))
+    return COMPAT * colour + SMOOTH_COMPAT * torch.exp(-near / (2 * SMOOTH_SXY**2))
 
 
 def precision_recall(values: np.ndarray, positive: np.ndarray) -> dict:
@@ -337,7 +402,9 @@ def precision_recall(values: np.ndarray, positive: np.ndarray) -> dict:
     average_precision, the sum of precision times the step in recall over all thresholds.
     """
     order = np.argsort(-values, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(values[order])), len(values) - 1)  # the last of each run of equal values
+    last = np.append(
+        np.flatnonzero(np.diff(values[order])), len(values) - 1
+    )  # the last of each run of equal values
     hits = np.cumsum(positive[order])[last]
     precision, recall = hits / (last + 1), hits / hits[-1]
     average = float(np.sum(np.diff(recall, prepend=0) * precision))
@@ -361,9 +428,14 @@ def _couplings(points: list[dict], classes: int) -> dict:
 
 # ---- the report ------------------------------------------------------------------------------------------------
 
+
 def headline(report: dict) -> dict:
     """The result a model is known by: its clusters, with the CRF where there was one."""
-    return [result for result in report["results"] if (result["features"], result["probe"]) == ("stego", "cluster")][-1]
+    return [
+        result
+        for result in report["results"]
+        if (result["features"], result["probe"]) == ("stego", "cluster")
+    ][-1]
 
 
 def table(report: dict) -> str:
@@ -371,28 +443,43 @@ def table(report: dict) -> str:
     name, rows = {"stego": "stego", "backbone": f"k-means, {report['model']['backbone']} alone"}, []
     for features in name:
         for crf in (False, True):
-            found = {result["probe"]: result for result in report["results"]
-                     if (result["features"], result["crf"]) == (features, crf)}
+            found = {
+                result["probe"]: result
+                for result in report["results"]
+                if (result["features"], result["crf"]) == (features, crf)
+            }
             if found:
-                cells = [100 * found[probe][key] if probe in found else None
-                         for probe in ("cluster", "linear") for key in ("accuracy", "miou")]
+                cells = [
+                    100 * found[probe][key] if probe in found else None
+                    for probe in ("cluster", "linear")
+                    for key in ("accuracy", "miou")
+                ]
                 rows.append((name[features] + (" + CRF" if crf else ""), cells))
     rows += [(f"{who} (published)", cells) for who, *cells in report["published"]]
     wide = max(len(text) for text in (report["dataset"], *(who for who, _ in rows)))
-    lines = [f"{report['dataset']:{wide}}{'unsupervised':>18}{'linear probe':>18}",
-             f"{'percent':{wide}}" + 2 * f"{'accuracy':>11}{'mIoU':>7}"]
+    lines = [
+        f"{report['dataset']:{wide}}{'unsupervised':>18}{'linear probe':>18}",
+        f"{'percent':{wide}}" + 2 * f"{'accuracy':>11}{'mIoU':>7}",
+    ]
     lines += [_row(who, cells, wide) for who, cells in rows]
     best = headline(report)
     labelled = np.array(best["confusion"]).sum(1)
     clusters = {c: k for k, c in enumerate(best["assignment"])}
     lines += ["", f"{'class':20}{'IoU':>6}{'pixels':>8}  cluster   (stego{' + CRF' if best['crf'] else ''})"]
-    lines += [f"{name:20}{'-' if np.isnan(iou) else f'{100 * iou:.1f}':>6}{share:>8.1%}  {clusters.get(i, '-')}"
-              for i, (name, iou, share) in enumerate(zip(report["classes"], best["iou"], labelled / labelled.sum()))]
+    lines += [
+        f"{name:20}{'-' if np.isnan(iou) else f'{100 * iou:.1f}':>6}{share:>8.1%}  {clusters.get(i, '-')}"
+        for i, (name, iou, share) in enumerate(zip(report["classes"], best["iou"], labelled / labelled.sum()))
+    ]
     if "diagnostics" in report:
-        lines += ["", "average precision of correspondences as predictors of equal labels (base rate "
-                      f"{report['diagnostics']['base_rate']:.3f})"]
-        lines += [f"{name:20}{curve['average_precision']:6.3f}"
-                  for name, curve in report["diagnostics"]["curves"].items()]
+        lines += [
+            "",
+            "average precision of correspondences as predictors of equal labels (base rate "
+            f"{report['diagnostics']['base_rate']:.3f})",
+        ]
+        lines += [
+            f"{name:20}{curve['average_precision']:6.3f}"
+            for name, curve in report["diagnostics"]["curves"].items()
+        ]
     return "\n".join([*lines, "", f"protocol: {report['protocol']}"])
 
 
@@ -403,13 +490,13 @@ def _row(name: str, cells, wide: int) -> str:
 
 def write_json(report: dict, path):
     """The whole report; NaN (a class that does not occur) becomes null."""
+
     def plain(value):
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [plain(item) for item in value]
         return None if isinstance(value, float) and math.isnan(value) else value
+
     with replacing(path) as part:
         part.write_text(json.dumps(plain(report), allow_nan=False, indent=1))
-
-

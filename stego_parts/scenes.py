@@ -5,16 +5,24 @@ from PIL import Image, ImageDraw, ImageFilter
 
 SCENE_CLASSES = ("sky", "hills", "grass", "road", "building", "tree", "car")
 SKY, HILLS, GRASS, ROAD, BUILDING, TREE, CAR = range(7)
-EYE = 2.2                   # metres from the ground to the camera
-HAZE = 120                  # metres after which two thirds of a colour are that of the horizon
+EYE = 2.2  # metres from the ground to the camera
+HAZE = 120  # metres after which two thirds of a colour are that of the horizon
 
 
 def draw_scene(seed: int, height: int = 240, width: int = 320) -> tuple[Image.Image, np.ndarray]:
     """A synthetic road through a town or a landscape, and its labels (H, W) uint8 into SCENE_CLASSES."""
     scene = _Scene(np.random.default_rng(seed), height, width)
-    rng, half, town = scene.rng, scene.rng.uniform(3.2, 5), scene.rng.random() < 0.65  # half: of the road, metres
+    rng, half, town = (
+        scene.rng,
+        scene.rng.uniform(3.2, 5),
+        scene.rng.random() < 0.65,
+    )  # half: of the road, metres
     scene.land(half)
-    things = [(z, scene.car, (lane * half * 0.48, z)) for lane in (-1, 1) for z in rng.uniform(7, 45, rng.integers(3))]
+    things = [
+        (z, scene.car, (lane * half * 0.48, z))
+        for lane in (-1, 1)
+        for z in rng.uniform(7, 45, rng.integers(3))
+    ]
     for side in (-1, 1):
         z = rng.uniform(4, 12)
         while z < 90:
@@ -27,7 +35,7 @@ def draw_scene(seed: int, height: int = 240, width: int = 320) -> tuple[Image.Im
             elif choice < 0.85:
                 things.append((z, scene.tree, (side * (near + rng.exponential(1 if town else 6)), z)))
             z += rng.uniform(1, 9)
-    for _, draw, place in sorted(things, key=lambda thing: -thing[0]):       # the far ones first
+    for _, draw, place in sorted(things, key=lambda thing: -thing[0]):  # the far ones first
         draw(*place)
     noisy = scene.pixels * scene.warm + rng.normal(0, 3, scene.pixels.shape)
     image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
@@ -41,9 +49,11 @@ class _Scene:
         self.rng, self.size, self.shape = rng, (width, height), (height, width)
         self.focus, self.middle = 0.9 * width, width * rng.uniform(0.35, 0.65)  # pixels
         self.horizon = height * rng.uniform(0.38, 0.52)
-        self.sun = rng.choice([-1, 1]) * rng.uniform(0.3, 1.2) * (rng.random() < 0.8)  # shadow a metre; 0: overcast
+        self.sun = (
+            rng.choice([-1, 1]) * rng.uniform(0.3, 1.2) * (rng.random() < 0.8)
+        )  # shadow a metre; 0: overcast
         self.warm = 1 + rng.uniform(-0.01, 0.04) * np.array([1, 0.3, -1])
-        self.pale = np.array([205, 218, 232]) + rng.normal(0, 6, 3)          # the sky at the horizon
+        self.pale = np.array([205, 218, 232]) + rng.normal(0, 6, 3)  # the sky at the horizon
         self.pixels, self.labels = np.zeros((*self.shape, 3)), np.zeros(self.shape, np.uint8)
         self.shaded, self.grain, self.patches = np.zeros(self.shape, bool), self.noise(1), self.noise(24)
 
@@ -70,7 +80,7 @@ class _Scene:
         fill = getattr(ImageDraw.Draw(mask), draw)
         for shape in shapes:
             fill(shape, fill=1)
-        return np.asarray(mask)                                              # (H, W) bool
+        return np.asarray(mask)  # (H, W) bool
 
     def paint(self, region, label: int, colour, z, *, grain: float = 0.06, patches: float = 0.08):
         """Fill a region (H, W) bool with a textured colour, paler with its distance z: a number or (H, W)."""
@@ -115,13 +125,21 @@ class _Scene:
         self.shade(x, other, z, end, high if low == 0 else 0)
         self.paint(self.region([self.flat(x, other, z, end, high)] if high < EYE else []), label, colour, z)
         light = 0.95 if not self.sun else 0.85 + 0.3 * np.sign(self.sun * x)
-        for x1, z1, light in ((other, z, 0.9), (x, end, light)):             # the front; the side along the road
+        for x1, z1, light in ((other, z, 0.9), (x, end, light)):  # the front; the side along the road
+
             def quad(u, w, a, b):
-                return [self.at(x + t * (x1 - x), y, z + t * (z1 - z)) for t, y in ((u, a), (w, a), (w, b), (u, b))]
+                return [
+                    self.at(x + t * (x1 - x), y, z + t * (z1 - z))
+                    for t, y in ((u, a), (w, a), (w, b), (u, b))
+                ]
+
             self.paint(self.region([quad(0, 1, low, high)]), label, np.asarray(colour) * light, z)
             count = max(int(max(abs(x1 - x), z1 - z) / 2.4), 1) if windows else 0
-            panes = [quad((i + 0.28) / count, (i + 0.74) / count, y, y + 1.5)
-                     for i in range(count) for y in np.arange(0.9, high - 1.8, 2.9)]
+            panes = [
+                quad((i + 0.28) / count, (i + 0.74) / count, y, y + 1.5)
+                for i in range(count)
+                for y in np.arange(0.9, high - 1.8, 2.9)
+            ]
             self.paint(self.region(panes), label, (60, 72, 88), z, patches=0.2)
 
     def house(self, *box):
@@ -129,10 +147,21 @@ class _Scene:
         self.block(*box, BUILDING, walls[self.rng.integers(5)] + self.rng.normal(0, 8, 3), windows=True)
 
     def car(self, x: float, z: float):
-        paints = ((170, 30, 30), (40, 60, 120), (215, 215, 218), (40, 42, 46), (120, 125, 130), (200, 160, 40))
+        paints = (
+            (170, 30, 30),
+            (40, 60, 120),
+            (215, 215, 218),
+            (40, 42, 46),
+            (120, 125, 130),
+            (200, 160, 40),
+        )
         colour, inner = paints[self.rng.integers(6)], -np.sign(x)
-        parts = ((0.85, 0.1, 3.9, 0, 0.3, (28, 28, 30)), (0.9, 0, 4, 0.3, 0.9, colour),  # wheels, body
-                 (0.7, 0.7, 3, 0.9, 1.4, (58, 66, 78)), (0.65, 0.8, 2.9, 1.4, 1.5, colour))  # windows, roof
+        parts = (
+            (0.85, 0.1, 3.9, 0, 0.3, (28, 28, 30)),
+            (0.9, 0, 4, 0.3, 0.9, colour),  # wheels, body
+            (0.7, 0.7, 3, 0.9, 1.4, (58, 66, 78)),
+            (0.65, 0.8, 2.9, 1.4, 1.5, colour),
+        )  # windows, roof
         for wide, start, end, low, high, shown in parts:
             self.block(x + wide * inner, x - wide * inner, z + start, z + end, low, high, CAR, shown)
 
@@ -142,7 +171,7 @@ class _Scene:
         trunk = [self.at(x - 0.15, 0, z), self.at(x + 0.15, 0, z), self.at(x, 0.8 * high, z)]
         self.paint(self.region([trunk]), TREE, (84, 66, 50), z)
         green = (58, 92, 42) + rng.normal(0, 10, 3)
-        for lit in np.linspace(-0.5, 0.5, 24):                               # clumps of leaves, the sunny ones last
+        for lit in np.linspace(-0.5, 0.5, 24):  # clumps of leaves, the sunny ones last
             dx, dy = rng.normal(0, high / 8, 2).clip(-high / 6, high / 6)
             dx, dy = dx - lit * high / 5 * np.sign(self.sun), dy + lit * high / 5
             (u, v), r = self.at(x + dx, 0.66 * high + dy, z), self.focus * high * rng.uniform(0.06, 0.13) / z

@@ -29,14 +29,14 @@ log = logging.getLogger("stego")
 
 # What the backbone sees of an image: five crops, each alone (Sec. 4); all of it; all of it, then cut into five.
 VIEWS = ("five", "whole", "windows")
-CROP_SIDE = 224         # pixels: crops the head is trained on (Sec. 4)
-RESOLUTION = 320        # pixels: shorter side at which images are segmented (Sec. 4)
-CACHE_SIZE = 8.0        # GB of scratch file for the tokens of all crops
-GPU_IMAGES = 8          # images of one size that a GPU sees at once
-GPU_SHARE = 0.5         # of its free memory that the token cache may take; else it stays in its file
-READERS = 16            # threads, at most, that decode for a GPU
-SAVE_EVERY = 30         # seconds between two states of a fit: what an interruption costs at most
-MAX_ASPECT = 4          # longer side : shorter side up to which the shorter side gets its full resolution
+CROP_SIDE = 224  # pixels: crops the head is trained on (Sec. 4)
+RESOLUTION = 320  # pixels: shorter side at which images are segmented (Sec. 4)
+CACHE_SIZE = 8.0  # GB of scratch file for the tokens of all crops
+GPU_IMAGES = 8  # images of one size that a GPU sees at once
+GPU_SHARE = 0.5  # of its free memory that the token cache may take; else it stays in its file
+READERS = 16  # threads, at most, that decode for a GPU
+SAVE_EVERY = 30  # seconds between two states of a fit: what an interruption costs at most
+MAX_ASPECT = 4  # longer side : shorter side up to which the shorter side gets its full resolution
 BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -49,22 +49,24 @@ class TokenCache:
     """
 
     def __init__(self, crops: int, positions: int, channels: int, *, file=None):
-        scratch = file or tempfile.TemporaryFile(prefix="stego-")            # without a name: nothing to clean up
+        scratch = file or tempfile.TemporaryFile(prefix="stego-")  # without a name: nothing to clean up
         size = self.size(crops, positions, channels)
         try:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(scratch.fileno(), 0, size)                # a full disk shows now, not as a crash
+                os.posix_fallocate(scratch.fileno(), 0, size)  # a full disk shows now, not as a crash
         except OSError as error:
             place = os.path.dirname(file.name) if file else tempfile.gettempdir()
-            raise ValueError(f"No room for {size / 1e9:.1f} GB of scratch in {place} ({error}); "
-                             "set a smaller --cache-size, or work on a larger disk.") from error
+            raise ValueError(
+                f"No room for {size / 1e9:.1f} GB of scratch in {place} ({error}); "
+                "set a smaller --cache-size, or work on a larger disk."
+            ) from error
         scratch.truncate(size)
         means = np.memmap(scratch, np.float32, "r+", shape=(crops, channels))
         tokens = np.memmap(scratch, np.float16, "r+", offset=means.nbytes, shape=(crops, positions, channels))
         self.means, self.tokens = torch.from_numpy(means), torch.from_numpy(tokens)
         self.images = torch.empty(crops, dtype=torch.int64)
         self.seed, self.device = torch.initial_seed(), torch.device("cpu")
-        self.filled = self.crops = self.first = 0                            # crops here, everywhere, before those here
+        self.filled = self.crops = self.first = 0  # crops here, everywhere, before those here
 
     @staticmethod
     def size(crops: int, positions: int, channels: int) -> int:
@@ -79,7 +81,7 @@ class TokenCache:
 
         image: the number of the image they are of; which positions are kept depends on it and on torch's seed alone.
         """
-        tokens = features.flatten(2).transpose(1, 2)                         # (B, h * w, C)
+        tokens = features.flatten(2).transpose(1, 2)  # (B, h * w, C)
         rows = slice(self.filled, self.filled + len(tokens))
         self.means[rows], self.images[rows] = F.normalize(tokens.mean(1), dim=1).cpu(), image
         here, room = tokens.shape[1], self.tokens.shape[1]
@@ -95,23 +97,30 @@ class TokenCache:
         """Nothing more comes: number the crops of all processes in a row; sample onto a device."""
         if processes() > 1:
             filled = everyones(torch.tensor([self.filled]))
-            self.first, self.crops = int(filled[:rank()].sum()), int(filled.sum())
+            self.first, self.crops = int(filled[: rank()].sum()), int(filled.sum())
             for name in ("means", "images"):
-                own = getattr(self, name)[:self.filled]
+                own = getattr(self, name)[: self.filled]
                 whole = own.new_zeros(self.crops, *own.shape[1:])
-                whole[self.first:self.first + self.filled] = own
+                whole[self.first : self.first + self.filled] = own
                 setattr(self, name, summed(whole))
         self.device = torch.device(device)
-        if self.device.type == "cuda" and self.tokens.nbytes < GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]:
+        if (
+            self.device.type == "cuda"
+            and self.tokens.nbytes < GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]
+        ):
             self.tokens = self.tokens.to(self.device)
 
     def sample(self, crops: Tensor, count: int) -> Tensor:
         """Tokens at `count` random positions of each crop: (B,) int64 -> (B, count, C) float32."""
         places = self.tokens.shape[1]
-        rows = (crops[:, None] - self.first) * places + torch.randint(places, (len(crops), count))  # (B, count)
-        here = (rows >= 0) & (rows < self.filled * places)                   # the others are in other processes
-        found = self.tokens.flatten(0, 1).index_select(0, moved(rows.where(here, 0).flatten(), self.tokens.device))
-        found = moved(found, self.device).unflatten(0, rows.shape)           # (B, count, C) float16
+        rows = (crops[:, None] - self.first) * places + torch.randint(
+            places, (len(crops), count)
+        )  # (B, count)
+        here = (rows >= 0) & (rows < self.filled * places)  # the others are in other processes
+        found = self.tokens.flatten(0, 1).index_select(
+            0, moved(rows.where(here, 0).flatten(), self.tokens.device)
+        )
+        found = moved(found, self.device).unflatten(0, rows.shape)  # (B, count, C) float16
         if processes() > 1:
             found = summed(found * moved(here, self.device)[..., None])
         return found.float()
@@ -130,36 +139,57 @@ def dense_features(backbone, x: Tensor, device="cpu") -> Tensor:
         return backbone(moved(x, device)).float()
 
 
-def encode(backbone, paths, *, views="five", cache_size=CACHE_SIZE, device="cpu", progress=None,
-           scratch: "Scratch | None" = None, key: dict | None = None) -> TokenCache:
+def encode(
+    backbone,
+    paths,
+    *,
+    views="five",
+    cache_size=CACHE_SIZE,
+    device="cpu",
+    progress=None,
+    scratch: "Scratch | None" = None,
+    key: dict | None = None,
+) -> TokenCache:
     """Push every image through the backbone once, cut up as VIEWS says; its parts lie one after another in the cache.
 
     Unreadable images are named in a warning and left out. Raises ValueError if none is left. scratch: where the cache
     is kept; what is there under the same key is not computed again.
     """
-    side = (RESOLUTION // 2 if views == "windows" else CROP_SIDE) // backbone.patch   # positions
-    count, positions = len(paths) * (1 if views == "whole" else 5), side ** 2
+    side = (RESOLUTION // 2 if views == "windows" else CROP_SIDE) // backbone.patch  # positions
+    count, positions = len(paths) * (1 if views == "whole" else 5), side**2
     kept = min(positions, int(cache_size * 1e9 / (count * backbone.channels * 2)))
     if kept < 1:
-        raise ValueError(f"A cache of {cache_size} GB holds not one position of {count} crops; "
-                         "set a larger --cache-size.")
+        raise ValueError(
+            f"A cache of {cache_size} GB holds not one position of {count} crops; set a larger --cache-size."
+        )
     if kept < positions:
-        log.warning("The token cache is bounded to %g GB: keeping %d random positions of %d per crop.",
-                    cache_size, kept, positions)
+        log.warning(
+            "The token cache is bounded to %g GB: keeping %d random positions of %d per crop.",
+            cache_size,
+            kept,
+            positions,
+        )
     numbers, gpu = mine(range(len(paths))), torch.device(device).type == "cuda"
-    start, cache = _cache_in(scratch, key, (max(len(numbers), 1) * (count // len(paths)), kept, backbone.channels))
-    inputs = ahead(lambda number: (number, _views(paths[number], views, backbone.patch)), numbers[start:],
-                   workers=min(os.cpu_count() or 1, READERS) if gpu else 1)
+    start, cache = _cache_in(
+        scratch, key, (max(len(numbers), 1) * (count // len(paths)), kept, backbone.channels)
+    )
+    inputs = ahead(
+        lambda number: (number, _views(paths[number], views, backbone.patch)),
+        numbers[start:],
+        workers=min(os.cpu_count() or 1, READERS) if gpu else 1,
+    )
     done = start
     for batch in alike(inputs, GPU_IMAGES if gpu else 1):
         if batch[0][1] is not None:
             with torch.inference_mode():
-                maps = dense_features(backbone, torch.cat([x for _, x in batch]), device)  # (images x 1 or 5, C, h, w)
+                maps = dense_features(
+                    backbone, torch.cat([x for _, x in batch]), device
+                )  # (images x 1 or 5, C, h, w)
                 for (number, _), part in zip(batch, maps.split(len(batch[0][1]))):
                     cache.append(five_windows(part) if views == "windows" else part, image=number)
         done += len(batch)
         if scratch and len(cache) and (scratch.due() or done == len(numbers)):
-            scratch.save("features", key, dict(done=done, images=cache.images[:len(cache)].clone()))
+            scratch.save("features", key, dict(done=done, images=cache.images[: len(cache)].clone()))
         if progress:
             progress("features", done, len(numbers))
     cache.settle(device)
@@ -178,7 +208,7 @@ def _cache_in(scratch: "Scratch | None", key: dict | None, shape) -> tuple[int, 
     if not whole:
         return 0, cache
     cache.filled = cache.crops = len(state["images"])
-    cache.images[:cache.filled] = state["images"]
+    cache.images[: cache.filled] = state["images"]
     log.info("%d of %d images are in the scratch already.", state["done"], key["count"])
     return state["done"], cache
 
@@ -194,7 +224,9 @@ def _views(path, views: str, patch: int) -> Tensor | None:
     if views == "windows":
         return to_tensor(image.resize(size, BILINEAR))[None]
     side = CROP_SIDE // patch * patch
-    return torch.stack([to_tensor(square(crop, side)) for crop in (five_crops(image) if views == "five" else [image])])
+    return torch.stack(
+        [to_tensor(square(crop, side)) for crop in (five_crops(image) if views == "five" else [image])]
+    )
 
 
 def five_windows(maps: Tensor) -> Tensor:
@@ -209,8 +241,10 @@ def backbone_size(image, patch: int, *, resolution: int = RESOLUTION, name="The 
     Raises ValueError for an image smaller than a patch.
     """
     if min(image.size) < patch:
-        raise ValueError(f"{name} is {image.width} x {image.height} pixels, smaller than one patch of the backbone "
-                         f"({patch} x {patch}); use a larger image.")
+        raise ValueError(
+            f"{name} is {image.width} x {image.height} pixels, smaller than one patch of the backbone "
+            f"({patch} x {patch}); use a larger image."
+        )
     scale = min(resolution / min(image.size), MAX_ASPECT * resolution / max(image.size))
     return tuple(max(round(side * scale / patch), 1) * patch for side in image.size)
 
@@ -229,7 +263,9 @@ def alike(items, most: int):
     """Pairs (name, tensor or None) in lists of at most `most` in a row whose tensors have one shape."""
     batch = []
     for item in items:
-        if batch and (len(batch) == most or getattr(item[1], "shape", None) != getattr(batch[0][1], "shape", None)):
+        if batch and (
+            len(batch) == most or getattr(item[1], "shape", None) != getattr(batch[0][1], "shape", None)
+        ):
             yield batch
             batch = []
         batch.append(item)
@@ -249,9 +285,11 @@ class Scratch:
         self.lock = open(self.folder / "lock", "w")
         try:
             if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # falls with the process
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process
         except OSError as error:
-            raise ValueError(f"Another fit is working in {folder}; wait for it, or choose another output.") from error
+            raise ValueError(
+                f"Another fit is working in {folder}; wait for it, or choose another output."
+            ) from error
 
     def load(self, name: str, key: dict) -> dict | None:
         """The state saved under a name, if it belongs to this key; None if there is none or a damaged one."""
@@ -274,22 +312,26 @@ class Scratch:
         path = self.folder / "training.pt"
         if not resume:
             if path.exists():
-                log.warning("Starting afresh, though a fit was interrupted in %s; --resume would go on.", self.folder)
+                log.warning(
+                    "Starting afresh, though a fit was interrupted in %s; --resume would go on.", self.folder
+                )
             path.unlink(missing_ok=True)
         elif path.exists() and self.load("training", key) is None:
-            raise ValueError(f"The fit in {self.folder} was of other images or options, or one has changed since; give "
-                             "the same ones, or start afresh without --resume.")
+            raise ValueError(
+                f"The fit in {self.folder} was of other images or options, or one has changed since; give "
+                "the same ones, or start afresh without --resume."
+            )
 
     def close(self):
         if not any(self.folder.glob("*.pt")):
-            shutil.rmtree(self.folder, ignore_errors=True)                   # nothing in it to go on from
+            shutil.rmtree(self.folder, ignore_errors=True)  # nothing in it to go on from
         self.lock.close()
 
 
 def write_state(state: dict, path):
     """torch.save, whole or not at all."""
-    packed = io.BytesIO()                                                    # bytes free of the file's name,
-    torch.save(state, packed)                                                # and a full disk is an OSError
+    packed = io.BytesIO()  # bytes free of the file's name,
+    torch.save(state, packed)  # and a full disk is an OSError
     with replacing(path) as part:
         part.write_bytes(packed.getvalue())
 
@@ -299,6 +341,14 @@ def features_key(paths, network, config: dict) -> dict:
     found = ((os.path.abspath(path), os.stat(path)) for path in paths)
     found = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
     images = hashlib.sha256("\n".join(map(repr, found)).encode()).hexdigest()
-    known = network.sha256 or os.urandom(16).hex()                           # a callable may have changed since
-    return dict(version=2, images=images, count=len(found), backbone=known, stride=network.patch,
-                views=config["views"], cache_size=config["cache_size"], seed=config["seed"])
+    known = network.sha256 or os.urandom(16).hex()  # a callable may have changed since
+    return dict(
+        version=2,
+        images=images,
+        count=len(found),
+        backbone=known,
+        stride=network.patch,
+        views=config["views"],
+        cache_size=config["cache_size"],
+        seed=config["seed"],
+    )

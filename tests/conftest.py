@@ -41,6 +41,7 @@ def scenes(tmp_path_factory):
 def model(scenes):
     """A model fitted on the drawn scenes with the bundled backbone, in a second or two."""
     from stego import Stego
+
     return Stego.fit(scenes, classes=3, backbone="tiny", steps=60, batch_size=8)
 
 
@@ -62,6 +63,7 @@ def run(*args, code=0, **settings):
     from click.testing import CliRunner
 
     from cli import main
+
     result = CliRunner().invoke(main, [str(arg) for arg in args], **settings)
     assert result.exit_code == code, (result.output, result.exception)
     assert "Traceback" not in result.output

@@ -14,12 +14,13 @@ from stego_parts import drawing, report
 from stego_parts.report import LIT_HEIGHT, POINT_COLOURS, correspondence_sheet
 
 RED, BLUE, GREEN = (200, 30, 30), (30, 30, 200), (30, 200, 30)
-ROW = 13 + 8 + LIT_HEIGHT + 8                                                # caption, gap, pictures, gap of `strips`
-END = 8 + 25                                                                 # its last gap and an empty legend
+ROW = 13 + 8 + LIT_HEIGHT + 8  # caption, gap, pictures, gap of `strips`
+END = 8 + 25  # its last gap and an empty legend
 
 
 class Colours:
     """A stand-in backbone: the mean colour of each patch, about grey."""
+
     patch, channels = 8, 3
 
     def __call__(self, x):
@@ -44,7 +45,7 @@ def test_what_is_alike_is_coloured(tmp_path):
     one, other = halves(tmp_path / "a.png", RED, BLUE), halves(tmp_path / "b.png", GREEN, RED)
     sheet = correspondence_sheet(Colours(), one, [(10, 20), (60, 40)], others=[other])
     wide = round(64 * LIT_HEIGHT / 48)
-    second = wide + 8                                                        # where the second picture begins
+    second = wide + 8  # where the second picture begins
     assert sheet.size == (2 * (wide + 8) + 8, 2 * ROW + END)
     assert lit(sheet, 0, 10, 100) > 100 and lit(sheet, 0, wide - 10, 100) < 5
     assert lit(sheet, 0, second + wide - 10, 100) > 100 and lit(sheet, 0, second + 10, 100) < 5
@@ -53,15 +54,17 @@ def test_what_is_alike_is_coloured(tmp_path):
     for row, colour in enumerate(POINT_COLOURS[:2]):
         pixel = np.asarray(sheet)[8 + row * ROW + 121, 8 + (10 if row == 0 else wide - 10)]
         assert pixel.argmax() == np.argmax(colour)
-    x, y = 10 * wide // 64, 20 * LIT_HEIGHT // 48                            # the first point is ringed in white
-    assert (np.asarray(sheet)[8 + 21 + y - 8:8 + 21 + y + 9, 8 + x - 8:8 + x + 9].min(2) == 255).any()
+    x, y = 10 * wide // 64, 20 * LIT_HEIGHT // 48  # the first point is ringed in white
+    assert (np.asarray(sheet)[8 + 21 + y - 8 : 8 + 21 + y + 9, 8 + x - 8 : 8 + x + 9].min(2) == 255).any()
 
 
 def test_of_many_others_the_nearest_are_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "SHOWN", 2)
     one = halves(tmp_path / "one.png", RED, BLUE)
-    others = [halves(tmp_path / f"{i}.png", *colours) for i, colours in enumerate(
-        [(GREEN, GREEN), (BLUE, RED), (GREEN, BLUE), (RED, BLUE), (GREEN, RED)])]
+    others = [
+        halves(tmp_path / f"{i}.png", *colours)
+        for i, colours in enumerate([(GREEN, GREEN), (BLUE, RED), (GREEN, BLUE), (RED, BLUE), (GREEN, RED)])
+    ]
     (tmp_path / "broken.png").write_text("no picture")
     seen = []
     monkeypatch.setattr(drawing, "strips", lambda rows, legend: seen.extend(caption for caption, _ in rows))
@@ -94,15 +97,22 @@ def test_absolute_paths_stay_out_of_the_model(scenes):
     assert stego._given(["a", scenes]) == [] and stego._given(["a"] * 17) == []
 
 
-@pytest.mark.parametrize("args, code, message", [
-    (["--at", "12"], 2, "whole numbers, x and y"), (["--at", "1,-2"], 2, "whole numbers"), (["--at", "a,b"], 2, "a,b"),
-    (["--at", "128,4"], 1, "The point 128,4 is not in pictures/scene00.png, which is 128 x 96 pixels"),
-    (["--at", "1,1", "--sheet", "s.png"], 2, "With --at"), (["none.png", "--at", "1,1"], 1, "No such file"),
-    (["--at", "1,1", "-m", "model.pt", "--backbone", "tiny"], 2, "With --at"), (["--backbone", "tiny"], 2, "sheet"),
-    (["--at", "1,1", "--backbone", "vgg"], 1, "Unknown backbone 'vgg'"),
-    (["--at", "1,1", "-m", "none.pt"], 1, "No model at none.pt"),
-    (["--at", "1,1", "-o", "out.xyz", "--backbone", "tiny"], 1, "Cannot tell the format"),
-])
+@pytest.mark.parametrize(
+    "args, code, message",
+    [
+        (["--at", "12"], 2, "whole numbers, x and y"),
+        (["--at", "1,-2"], 2, "whole numbers"),
+        (["--at", "a,b"], 2, "a,b"),
+        (["--at", "128,4"], 1, "The point 128,4 is not in pictures/scene00.png, which is 128 x 96 pixels"),
+        (["--at", "1,1", "--sheet", "s.png"], 2, "With --at"),
+        (["none.png", "--at", "1,1"], 1, "No such file"),
+        (["--at", "1,1", "-m", "model.pt", "--backbone", "tiny"], 2, "With --at"),
+        (["--backbone", "tiny"], 2, "sheet"),
+        (["--at", "1,1", "--backbone", "vgg"], 1, "Unknown backbone 'vgg'"),
+        (["--at", "1,1", "-m", "none.pt"], 1, "No model at none.pt"),
+        (["--at", "1,1", "-o", "out.xyz", "--backbone", "tiny"], 1, "Cannot tell the format"),
+    ],
+)
 def test_show_at_refuses(here, scenes, args, code, message):
     Path("pictures").symlink_to(scenes)
     result = run("show", "pictures/scene00.png", *args, code=code)

@@ -18,12 +18,27 @@ from stego_parts import distributed
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["-k", "3", "--backbone", "tiny", "--steps", "30", "--batch-size", "4", "--cache-size", "0.003"]
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or sys.platform != "linux", reason="needs gloo and torchrun")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or sys.platform != "linux", reason="needs gloo and torchrun"
+)
 
 
 def fit_by_two(images, output):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli",
-               "fit", str(images), "-o", str(output), *OPTIONS]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "cli",
+        "fit",
+        str(images),
+        "-o",
+        str(output),
+        *OPTIONS,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
 
@@ -38,7 +53,7 @@ def test_two_processes_fit_the_same_model(tmp_path):
     both = fit_by_two(tmp_path / "images", tmp_path / "two.pt")
     assert both.returncode == 0, both.stderr
     assert both.stderr.count("Skipped") == 1 and both.stderr.count("cache is bounded") == 1
-    assert both.stdout.count("cluster ") == 3                                # the second process is silent
+    assert both.stdout.count("cluster ") == 3  # the second process is silent
     assert not list(tmp_path.glob("*.scratch"))
     one, two = (Stego.load(tmp_path / name, device="cpu") for name in ("one.pt", "two.pt"))
     assert two.config["crops"] == 20
@@ -50,7 +65,9 @@ def test_two_processes_fit_the_same_model(tmp_path):
 
 def loss_and_gradients(number, processes, port, path):
     """The loss of one batch and the head's gradients, as a process of so many computes them, into a file."""
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(number), WORLD_SIZE=str(processes))
+    os.environ.update(
+        MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(number), WORLD_SIZE=str(processes)
+    )
     torch.set_num_threads(1)
     if processes > 1:
         dist.init_process_group("gloo")
@@ -76,6 +93,7 @@ def test_gradients_are_those_of_the_whole_batch(tmp_path):
 
 def free_port() -> int:
     import socket
+
     with socket.socket() as found:
         found.bind(("localhost", 0))
         return found.getsockname()[1]

@@ -20,6 +20,7 @@ from stego_parts.tokens import Scratch
 
 OPTIONS = dict(classes=3, backbone="tiny", steps=40, batch_size=4)
 
+
 def draw_into(folder) -> Path:
     folder.mkdir()
     for i in range(4):
@@ -54,7 +55,7 @@ def test_killed_at_random_moments(images, expected):
         run, lines = fit_in_a_child()
         for seen, line in enumerate(lines):
             if kills < 10 and seen >= rng.randrange(4):
-                time.sleep(rng.random() * 0.03)                              # also between two lines
+                time.sleep(rng.random() * 0.03)  # also between two lines
                 os.kill(run, signal.SIGKILL)
                 kills, moments = kills + 1, moments | {line.split()[0]}
                 break
@@ -72,11 +73,13 @@ def fit_in_a_child():
         os.close(write)
         return child, os.fdopen(read)
     try:
+
         def progress(stage, done, total):
             os.write(write, f"{stage} {done}\n".encode())
+
         Stego.fit("images", scratch="scratch", resume=True, progress=progress, **OPTIONS).save("stego.pt")
     finally:
-        os._exit(0)                                                          # nothing of pytest runs in the child
+        os._exit(0)  # nothing of pytest runs in the child
 
 
 class Interruption(Exception):
@@ -87,6 +90,7 @@ def interrupted(stage, at):
     def progress(now, done, total):
         if now == stage and done == at:
             raise Interruption
+
     return progress
 
 
@@ -95,7 +99,9 @@ def test_resumed_is_the_same(images, expected, stage, at):
     with pytest.raises(Interruption):
         Stego.fit("images", scratch="scratch", progress=interrupted(stage, at), **OPTIONS)
     calls = []
-    model = Stego.fit("images", scratch="scratch", resume=True, progress=lambda *now: calls.append(now[:2]), **OPTIONS)
+    model = Stego.fit(
+        "images", scratch="scratch", resume=True, progress=lambda *now: calls.append(now[:2]), **OPTIONS
+    )
     assert same(model, expected)
     assert ("features", 1) not in calls and (stage != "training" or ("training", at) not in calls)
     assert len(model.history) == len(expected.history)
@@ -107,16 +113,18 @@ def test_features_are_reused_and_changes_noticed(images, expected):
 
     def again(**options):
         calls.clear()
-        return Stego.fit("images", scratch="scratch", progress=lambda *now: calls.append(now[0]), **OPTIONS | options)
+        return Stego.fit(
+            "images", scratch="scratch", progress=lambda *now: calls.append(now[0]), **OPTIONS | options
+        )
 
-    assert same(again(), expected) and "features" not in calls               # nothing new: no image is looked at
+    assert same(again(), expected) and "features" not in calls  # nothing new: no image is looked at
     again(steps=3)
-    assert "features" not in calls and calls.count("training") == 3          # other training, same features
+    assert "features" not in calls and calls.count("training") == 3  # other training, same features
     Image.fromarray(draw_scene(9)[0]).save(images / "3.png")
-    assert not same(again(), expected) and calls.count("features") == 4      # one changed
+    assert not same(again(), expected) and calls.count("features") == 4  # one changed
     Image.fromarray(draw_scene(7)[0]).save(images / "more.png")
     again(steps=1)
-    assert calls.count("features") == 5                                      # one more
+    assert calls.count("features") == 5  # one more
     (images / "more.png").unlink()
     again(steps=1)
     assert calls.count("features") == 4
@@ -130,7 +138,7 @@ def test_resuming_something_else_is_refused(images):
     os.utime(images / "0.png", (1, 1))
     with pytest.raises(ValueError, match="other images or options"):
         Stego.fit("images", scratch="scratch", resume=True, **OPTIONS)
-    Stego.fit("images", scratch="scratch", **OPTIONS)                        # afresh is always possible
+    Stego.fit("images", scratch="scratch", **OPTIONS)  # afresh is always possible
 
 
 def test_a_damaged_state_means_starting_afresh(images, expected):
@@ -157,6 +165,7 @@ def test_command(images, expected, monkeypatch):
     def stop(self, stage, done, total):
         if (stage, done) == ("training", 20):
             raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr("cli.Progress.__call__", stop)
         result = CliRunner().invoke(main, COMMAND)
@@ -166,9 +175,9 @@ def test_command(images, expected, monkeypatch):
     assert result.exit_code == 0, result.output
     assert same(Stego.load("stego.pt"), expected)
     assert sorted(os.listdir("stego.pt.scratch")) == ["features.pt", "lock", "tokens"]
-    monkeypatch.setattr(tokens, "_views", None)                               # no image is looked at again
+    monkeypatch.setattr(tokens, "_views", None)  # no image is looked at again
     assert CliRunner().invoke(main, [*COMMAND, "--steps", "2"]).exit_code == 0
-    assert sorted(os.listdir()) == ["images", "stego-fit.png", "stego.pt"]   # and the scratch is gone
+    assert sorted(os.listdir()) == ["images", "stego-fit.png", "stego.pt"]  # and the scratch is gone
 
 
 def test_a_fit_that_cannot_be_leaves_nothing(tmp_path, monkeypatch):

@@ -41,9 +41,11 @@ def main(seed, output):
     image, began = torch.from_numpy(np.array(picture)).permute(2, 0, 1), time.monotonic()
     discrete = potts_codes(image, CLASSES).argmax(0).byte().numpy()
     between = time.monotonic()
-    codes = potts_codes(image, LENGTH, discrete=False)                       # (3, H, W), unit vectors
-    print(f"discrete {between - began:.0f} s, {len(np.unique(discrete))} classes used; "
-          f"continuous {time.monotonic() - between:.0f} s")
+    codes = potts_codes(image, LENGTH, discrete=False)  # (3, H, W), unit vectors
+    print(
+        f"discrete {between - began:.0f} s, {len(np.unique(discrete))} classes used; "
+        f"continuous {time.monotonic() - between:.0f} s"
+    )
     colours = Image.fromarray(((codes + 1) * 127.5).byte().permute(1, 2, 0).numpy())
     pictures = [picture, superpixels(picture, discrete), colours]
     write_image(strips([("a drawn scene, discrete codes, continuous codes", pictures)], legend={}), output)
