@@ -18,6 +18,8 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from stego_parts.report import agreement_line, best_regions, contact_sheet, write_report
+
 PRESET_NAMES = (
     "small",
     "cityscapes",
@@ -108,7 +110,7 @@ def summary(text: str, *, err: bool = False):
         click.echo(text, err=err)
 
 
-def talk_options(command):
+def verbosity_options(command):
     """-q and -v: how much is said."""
 
     def set_level(context, option, given):
@@ -295,11 +297,11 @@ def class_count(text: str):
     metavar="MODEL",
     help="An earlier model: clusters that are the same keep its numbers, names and colours.  [default: none]",
 )
-@click.option("--cache-size", default=8.0, show_default=True, help="Scratch space for features, in GB.")
+@click.option("--cache-size", default=8.0, show_default=True, help="FitCheckpoint space for features, in GB.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted fit of the same images and options.")
 @click.option("--keep-features", is_flag=True, help="Leave the features in OUTPUT.scratch for the next fit.")
 @network_options
-@talk_options
+@verbosity_options
 def fit(images, output, dataset, root, classes, preset, report, resume, keep_features, **options):
     """Find the things that recur in IMAGES: files, folders (searched recursively) or "patterns/*.jpg".
 
@@ -321,7 +323,7 @@ def fit(images, output, dataset, root, classes, preset, report, resume, keep_fea
                 f"The output {output} is a folder; name a file, like {output / 'stego.pt'}."
             )
         from stego import Stego
-        from stego_parts.distributed import several_processes
+        from stego_parts.distributed import process_group
         from stego_parts.images import find_images
 
         began = time.monotonic()
@@ -335,7 +337,7 @@ def fit(images, output, dataset, root, classes, preset, report, resume, keep_fea
         else:
             paths = [path for path, _ in find_images(images)]
         scratch = output.with_name(f"{output.name}.scratch")
-        with several_processes() as (number, count):
+        with process_group() as (number, count):
             first, alone = number == 0, count == 1
             if (resume or keep_features) and not alone:
                 raise click.UsageError("--resume and --keep-features are for one process; leave them out.")
@@ -365,14 +367,14 @@ def fit(images, output, dataset, root, classes, preset, report, resume, keep_fea
         from stego_parts.images import write_image
 
         sheet = output.with_name(f"{output.stem}-fit.png")
-        write_image(model.contact_sheet(paths), sheet)
+        write_image(contact_sheet(model, paths), sheet)
         if report:
-            model.report(report)
-    if model.agreement:
-        summary(model.sureness())
+            write_report(model, report)
+    if model.record.agreement:
+        summary(agreement_line(model.record.agreement))
     if not is_quiet():
         print_usage(model)
-    for key, value in model.config.items():
+    for key, value in vars(model.config).items():
         log.info("%s: %s", key, value)
     summary(
         f"{len(paths)} images, {model.config['backbone']}, {time.monotonic() - began:.0f} s: "
@@ -433,7 +435,7 @@ def print_usage(model):
 )
 @click.option("--skip-existing", is_flag=True, help="Leave images alone whose output is there already.")
 @network_options
-@talk_options
+@verbosity_options
 def predict(images, model, output, kind, overlay, only, skip_existing, device, weights, **options):
     """Segment IMAGES with a fitted model: files, folders (their tree is mirrored), "patterns/*.jpg", or - for stdin.
 
@@ -549,11 +551,11 @@ def document_path(output: Path, kind: str) -> Path:
 def predicted(model, jobs, kind: str, keep, options: dict):
     """The entry of each job, or its error: the next image is decoded and the last result written in threads."""
     from stego_parts.images import read_image
-    from stego_parts.tokens import ahead
+    from stego_parts.tokens import prefetch
 
-    images = ahead(lambda job: attempt(read_image, job[0]), jobs, window=READ_AHEAD)
+    images = prefetch(lambda job: attempt(read_image, job[0]), jobs, window=READ_AHEAD)
     found = ((job, image, attempt(segment, model, image, kind, options)) for job, image in zip(jobs, images))
-    return ahead(lambda each: attempt(write_result, model, *each, kind, keep), found, window=WRITE_BEHIND)
+    return prefetch(lambda each: attempt(write_result, model, *each, kind, keep), found, window=WRITE_BEHIND)
 
 
 def attempt(function, *args):
@@ -661,7 +663,7 @@ def write_picture(picture, target: Path):
 @main.command(short_help="Give clusters of a model names.")
 @click.argument("model", type=click.Path())
 @click.argument("names", nargs=-1, required=True, metavar="NUMBER=NAME...")
-@talk_options
+@verbosity_options
 def name(model, names):
     """Give clusters of MODEL names, kept in the model; `NUMBER=` takes one away.
 
@@ -678,7 +680,7 @@ def name(model, names):
         from stego import Stego
 
         fitted = Stego.load(model, device="cpu")
-        if fitted.config["preset"] == RELEASED:
+        if fitted.config.preset == RELEASED:
             raise ValueError(
                 f"{model} is a checkpoint of the reference implementation, which holds no names."
             )
@@ -726,7 +728,7 @@ def name(model, names):
 )
 @click.option("--seed", default=0, show_default=True, help="For the probes and the baseline's k-means.")
 @network_options
-@talk_options
+@verbosity_options
 def evaluate(model, crf, diagnostics, json_file, figures, seed, device, weights, **data):
     """Score a model against ground truth by the published protocol, beside its backbone alone.
 
@@ -826,7 +828,7 @@ def train_split(dataset, root):
     "--backbone", help="With --at and no model: whose features to show.  [default: auto, as in fit]"
 )
 @network_options
-@talk_options
+@verbosity_options
 def show(things, model, sheet, at, output, backbone, device, weights):
     """Say what is in MODEL, and show on IMAGES what each cluster is, so that you can name it.
 
@@ -858,7 +860,7 @@ def show(things, model, sheet, at, output, backbone, device, weights):
         fitted = Stego.load(model, device=device, weights=weights)
         for line in description(fitted):
             click.echo(line)
-        for key, value in fitted.config.items():
+        for key, value in vars(fitted.config).items():
             log.info("%s: %s", key, value)
         print_usage(fitted)
         if sheet:
@@ -867,7 +869,7 @@ def show(things, model, sheet, at, output, backbone, device, weights):
 
             began, paths = time.monotonic(), [path for path, _ in find_images(images)]
             captions = [f"{label}\n{share:.1%}" for label, share in zip(fitted.labels, fitted.share.tolist())]
-            regions = fitted.best_regions(paths, progress=Progress())
+            regions = best_regions(fitted, paths, progress=Progress())
             write_image(region_sheet(regions, fitted.palette, captions), sheet)
             summary(f"{len(paths)} images, {time.monotonic() - began:.0f} s: sheet {sheet}")
 
@@ -912,7 +914,7 @@ def images_of(model) -> list[Path]:
     """The images a model was fitted on, as far as it tells and they are there; without a model none."""
     from stego_parts.images import find_images
 
-    given = model.config.get("images") if model else None
+    given = model.config.images if model else None
     if not isinstance(given, list) or not given:
         return []
     try:
@@ -948,7 +950,7 @@ def description(model) -> list[str]:
     "-o", "--output", default="stego-demo", show_default=True, type=click.Path(), help="The folder it makes."
 )
 @click.option("--seed", default=0, show_default=True, help="Other seeds draw other scenes.")
-@talk_options
+@verbosity_options
 def demo(output, seed):
     """Try everything on drawn scenes, without data and network: fit, predict and score. About two minutes.
 
@@ -986,8 +988,8 @@ def demo(output, seed):
         model.save(output / "stego.pt")
         write_json(report, output / "scores.json")
         write_figures(report, model, val, output / "figures")
-        write_image(model.contact_sheet(paths), output / "stego-fit.png")
-        regions = model.best_regions(paths, progress=progress)
+        write_image(contact_sheet(model, paths), output / "stego-fit.png")
+        regions = best_regions(model, paths, progress=progress)
         write_image(region_sheet(regions, model.palette, model.labels), output / "clusters.png")
         for done, (path, _) in enumerate(val.pairs, 1):
             image = read_image(path)

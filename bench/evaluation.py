@@ -34,7 +34,7 @@ def random_model(network, classes: int) -> Stego:
 
 
 def random_probes(model, classes: int) -> dict:
-    sizes = {"stego": model.config["code_size"], "backbone": model.backbone.channels}
+    sizes = {"stego": model.config.code_size, "backbone": model.backbone.channels}
     biases = {"cluster": None, "linear": torch.zeros(classes)}
     return {
         (features, probe): Probe(unit(torch.randn(classes, size)), bias)

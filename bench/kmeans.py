@@ -18,7 +18,7 @@ from sklearn.cluster import MiniBatchKMeans
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kmeans import CosineKMeans  # noqa: E402
-from stego import balanced_shifts, fit_config, nearest_neighbors, train_head  # noqa: E402
+from stego import shifts_from_data, fit_config, nearest_neighbors, train_head  # noqa: E402
 from stego_parts.backbones import load_backbone  # noqa: E402
 from stego_parts.images import find_images  # noqa: E402
 from stego_parts.tokens import encode  # noqa: E402
@@ -57,7 +57,7 @@ def main(images, limit, classes, rows, seeds, threads):
     config = fit_config(classes=classes)
     cache = encode(load_backbone("tiny"), paths, views="windows")
     neighbors = nearest_neighbors(cache.means[: len(cache)])
-    head = train_head(cache, neighbors, config | balanced_shifts(cache, neighbors))
+    head = train_head(cache, neighbors, config | shifts_from_data(cache, neighbors))
     codes = unit_codes(head, cache, rows).clone()
     theirs = {
         "scikit-learn": {},

@@ -22,7 +22,6 @@ from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY, SRGB, SXY, dense_crf
 from kmeans import CosineKMeans
 from stego import (
     CLUSTER_STARTS,
-    along,
     class_scores,
     correspondence,
     nearest_neighbors,
@@ -32,7 +31,8 @@ from stego import (
 )
 from stego_parts.datasets import PUBLISHED, SIDE, LabelledSet
 from stego_parts.images import IGNORE, replacing, to_tensor
-from stego_parts.tokens import ahead, dense_features
+from stego_parts.maps import dot_products
+from stego_parts.tokens import Progress, dense_features, no_progress, prefetch
 
 log = logging.getLogger("stego")
 
@@ -132,7 +132,7 @@ def cluster_map(
     if pixels is not None and bias is None:
         scores = class_scores(codes[0], centers, size)  # (K, H, W)
     else:
-        scores = along(codes, centers) + (0 if bias is None else bias[:, None, None])
+        scores = dot_products(codes, centers) + (0 if bias is None else bias[:, None, None])
         scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[0]  # (K, H, W)
     if pixels is not None:
         scores = dense_crf(pixels, scores)
@@ -182,29 +182,30 @@ def linear_probe(rows: Tensor, shares: Tensor, *, seed: int = 0) -> Probe:
     return Probe(weight, layer.bias.detach() - weight @ mean)
 
 
-def probe_rows(model, labelled: LabelledSet, *, seed: int = 0, progress=None) -> tuple[Tensor, Tensor]:
+def probe_rows(model, labelled: LabelledSet, *, seed: int = 0, progress: Progress = no_progress) -> tuple[Tensor, Tensor]:
     """Backbone features (N, C) float16 and class shares (N, n) at random positions of random images of a set."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(labelled.pairs), generator=generator)[:PROBE_IMAGES].tolist()
     patch, each = model.backbone.patch, max(PROBE_ROWS // len(chosen), 1)
     rows, shares = [], []
-    for done, (image, label) in enumerate(ahead(lambda i: labelled.read(i, side=_side(patch)), chosen), 1):
+    for done, (image, label) in enumerate(
+        prefetch(lambda i: labelled.read(i, side=protocol_side(patch)), chosen), 1
+    ):
         with torch.inference_mode():
             features = dense_features(model.backbone, to_tensor(image)[None], model.device)  # (1, C, h, w)
         kept = torch.randperm(features[0, 0].numel(), generator=generator)[:each]
         rows.append(features[0].flatten(1).T.cpu()[kept].half())
         shares.append(class_shares(label, len(labelled.classes), patch)[kept])
-        if progress:
-            progress("probes", done, len(chosen))
+        progress("probes", done, len(chosen))
     return torch.cat(rows).clone(), torch.cat(shares)
 
 
-def _side(patch: int) -> int:
+def protocol_side(patch: int) -> int:
     return math.ceil(SIDE / patch) * patch
 
 
 def fit_probes(
-    model, labelled: LabelledSet, *, train: LabelledSet | None = None, seed: int = 0, progress=None
+    model, labelled: LabelledSet, *, train: LabelledSet | None = None, seed: int = 0, progress: Progress = no_progress
 ) -> dict:
     """{(features, probe): Probe} for features "stego" and "backbone", probes "cluster" and "linear".
 
@@ -238,11 +239,11 @@ def both_features(model, image: Image.Image) -> dict:
 
 
 @torch.inference_mode()
-def confusions(model, labelled: LabelledSet, probes: dict, *, crf: bool = True, progress=None) -> dict:
+def confusions(model, labelled: LabelledSet, probes: dict, *, crf: bool = True, progress: Progress = no_progress) -> dict:
     """{(features, probe, crf): (images, n_classes, K) int64} of every probe on every image, with and without CRF."""
     found = {(*key, sharp): [] for key in probes for sharp in ((False, True) if crf else (False,))}
-    side = _side(model.backbone.patch)
-    pairs = ahead(lambda i: labelled.read(i, side=side), range(len(labelled.pairs)))
+    side = protocol_side(model.backbone.patch)
+    pairs = prefetch(lambda i: labelled.read(i, side=side), range(len(labelled.pairs)))
     for done, (image, label) in enumerate(pairs, 1):
         features, picture = both_features(model, image), pixels(image).to(model.device)
         for (kind, probe, sharp), counts in found.items():
@@ -253,8 +254,7 @@ def confusions(model, labelled: LabelledSet, probes: dict, *, crf: bool = True, 
             counts.append(
                 confusion_matrix(label, clusters, n_classes=len(labelled.classes), n_clusters=len(weight))
             )
-        if progress:
-            progress("evaluate", done, len(labelled.pairs))
+        progress("evaluate", done, len(labelled.pairs))
     return {key: np.stack(counts) for key, counts in found.items()}
 
 
@@ -265,7 +265,7 @@ def evaluate(
     train: LabelledSet | None = None,
     crf: bool = True,
     seed: int = 0,
-    progress=None,
+    progress: Progress = no_progress,
 ) -> dict:
     """Score a model on a labelled set by the published protocol, beside its backbone's raw features.
 
@@ -287,7 +287,7 @@ def evaluate(
         classes=labelled.classes,
         images=len(labelled.pairs),
         seed=seed,
-        model={key: model.config[key] for key in ("backbone", "classes", "preset", "steps", "seed")},
+        model={key: getattr(model.config, key) for key in ("backbone", "classes", "preset", "steps", "seed")},
         protocol=_protocol(model, labelled, train, crf),
         published=PUBLISHED.get(labelled.name, []),
         results=results,
@@ -311,7 +311,7 @@ def _result(each: np.ndarray, probe: str) -> dict:
 
 
 def _protocol(model, labelled: LabelledSet, train: LabelledSet | None, crf: bool) -> str:
-    side = _side(model.backbone.patch)
+    side = protocol_side(model.backbone.patch)
     fitted = (
         f"linear probes and the backbone's k-means fitted on {min(len(train.pairs), PROBE_IMAGES)} train images "
         f"({train.source})"
@@ -330,7 +330,7 @@ def _protocol(model, labelled: LabelledSet, train: LabelledSet | None, crf: bool
 
 
 @torch.inference_mode()
-def diagnose(model, labelled: LabelledSet, *, seed: int = 0, progress=None) -> dict:
+def diagnose(model, labelled: LabelledSet, *, seed: int = 0, progress: Progress = no_progress) -> dict:
     """What do correspondences know about labels?
 
     curves: {kind: {recall, precision, average_precision}} of feature correspondences, code correspondences and the
@@ -364,7 +364,7 @@ def _points(model, labelled: LabelledSet, seed: int, progress) -> list[dict]:
     generator, patch = torch.Generator().manual_seed(seed), model.backbone.patch
     points = []
     for i in range(len(labelled.pairs)):
-        image, label = labelled.read(i, side=_side(patch))
+        image, label = labelled.read(i, side=protocol_side(patch))
         features = both_features(model, image)
         h, w = features["stego"].shape[2:]
         here = torch.from_numpy(
@@ -383,8 +383,7 @@ def _points(model, labelled: LabelledSet, seed: int, progress) -> list[dict]:
             mean=unit(features["backbone"].mean((2, 3))).cpu(),
         )
         points.append(point)
-        if progress:
-            progress("diagnose", i + 1, len(labelled.pairs))
+        progress("diagnose", i + 1, len(labelled.pairs))
     return points
 
 

@@ -6,7 +6,7 @@ import torch
 from conftest import run
 from PIL import Image
 
-from stego import Stego, corresponding
+from stego import Stego, match_clusters_to
 from stego_parts.drawing import region_sheet
 from stego_parts.images import voc_palette
 from stego_parts.tokens import TokenCache, encode
@@ -134,7 +134,7 @@ def test_models_of_the_reference_implementation(here, saved):
 
 def test_the_same_data_fitted_anew_keeps_numbers_names_and_colours(scenes, saved, tmp_path):
     earlier = Stego.load(saved)
-    earlier.take_over(earlier, {0: 2, 1: 0, 2: 1})  # another order than by share
+    earlier.inherit_ids(earlier, {0: 2, 1: 0, 2: 1})  # another order than by share
     earlier.rename({0: "a", 1: "b", 2: "c"})
     earlier.palette = np.array([[9, 0, 0], [0, 9, 0], [0, 0, 9]], np.uint8)
     earlier.save(tmp_path / "earlier.pt")
@@ -150,7 +150,7 @@ def test_the_same_data_fitted_anew_keeps_numbers_names_and_colours(scenes, saved
 def test_clusters_correspond_by_what_they_cover(scenes, model):
     cache = encode(model.backbone, sorted(scenes.rglob("*.png"))[:3], views="whole")
     other = Stego(model.config, model.head, model.centers[[2, 0, 1]], model.share, backbone_sha256="")
-    assert corresponding(cache, other, model) == {0: 2, 1: 0, 2: 1}
+    assert match_clusters_to(cache, other, model) == {0: 2, 1: 0, 2: 1}
 
 
 def test_a_small_part_of_a_cluster_is_not_the_cluster(model):
@@ -165,9 +165,9 @@ def test_a_small_part_of_a_cluster_is_not_the_cluster(model):
 
     cache = TokenCache(1, 720, 2)
     cache.append(around(720, 0.001).centers.T[None, :, None])  # (1, 2, 1, 720)
-    assert corresponding(cache, around(12), around(2)) == {}
-    assert corresponding(cache, around(2, 0.5), around(2)) == {0: 0, 1: 1}
-    assert corresponding(cache, around(2, 0.5 + torch.pi), around(2)) == {0: 1, 1: 0}
+    assert match_clusters_to(cache, around(12), around(2)) == {}
+    assert match_clusters_to(cache, around(2, 0.5), around(2)) == {0: 0, 1: 1}
+    assert match_clusters_to(cache, around(2, 0.5 + torch.pi), around(2)) == {0: 1, 1: 0}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_take_over(model, classes, same, shares, names):
         model.config, model.head, model.centers, model.share, backbone_sha256="", names=["a", "b", "c"]
     )
     new = Stego(model.config, model.head, torch.eye(classes, 70), torch.arange(classes), backbone_sha256="")
-    new.take_over(earlier, same)
+    new.inherit_ids(earlier, same)
     assert new.names == names
     assert new.share.tolist() == shares and new.centers.argmax(1).tolist() == shares
     colours = {tuple(colour) for colour in new.palette.tolist()}
@@ -197,7 +197,7 @@ def test_take_over(model, classes, same, shares, names):
 def test_many_clusters_still_have_colours(model):
     full = Stego(model.config, model.head, torch.eye(255), torch.ones(255), backbone_sha256="")
     new = Stego(model.config, model.head, torch.eye(255), torch.ones(255), backbone_sha256="")
-    new.take_over(full, {k: 254 - k for k in range(100)})
+    new.inherit_ids(full, {k: 254 - k for k in range(100)})
     assert len({tuple(colour) for colour in new.palette.tolist()}) == 255
 
 

@@ -56,7 +56,7 @@ def test_two_processes_fit_the_same_model(tmp_path):
     assert both.stdout.count("cluster ") == 3  # the second process is silent
     assert not list(tmp_path.glob("*.scratch"))
     one, two = (Stego.load(tmp_path / name, device="cpu") for name in ("one.pt", "two.pt"))
-    assert two.config["crops"] == 20
+    assert two.config.crops == 20
     for name, value in one.head.state_dict().items():
         assert torch.allclose(value, two.head.state_dict()[name], atol=2e-3), name
     assert (one.centers * two.centers).sum(1).min() > 0.999
@@ -102,7 +102,7 @@ def free_port() -> int:
 def test_what_several_processes_cannot(tmp_path, monkeypatch):
     monkeypatch.setattr(stego, "processes", lambda: 3)
     with pytest.raises(ValueError, match="multiple of their number"):
-        stego.batch_of({"batch_size": 16}, 100)
+        stego.crops_a_step({"batch_size": 16}, 100)
     with pytest.raises(ValueError, match="more images"):
-        stego.batch_of({"batch_size": 6}, 2)
-    assert stego.batch_of({"batch_size": 6}, 5) == 3
+        stego.crops_a_step({"batch_size": 6}, 2)
+    assert stego.crops_a_step({"batch_size": 6}, 5) == 3

@@ -118,7 +118,7 @@ def test_codes_and_clusters_of_the_reference(checkpoint, spec):
     assert torch.allclose(
         F.conv2d(codes, weight[:, :, None, None], bias), reference.linear(expected), atol=1e-4
     )
-    assert model.config["backbone"] == "dino_vitb8" and len(model.centers) == CLASSES + EXTRA
+    assert model.config.backbone == "dino_vitb8" and len(model.centers) == CLASSES + EXTRA
 
 
 def test_predict_and_eval_read_it_directly(checkpoint, tmp_path):

@@ -130,7 +130,7 @@ def test_stride_survives_saving(reference, scenes, here, monkeypatch):
     image, known = scenes / "scene00.png", dict(backbone="dino_resnet50", weights="w.pth")
     Stego.fit(image, classes=2, stride=16, steps=1, batch_size=2, code_size=4, **known).save("m.pt")
     model = Stego.load("m.pt", weights="w.pth")
-    assert (model.config["backbone"], model.config["stride"], model.backbone.patch) == (
+    assert (model.config.backbone, model.config.stride, model.backbone.patch) == (
         "dino_resnet50",
         16,
         16,
@@ -164,7 +164,7 @@ def test_any_callable_is_a_backbone(function, patch, channels, scenes, tmp_path,
     monkeypatch.setattr(stego, "CLUSTER_ROWS", 2000)
     path = scenes / "scene00.png"
     model = Stego.fit(path, classes=2, backbone=function, steps=2)
-    assert (model.backbone.patch, model.backbone.channels, model.config["stride"]) == (patch, channels, patch)
+    assert (model.backbone.patch, model.backbone.channels, model.config.stride) == (patch, channels, patch)
     mask = model.predict(path, crf=False)
     model.save(tmp_path / "m.pt")
     assert np.array_equal(Stego.load(tmp_path / "m.pt", backbone=function).predict(path, crf=False), mask)

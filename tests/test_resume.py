@@ -16,7 +16,7 @@ import stego
 from cli import main
 from stego import Stego
 from stego_parts import tokens
-from stego_parts.tokens import Scratch
+from stego_parts.tokens import FitCheckpoint
 
 OPTIONS = dict(classes=3, backbone="tiny", steps=40, batch_size=4)
 
@@ -151,11 +151,11 @@ def test_a_damaged_state_means_starting_afresh(images, expected):
 
 @pytest.mark.skipif(stego.fcntl is None, reason="no file locks here")
 def test_one_fit_at_a_time_in_a_scratch(tmp_path):
-    first = Scratch(tmp_path / "scratch")
+    first = FitCheckpoint(tmp_path / "scratch")
     with pytest.raises(ValueError, match="Another fit is working in"):
-        Scratch(tmp_path / "scratch")
+        FitCheckpoint(tmp_path / "scratch")
     first.close()
-    Scratch(tmp_path / "scratch").close()
+    FitCheckpoint(tmp_path / "scratch").close()
 
 
 COMMAND = ["fit", "images", "-k", "3", "--backbone", "tiny", "--steps", "40", "--batch-size", "4"]

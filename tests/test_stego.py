@@ -200,8 +200,8 @@ def test_batches_are_of_one_shape_in_order():
         (i, None if size is None else torch.empty(size))
         for i, size in enumerate([2, 2, 2, 3, None, None, 3, 2])
     ]
-    assert [[i for i, _ in batch] for batch in tokens.alike(items, 2)] == [[0, 1], [2], [3], [4, 5], [6], [7]]
-    assert [len(batch) for batch in tokens.alike(items, 1)] == [1] * 8
+    assert [[i for i, _ in batch] for batch in tokens.same_shape_batches(items, 2)] == [[0, 1], [2], [3], [4, 5], [6], [7]]
+    assert [len(batch) for batch in tokens.same_shape_batches(items, 1)] == [1] * 8
 
 
 def test_bfloat16_is_near_enough():
@@ -359,7 +359,7 @@ def test_unreadable_images_are_named_and_left_out(tmp_path, scenes, caplog):
         Stego.fit(tmp_path, backbone="tiny")
     Image.open(scenes / "scene00.png").save(tmp_path / "good.png")
     model = Stego.fit(tmp_path, classes=2, backbone="tiny", steps=2)
-    assert model.config["crops"] == 5
+    assert model.config.crops == 5
     assert "broken.jpg" in caplog.text and "5 x 5 pixels, smaller than one patch" in caplog.text
 
 
@@ -400,7 +400,7 @@ def test_balance_follows_the_features():
     for common in (0.0, 2.0):
         cache = TokenCache(20, 400, 16)
         cache.append(torch.randn(20, 16, 20, 20) + common)
-        shifts[common] = stego.balanced_shifts(cache, nearest_neighbors(cache.means))
+        shifts[common] = stego.shifts_from_data(cache, nearest_neighbors(cache.means))
     for name in stego.BALANCE:
         assert shifts[2.0][name] > shifts[0.0][name] + 0.3
     scattered = 1 / 16**0.5  # standard deviation of random cosines
@@ -439,7 +439,7 @@ def test_evened_rows_give_rare_directions_a_chance():
         4000, 16
     )
     share = [
-        (unit(stego.evened(codes, evenness)) @ direction[1] > 0.7).float().mean().item()
+        (unit(stego.resample_by_density(codes, evenness)) @ direction[1] > 0.7).float().mean().item()
         for evenness in (0, 0.5, 1)
     ]
     assert share == pytest.approx([0.05, 0.19, 0.5], abs=0.1)  # 1 : 19, its root, as many
@@ -451,9 +451,9 @@ def test_a_look_at_the_similarities():
     for parameter in head.parameters():
         torch.nn.init.zeros_(parameter)
     torch.nn.init.ones_(head.linear.bias)
-    seen = stego.look(head, torch.randn(3, 5, 8), torch.randn(3, 5, 8))
+    seen = stego.code_similarities(head, torch.randn(3, 5, 8), torch.randn(3, 5, 8))
     assert head.training and [seen[name][0] for name in ("self", "knn", "rand")] == pytest.approx([1, 1, 1])
-    assert seen["rand"][1][-1] == 1 and "rand" not in stego.look(
+    assert seen["rand"][1][-1] == 1 and "rand" not in stego.code_similarities(
         head, torch.randn(1, 5, 8), torch.randn(1, 5, 8)
     )
 
@@ -470,13 +470,13 @@ def test_bad_runs_are_named_in_words(b, word, monkeypatch):
     cache = TokenCache(20, 144, 16)
     cache.append(parts + 0.5 * torch.randn(parts.shape))
     neighbors, history = nearest_neighbors(cache.means), []
-    shifts = stego.balanced_shifts(cache, neighbors) if b is None else dict(b_self=b, b_knn=b, b_rand=b)
+    shifts = stego.shifts_from_data(cache, neighbors) if b is None else dict(b_self=b, b_knn=b, b_rand=b)
     stego.train_head(
         cache, neighbors, fit_config(classes=2, steps=60, batch_size=8) | shifts, history=history
     )
-    said = stego.diagnosis(history)
+    said = stego.training_warning(history)
     assert word in said if word else said is None
-    assert stego.diagnosis(history[:3]) is None  # too short to tell
+    assert stego.training_warning(history[:3]) is None  # too short to tell
 
 
 def directions_cache(kinds: int, *, noise: float, images: int = 20) -> TokenCache:
@@ -498,14 +498,14 @@ def brief_agreement(monkeypatch):
 @pytest.mark.parametrize("kinds", [3, 6])
 def test_halves_of_the_images_agree_on_the_clusters_that_are_there(kinds, brief_agreement):
     torch.manual_seed(0)
-    agreement = stego.class_agreement(unit, directions_cache(kinds, noise=0.15))
-    assert stego.plausible_classes(agreement)[0] == kinds
+    agreement = stego.cluster_agreement(unit, directions_cache(kinds, noise=0.15))
+    assert stego.plausible_counts(agreement)[0] == kinds
     assert np.mean(agreement[kinds]) > 0.95 > np.mean(agreement[kinds + 1])
 
 
 def test_noise_agrees_on_nothing(brief_agreement):
     torch.manual_seed(0)
-    agreement = stego.class_agreement(unit, directions_cache(1, noise=5.0))
+    agreement = stego.cluster_agreement(unit, directions_cache(1, noise=5.0))
     assert max(np.mean(scores) for scores in agreement.values()) < 0.5
 
 
@@ -525,7 +525,7 @@ def test_fit_takes_as_many_classes_as_halves_agree_on(scenes, monkeypatch, brief
     monkeypatch.setattr(stego, "load_backbone", lambda *args, **options: Mean())
     monkeypatch.setattr(stego, "CLUSTER_ROWS", 2000)
     model = Stego.fit(scenes, classes="auto", steps=3)
-    assert model.config["classes"] == len(model.centers) == stego.plausible_classes(model.agreement)[0]
+    assert model.config.classes == len(model.centers) == stego.plausible_counts(model.agreement)[0]
     assert f"{len(model.centers)} clusters: halves" in model.sureness()
     with pytest.raises(ValueError, match="auto finds a number"):
         fit_config(classes="many")
@@ -553,7 +553,7 @@ def test_features_join_the_codes_by_their_weight(scenes, tmp_path, monkeypatch):
 
 
 def test_class_scores_are_cosines_of_upsampled_codes(monkeypatch):
-    monkeypatch.setattr(stego, "STRIP_VALUES", 500)  # strips of a few rows
+    monkeypatch.setattr(stego, "BLOCK_VALUES", 500)  # strips of a few rows
     codes, centers = torch.randn(5, 6, 7), unit(torch.randn(4, 5))
     wide = F.normalize(
         F.interpolate(codes[None], size=(33, 47), mode="bilinear", align_corners=False)[0], dim=0
@@ -630,7 +630,7 @@ def test_exif_rotation_gives_the_displayed_size(model, tmp_path):
 
 
 def test_upsampled_argmax_equals_upsampling_everything(monkeypatch):
-    monkeypatch.setattr(stego, "STRIP_VALUES", 300)  # strips of a few rows
+    monkeypatch.setattr(stego, "BLOCK_VALUES", 300)  # strips of a few rows
     scores = torch.randn(5, 6, 7)
     want = F.interpolate(scores[None], size=(33, 47), mode="bilinear", align_corners=False)[0].argmax(0)
     assert (upsampled_argmax(scores, 33, 47) == want.numpy()).mean() > 0.999
