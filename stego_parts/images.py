@@ -10,7 +10,10 @@ import logging
 import os
 import tempfile
 import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +22,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 log = logging.getLogger("stego")
+Sources = str | os.PathLike | Iterable  # files, folders and patterns
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pnm", ".jp2"}
-MEAN, STD = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # ImageNet, RGB in 0..1: what every backbone was trained with
+IMAGE_SUFFIXES = set(".jpg .jpeg .png .bmp .tif .tiff .webp .gif .ppm .pgm .pnm .jp2".split())
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB 0..1: all backbones were trained so
 BACKDROP = (255, 255, 255)  # transparent pixels are shown on white
 IGNORE = 255  # mask value of "no segment"
 
@@ -32,44 +33,76 @@ IGNORE = 255  # mask value of "no segment"
 # ---- the door in -----------------------------------------------------------------------------------------------
 
 
-def find_images(sources) -> list[tuple[Path, Path]]:
+def find_images(sources: Sources, *, exclude: Iterable = ()) -> list[tuple[Path, Path]]:
     """The images that files, folders (recursive) and glob patterns name, sorted, each once.
 
-    Returns (path, place) pairs; place is where it lies below the folder or pattern that named it, for outputs that
-    mirror the tree. Raises FileNotFoundError for a source that names nothing.
+    Leaves out hidden files, and what lies in `exclude`, files and folders of outputs, unless the source does too;
+    follows links to folders. Returns (path, place) pairs; place is where an image lies below the folder or pattern
+    that named it, for outputs that mirror the tree. Raises FileNotFoundError for a source that names nothing.
     """
-    if isinstance(sources, (str, os.PathLike)):
-        sources = [sources]
-    found = {}
+    sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    real_path = cache(lambda path: Path(os.path.realpath(path)))
+    outputs, images = [real_path(path) for path in exclude], {}
     for source in sources:
         for path, place in _expand(Path(source)):
-            found.setdefault(os.path.abspath(path), (path, place))
-    return list(found.values())
+            real, root = real_path(path.parent) / path.name, real_path(path.parents[len(place.parts) - 1])
+            if not any(real.is_relative_to(each) and not root.is_relative_to(each) for each in outputs):
+                images.setdefault(os.path.abspath(path), (path, place))
+    if not images:
+        raise FileNotFoundError(
+            f"No images but outputs in {', '.join(map(str, sources))}; give other images."
+        )
+    return list(images.values())
 
 
 def _expand(source: Path) -> list[tuple[Path, Path]]:
     if source.is_dir():
-        inside = sorted(Path(folder) / name for folder, _, names in os.walk(source) for name in names)
-        images = [path for path in inside if path.suffix.lower() in SUFFIXES and path.is_file()]
+        images = sorted(path for path in _visible_files(source) if path.suffix.lower() in IMAGE_SUFFIXES)
         if not images:
-            raise FileNotFoundError(
-                f"No images in {source}; looked for {', '.join(sorted(SUFFIXES))} in it and below."
-            )
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise FileNotFoundError(f"No images in {source}; looked for {suffixes} in it and below.")
         return [(path, path.relative_to(source)) for path in images]
     if source.is_file():
         return [(source, Path(source.name))]
     if source.exists():
-        raise FileNotFoundError(
-            f"{source} is neither a file nor a folder; give image files, folders or patterns."
-        )
+        raise FileNotFoundError(f"{source} is neither a file nor a folder; give images, folders or patterns.")
     if not glob.has_magic(str(source)):
         raise FileNotFoundError(f"No such file or folder: {source}.")
-    matches = [Path(match) for match in sorted(glob.glob(str(source), recursive=True))]
-    matches = [path for path in matches if path.is_file()]
+    matches = [path for path in map(Path, sorted(glob.glob(str(source), recursive=True))) if path.is_file()]
     if not matches:
         raise FileNotFoundError(f"The pattern {source} matches no file.")
     root = next(parent for parent in source.parents if not glob.has_magic(str(parent)))
     return [(path, path.relative_to(root)) for path in matches]
+
+
+def _visible_files(source: Path) -> Iterator[Path]:
+    """The files in a folder and below that are not hidden; each folder once, links to folders last."""
+    seen, pending = set(), [source]
+    for top in pending:  # grows on the way
+        for folder, folders, names in os.walk(top):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            if (real := os.path.realpath(folder)) in seen:  # a loop of links
+                folders.clear()
+                continue
+            seen.add(real)
+            pending += [path for name in folders if (path := Path(folder, name)).is_symlink()]
+            files = (Path(folder, name) for name in names if not name.startswith("."))
+            yield from (path for path in files if path.is_file())
+
+
+def output_names(places: Iterable[Path], suffix: str) -> list[Path]:
+    """Where the output of each image goes below the output folder: its place, with another suffix.
+
+    Images that share a stem keep their full names, except one that has the suffix already: a.png and a.gif
+    become a.png and a.gif.png. Only equal places get equal names.
+    """
+    places = list(places)
+    short = [place.with_suffix(suffix) for place in places]
+    full = [place.with_name(place.name + suffix) for place in places]
+    count = Counter(short)
+    names = [s if count[s] == 1 or s == place else f for s, f, place in zip(short, full, places)]
+    count = Counter(names)  # a.gif.png may be an image itself
+    return [name if count[name] == 1 else f for name, f in zip(names, full)]
 
 
 def read_image(source) -> Image.Image:

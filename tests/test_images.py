@@ -1,6 +1,7 @@
 """The door in: every kind of file becomes upright RGB. The door out: masks as the conventions say."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from stego_parts.images import (
     find_images,
     five_crops,
     mask_image,
+    output_names,
     read_image,
     replacing,
     square,
@@ -133,11 +135,60 @@ def test_a_name_with_brackets_is_a_file_first(tmp_path):
     assert [path.name for path, _ in find_images(tmp_path / "a[1].jpg")] == ["a[1].jpg"]
 
 
-def test_links_in_a_circle_end(tmp_path):
-    (tmp_path / "a.jpg").touch()
-    (tmp_path / "loop").symlink_to(tmp_path)
-    (tmp_path / "broken.jpg").symlink_to(tmp_path / "gone.jpg")
-    assert [place.name for _, place in find_images(tmp_path)] == ["a.jpg"]
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def found(*args, **options):
+    return [place.as_posix() for _, place in find_images(*args, **options)]
+
+
+def test_hidden_files_are_left_out(tmp_path):
+    """What macOS and galleries put beside photos; a hidden folder that is named itself is meant."""
+    touch(tmp_path, "a.jpg", "._a.jpg", ".thumbnails/a.jpg", "sub/.b.jpg", "sub/b.jpg")
+    assert found(tmp_path) == ["a.jpg", "sub/b.jpg"]
+    assert found(tmp_path / ".thumbnails") == ["a.jpg"]
+
+
+def test_linked_folders_are_followed_each_once(tmp_path):
+    touch(tmp_path, "disk/deep/b.jpg", "here/a.jpg", "here/z/c.jpg")
+    (tmp_path / "here/disk").symlink_to(tmp_path / "disk")
+    (tmp_path / "here/again").symlink_to(tmp_path / "here/z")
+    (tmp_path / "here/loop").symlink_to(tmp_path / "here")
+    (tmp_path / "disk/deep/back").symlink_to(tmp_path / "here")
+    (tmp_path / "here/broken.jpg").symlink_to(tmp_path / "gone.jpg")
+    assert found(tmp_path / "here") == ["a.jpg", "disk/deep/b.jpg", "z/c.jpg"]
+
+
+def test_outputs_among_the_images_are_no_images(tmp_path, monkeypatch):
+    """So that the same command works twice in a folder of images; outputs that are named themselves are meant."""
+    touch(tmp_path, "a.jpg", "sub/b.jpg", "masks/a.png", "masks/sub/b.png", "stego-fit.png", "masks2/c.jpg")
+    monkeypatch.chdir(tmp_path)
+    exclude = ["masks", tmp_path / "stego-fit.png", "none"]
+    assert found(".", exclude=exclude) == ["a.jpg", "masks2/c.jpg", "sub/b.jpg"]
+    assert found("**/*.*g", exclude=exclude) == ["a.jpg", "masks2/c.jpg", "sub/b.jpg"]
+    assert found(["masks", "masks/a.png"], exclude=exclude) == ["a.png", "sub/b.png"]
+    assert found(".", exclude=["."]) == found(".")
+    with pytest.raises(FileNotFoundError, match="but outputs"):
+        find_images(".", exclude=["a.jpg", "sub", "masks", "masks2", "stego-fit.png"])
+
+
+@pytest.mark.parametrize(
+    "names, suffix, outputs",
+    [
+        ("a.jpg b/a.jpg", ".png", "a.png b/a.png"),
+        ("a.png a.gif", ".png", "a.png a.gif.png"),
+        ("IMG.jpg IMG.tif", ".png", "IMG.jpg.png IMG.tif.png"),
+        ("a.png a.gif", ".overlay.jpg", "a.png.overlay.jpg a.gif.overlay.jpg"),
+        ("a.png a.gif a.gif.png", ".png", "a.png a.gif.png a.gif.png.png"),
+        ("a.b.jpg a.c.jpg", ".png", "a.b.png a.c.png"),
+    ],
+)
+def test_images_that_share_a_stem_keep_their_names(names, suffix, outputs):
+    places = [Path(name) for name in names.split()]
+    assert [name.as_posix() for name in output_names(places, suffix)] == outputs.split()
 
 
 def test_to_tensor_is_normalised():
