@@ -29,7 +29,7 @@ from stego_parts.backbones import CUSTOM, load_backbone
 from stego_parts.config import MAX_CLASSES, RELEASED, Config, fit_config
 from stego_parts.diagnostics import cluster_agreement, plausible_counts, training_warning
 from stego_parts.distributed import data_parallel, from_first, process_count, rank
-from stego_parts.images import find_images, read_image, to_tensor, voc_palette
+from stego_parts.images import distinct_colors, find_images, read_image, to_tensor
 from stego_parts.maps import class_scores, dot_products, pixels, unmirror, upsampled_argmax
 from stego_parts.model_files import check_model, damaged, read_model, write_model
 from stego_parts.tokens import (
@@ -468,7 +468,7 @@ class Stego:
             weights,
         )
         self.head, self.centers, self.share = head.to(device), centers.to(device), share.cpu()
-        self.palette = voc_palette(len(centers)) if palette is None else palette
+        self.palette = distinct_colors(len(centers)) if palette is None else palette
         self.names = [""] * len(centers) if names is None else list(names)
         self.linear: tuple[Tensor, Tensor] | None = None  # weight, bias: a released linear probe
         self.record: FitRecord | None = None
@@ -677,7 +677,7 @@ class Stego:
         used = set(map(tuple, earlier.palette.tolist()))
         kept = [earlier.palette[m] for m in range(len(earlier.palette)) if m not in same.values()]
         unused = iter(
-            [color for color in voc_palette(MAX_CLASSES) if tuple(color.tolist()) not in used] + kept
+            [color for color in distinct_colors(MAX_CLASSES) if tuple(color.tolist()) not in used] + kept
         )
         self.palette = np.array(
             [earlier.palette[same[k]] if k in same else next(unused) for k in order], np.uint8
