@@ -20,18 +20,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from crf import dense_crf, upsample_along_edges, working_size
 from kmeans import CosineKMeans
 from stego_parts.backbones import CUSTOM, load_backbone
-from stego_parts.config import MAX_CLASSES, RELEASED, Config, fit_config
+from stego_parts.config import RELEASED, Config, fit_config
 from stego_parts.diagnostics import cluster_agreement, plausible_counts, training_warning
 from stego_parts.distributed import data_parallel, from_first, process_count, rank
 from stego_parts.images import find_images, read_image, to_tensor, voc_palette
 from stego_parts.maps import class_scores, dot_products, pixels, unmirror, upsampled_argmax
-from stego_parts.model_files import check_model, damaged, read_model, write_model
+from stego_parts.matching import check_same_features, inherit_ids, match_clusters_to
+from stego_parts.model_files import check_backbone, check_model, damaged, read_model, write_model
 from stego_parts.tokens import (
     BILINEAR,
     NOTICE,
@@ -57,18 +57,15 @@ DERANGEMENTS = 5  # ways a batch is shuffled for x_rand, averaged (reference imp
 DROPOUT = 0.1  # share of channels dropped (reference implementation)
 LEARNING_RATE = 5e-4  # Adam, no schedule (App. A.11)
 CRF_SIZE = 0.5  # megapixels at which the CRF runs on larger photos
-SHIFTS = {
-    "b_self": -0.5,
-    "b_knn": -0.5,
-    "b_rand": 2.0,
-}  # b's from the data: standard deviations from the mean
+# b's from the data: standard deviations from the mean correspondence.
+SHIFTS = {"b_self": -0.5, "b_knn": -0.5, "b_rand": 2.0}
 SHIFT_CROPS = 64  # crops whose correspondences set the b's
 MEAN_CROPS = 256  # crops whose features' mean direction stands for all
 LOOK_EVERY = 10  # steps between two measurements of the codes' similarities
 SIMILARITIES = 32_000_000  # similarities in memory at once: 128 MB
 CLUSTER_ROWS = 100_000  # codes that k-means sees
 CLUSTER_STARTS = (
-    12  # of k-means: with three, mIoU swings by one to two points between seeds, with twelve by less
+    12  # of k-means: with three, mIoU swings by one to two points between seeds, with twelve less
 )
 CROWD_ROWS = 500  # codes that stand for all where crowding is measured
 CROWD_SHARPNESS = 10.0  # crowding: mean of exp(10 (cosine - 1)), which halves at an angle of 21 degrees
@@ -405,23 +402,6 @@ def resample_by_density(codes: Tensor, evenness: float) -> Tensor:
     return codes[torch.multinomial(crowd.cpu() ** -evenness, len(codes), replacement=True).to(codes.device)]
 
 
-@torch.inference_mode()
-def match_clusters_to(old: "Stego", new: "Stego", cache: TokenCache) -> dict[int, int]:
-    """Which cluster of a new model is which of an older one: {new: old}, by what both say about the same tokens.
-
-    Hungarian matching on intersection over union; pairs that overlap less than MATCH_OVERLAP are left out.
-    """
-    each, K, L = max(CLUSTER_ROWS // len(cache), 1), len(new.centers), len(old.centers)
-    joint = torch.zeros(K, L)
-    for crops in torch.arange(len(cache)).split(256):
-        tokens = cache.sample(crops, each).flatten(0, 1)  # (N, C)
-        k, m = ((model.head.describe(tokens) @ model.centers.T).argmax(1) for model in (new, old))
-        joint += torch.bincount(k * L + m, minlength=K * L).view(K, L).cpu()
-    overlap = joint / (joint.sum(1, keepdim=True) + joint.sum(0) - joint).clamp(min=1)
-    pairs = zip(*(side.tolist() for side in linear_sum_assignment(overlap, maximize=True)))
-    return {k: m for k, m in pairs if overlap[k, m] >= MATCH_OVERLAP}
-
-
 # ---- the model -------------------------------------------------------------------------------------------------
 
 
@@ -429,7 +409,7 @@ class FitRecord(NamedTuple):
     """What a fit leaves for a report, in its own process: it is not saved.
 
     paths: of all images; images (n,), neighbors (n, <= 7): the image of each crop and its nearest neighbours;
-    history: see `train_head`; agreement: see `cluster_agreement`; lost: what --match could not keep, {number: name}.
+    history: see `train_head`; agreement: see `cluster_agreement`.
     """
 
     paths: list
@@ -437,7 +417,6 @@ class FitRecord(NamedTuple):
     neighbors: Tensor
     history: list
     agreement: dict
-    matched: tuple = ()
 
 
 class Stego:
@@ -479,107 +458,44 @@ class Stego:
         cls,
         images,
         *,
-        classes: int | str = 27,
         preset: str = "default",
         backbone=None,
-        weights=None,
-        seed: int = 0,
+        weights: str | Path | None = None,
         device: str = "auto",
-        match=None,
+        match: "str | Path | Stego | None" = None,
         progress: Progress = no_progress,
-        checkpoint=None,
+        checkpoint: str | Path | None = None,
         resume: bool = False,
         **settings,
     ) -> "Stego":
-        """Find what recurs in images.
+        """Find what recurs in images: files, folders (recursive) or glob patterns, one or several.
 
-        Args:
-            images: files, folders (recursive) or glob patterns, one or several.
-            classes: number of clusters K, 1..255, or "auto": the K on which halves of the images agree most.
-            preset: the hyper-parameters to start from, one of PRESETS; each can be given as a keyword, see `Config`.
-            backbone: a name from `stego_parts.backbones.NAMES`, or "auto"; default: the preset's. weights: a local file for it.
-                Or any callable that maps normalised images (B, 3, H, W) to features (B, C, h, w): a saved model does
-                not contain it, `load` asks for it again.
-            seed: same images, seed, machine and threads: same model.
-            device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", "mps".
-            match: an earlier model over the same backbone, or its path; clusters that correspond to clusters of it
-                get their numbers, names and colours.
-            progress: called as progress(stage, done, total).
-            checkpoint: a folder for the features and the state of the fit, so that little is lost with the process;
-                features that are in it already are not computed again. resume: also go on with its training.
+        preset: the options to start from, one of PRESETS; every option of `Config` can be a keyword beside it, such as
+            classes=27 (1..255, or "auto"), steps, seed (same images, seed, machine and threads: same model).
+        backbone: a name from `backbones.NAMES`, or "auto"; default: the preset's; weights: a local file for it. Or any
+            callable that maps normalised images (B, 3, H, W) to features (B, C, h, w), see `load`.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", "mps".
+        match: an earlier model over the same backbone; clusters that are the same keep its numbers, names and colours.
+        progress: called as progress(stage, done, total).
+        checkpoint: a folder for the features and the state of the fit, so that little is lost with the process;
+            features that are in it already are not computed again. resume: go on with its training too.
 
         Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
         """
         named = None if callable(backbone) else backbone
         config = fit_config(
-            preset, backbone=named, classes=classes, seed=seed, **settings
-        )  # before the work begins
-        device = pick_device(device)
+            preset, backbone=named, **settings
+        )  # whatever is wrong shows before the work begins
         sources = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-        paths = [path for path, _ in find_images(sources)]
-        network = load_backbone(
-            backbone or config.backbone,
-            weights=weights,
-            stride=config.stride,
-            device=device,
-            progress=progress is not no_progress,
-        )
-        settings |= dict(classes=classes, seed=seed, stride=network.patch)
-        config = fit_config(preset, backbone=network.name, **settings)
-        earlier = None if match is None else _earlier(match, network, device)
-        model, cache = cls._fitted(config, paths, network, device, progress, checkpoint, resume)
-        model.weights = weights
-        model.config = replace(model.config, images=_source_names(sources))
-        if earlier is not None:
-            model.inherit_ids(earlier, match_clusters_to(earlier, model, cache))
-        if warning := training_warning(model.record.history):
-            log.warning(warning)
-        return model
-
-    @classmethod
-    def _fitted(
-        cls, config: Config, paths, network, device, progress, checkpoint, resume
-    ) -> tuple["Stego", TokenCache]:
-        """The stages of a fit, in the paper's order."""
-        if process_count() > 1 and not checkpoint:
-            raise ValueError("Several processes share one file of features: give a folder as `checkpoint`.")
-        features = (
-            features_key(paths, network, config) if checkpoint else None
-        )  # asks the disk about every image
-        if features != from_first(lambda: features):
-            raise ValueError("The processes see other images or options than each other; give each the same.")
-        key = {"features": features, "config": asdict(config)}
-        with (
-            closing(FitCheckpoint(checkpoint)) if checkpoint else nullcontext() as kept,
-            forked_random(device),
-        ):
-            if kept:
-                from_first(lambda: kept.begin(key, resume=resume))
-            torch.manual_seed(config.seed)
-            cache = encode(
-                network,
-                paths,
-                views=config.views,
-                cache_size=config.cache_size,
-                device=device,
-                progress=progress,
-                checkpoint=kept,
-                key=features,
-            )
-            torch.manual_seed(config.seed + rank())  # whether the features were new or not
-            progress("neighbors", 0, 1)
-            neighbors = from_first(lambda: nearest_neighbors(cache.means, device=device))
-            progress("neighbors", 1, 1)
-            config = replace(config, **from_first(lambda: shifts_from_data(cache, neighbors, config)))
-            head, history = train_head(cache, neighbors, config, progress=progress, checkpoint=kept, key=key)
-            centers, share, agreement = from_first(
-                lambda: find_clusters(head, cache, config, progress=progress)
-            )
-        config = replace(config, classes=len(centers), crops=len(cache))
-        model = cls(config, head, centers, share, backbone_sha256=network.sha256, device=device)
-        model.record = FitRecord(list(paths), cache.images, neighbors, history, agreement)
-        model._backbone = network
-        return model, cache
+        paths, device = [path for path, _ in find_images(sources)], pick_device(device)
+        options = dict(weights=weights, device=device, progress=progress is not no_progress)
+        network = load_backbone(backbone or config.backbone, stride=config.stride, **options)
+        config = fit_config(preset, backbone=network.name, **settings | dict(stride=network.patch))
+        config = replace(config, images=_source_names(sources))
+        earlier = cls.load(match, device=device) if isinstance(match, (str, os.PathLike)) else match
+        if earlier:
+            check_same_features(earlier, network)
+        return _fit_stages(config, paths, network, earlier, device, progress, checkpoint, resume)
 
     @property
     def backbone(self):
@@ -591,25 +507,10 @@ class Stego:
                     f"The model was fitted on {name.removeprefix(CUSTOM)}, a feature extractor given from Python, which "
                     "the file does not contain; give it again: Stego.load(path, backbone=...)."
                 )
-            self._backbone = self._checked(
-                load_backbone(name, weights=self.weights, device=self.device, stride=self.config.stride)
+            self._backbone = check_backbone(
+                load_backbone(name, weights=self.weights, device=self.device, stride=self.config.stride), self
             )
         return self._backbone
-
-    def _checked(self, network):
-        """A backbone that fits this model; ValueError for another."""
-        name, fitted_on = network.name.removeprefix(CUSTOM), self.config.backbone.removeprefix(CUSTOM)
-        if network.sha256 != self.backbone_sha256:
-            raise ValueError(
-                f"The model was fitted on {fitted_on} weights {self.backbone_sha256[:12] or 'unknown'}…, these are {name} "
-                f"{network.sha256[:12] or 'unknown'}…; give the right ones with --weights FILE, or fit again."
-            )
-        if network.channels != self.head.linear.in_features:
-            raise ValueError(
-                f"The model's head reads {self.head.linear.in_features} channels, {name} gives {network.channels}; the "
-                "model file is damaged: fit it again."
-            )
-        return network
 
     # ---- names of clusters
 
@@ -662,35 +563,6 @@ class Stego:
             )
         chosen = {label for k, label in enumerate(labels) if asked & {label, str(k)}}
         return [k for k, label in enumerate(labels) if label in chosen]
-
-    def inherit_ids(self, earlier: "Stego", same: dict[int, int]):
-        """Renumber: clusters that are the earlier model's, {number here: number there}, get its numbers, names, colours.
-
-        The others get the numbers that are left over, and colours that the earlier model does not use. A number that
-        this smaller model does not have is lost, its name and colour are kept.
-        """
-        K = len(self.centers)
-        number = {k: m for k, m in same.items() if m < K}
-        free = iter(sorted(set(range(K)) - set(number.values())))
-        order = sorted(range(K), key=lambda k: number[k] if k in number else next(free))
-        self.centers, self.share = self.centers[order], self.share[order]
-        used = set(map(tuple, earlier.palette.tolist()))
-        kept = [earlier.palette[m] for m in range(len(earlier.palette)) if m not in same.values()]
-        unused = iter(
-            [color for color in voc_palette(MAX_CLASSES) if tuple(color.tolist()) not in used] + kept
-        )
-        self.palette = np.array(
-            [earlier.palette[same[k]] if k in same else next(unused) for k in order], np.uint8
-        )
-        self.names = [earlier.names[same[k]] if k in same else "" for k in order]
-        lost = {m: name for m, name in enumerate(earlier.names) if name and m not in same.values()}
-        log.log(
-            NOTICE,
-            "%d of %d clusters matched%s",
-            len(same),
-            len(earlier.centers),
-            "; lost: " + ", ".join(f"{m}={name}" for m, name in lost.items()) if lost else "",
-        )
 
     # ---- prediction
 
@@ -809,26 +681,49 @@ class Stego:
             model.backbone_sha256, model.weights = model._backbone.sha256, path
             model.linear = state["linear"] and tuple(part.float().to(device) for part in state["linear"])
         elif backbone is not None:
-            model._backbone = model._checked(load_backbone(backbone, weights=weights, device=device))
+            model._backbone = check_backbone(load_backbone(backbone, weights=weights, device=device), model)
         return model
+
+
+def _fit_stages(config: Config, paths, network, earlier, device, progress, checkpoint, resume) -> Stego:
+    """A fit in the paper's order: features, neighbours, balance, head, clusters."""
+    if process_count() > 1 and not checkpoint:
+        raise ValueError("Several processes share one file of features: give a folder as `checkpoint`.")
+    features = features_key(paths, network, config) if checkpoint else None
+    if features != from_first(lambda: features):
+        raise ValueError("The processes see other images or options than each other; give each the same.")
+    key = {"features": features, "config": asdict(config)}
+    kept = FitCheckpoint(checkpoint) if checkpoint else None
+    with closing(kept) if kept else nullcontext(), forked_random(device):
+        if kept:
+            from_first(lambda: kept.begin(key, resume=resume))
+        torch.manual_seed(config.seed)
+        cache = encode(
+            network, paths, config, device=device, progress=progress, checkpoint=kept, key=features
+        )
+        torch.manual_seed(config.seed + rank())  # whether the features were new or not
+        progress("neighbors", 0, 1)
+        neighbors = from_first(lambda: nearest_neighbors(cache.means, device=device))
+        progress("neighbors", 1, 1)
+        config = replace(config, **from_first(lambda: shifts_from_data(cache, neighbors, config)))
+        head, history = train_head(cache, neighbors, config, progress=progress, checkpoint=kept, key=key)
+        clusters = from_first(lambda: find_clusters(head, cache, config, progress=progress))
+        centers, share, agreement = clusters
+    config = replace(config, classes=len(centers), crops=len(cache))
+    model = Stego(config, head, centers, share, backbone_sha256=network.sha256, device=device)
+    model.record = FitRecord(list(paths), cache.images, neighbors, history, agreement)
+    model._backbone = network
+    if earlier:
+        inherit_ids(model, earlier, match_clusters_to(earlier, model, cache))
+    if warning := training_warning(history):
+        log.warning(warning)
+    return model
 
 
 def _source_names(sources) -> tuple[str, ...]:
     """What a fit was given, for whoever looks for its images later; no absolute paths: they tell of a person's disk."""
     names = tuple(str(each) for each in sources)
     return () if len(names) > NOTED_SOURCES or any(map(os.path.isabs, names)) else names
-
-
-def _earlier(match, network, device) -> Stego:
-    """The model to match; ValueError if it sees other features."""
-    earlier = match if isinstance(match, Stego) else Stego.load(match, device=device)
-    if (earlier.backbone_sha256, earlier.head.linear.in_features) != (network.sha256, network.channels):
-        raise ValueError(
-            f"The model to match was fitted on {earlier.config.backbone} weights {earlier.backbone_sha256[:12]}…, this "
-            f"fit uses {network.name} {network.sha256[:12]}…; clusters are compared on the same features: choose that "
-            "backbone, or do not match."
-        )
-    return earlier
 
 
 def forked_random(device: torch.device):

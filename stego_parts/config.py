@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from stego_parts.tokens import CACHE_SIZE, VIEWS
-
+# What the backbone sees of an image: five crops, each alone (Sec. 4); all of it; all of it, then cut into five.
+VIEWS = ("five", "whole", "windows")
 TERMS = ("self", "knn", "rand")  # pairs within an image, with a neighbour, with another image
 MAX_CLASSES = 255  # masks are 8 bit and 255 means "ignore"
 RELEASED = "released"  # the preset of models that the reference implementation made
@@ -13,7 +13,7 @@ RELEASED = "released"  # the preset of models that the reference implementation 
 
 @dataclass(frozen=True)
 class Config:
-    """Every option of a fit under its name. A b of None is taken from the data, a lambda of 0 switches its term off.
+    """Every option of a fit. A b of None is taken from the data, a lambda of 0 switches its term off.
 
     Raises ValueError for a value out of its range.
     """
@@ -37,7 +37,7 @@ class Config:
     views: str = "five"  # one of VIEWS
     evenness: float = 0.0  # 0: clusters follow what is frequent, 1: also what is rare
     feature_weight: float = 0.0  # of the features themselves beside the codes in what is clustered
-    cache_size: float = CACHE_SIZE  # GB (10^9 bytes) of features
+    cache_size: float = 8.0  # GB (10^9 bytes) of features
     crops: int = 0  # that the fit saw
     images: tuple = ()  # what the fit was given, by name
 

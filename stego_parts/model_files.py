@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from stego_parts.backbones import BACKBONES, first_line, read_checkpoint
+from stego_parts.backbones import BACKBONES, CUSTOM, first_line, read_checkpoint
 from stego_parts.config import MAX_CLASSES, RELEASED
 from stego_parts.images import voc_palette
 from stego_parts.tokens import write_state
@@ -110,3 +110,19 @@ def check_model(state: dict, size: int, weights):
         raise ValueError("values that are not finite or not of the right type")
     if not all(isinstance(name, str) for name in (*names, state["sha256"])):
         raise ValueError("names that are no text")
+
+
+def check_backbone(network, model):
+    """A backbone that fits this model; ValueError for another."""
+    name, fitted_on = network.name.removeprefix(CUSTOM), model.config.backbone.removeprefix(CUSTOM)
+    if network.sha256 != model.backbone_sha256:
+        raise ValueError(
+            f"The model was fitted on {fitted_on} weights {model.backbone_sha256[:12] or 'unknown'}…, these are {name} "
+            f"{network.sha256[:12] or 'unknown'}…; give the right ones with --weights FILE, or fit again."
+        )
+    if network.channels != model.head.linear.in_features:
+        raise ValueError(
+            f"The model's head reads {model.head.linear.in_features} channels, {name} gives {network.channels}; the "
+            "model file is damaged: fit it again."
+        )
+    return network

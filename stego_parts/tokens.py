@@ -25,15 +25,13 @@ from PIL import Image
 from torch import Tensor
 
 from stego_parts.backbones import BACKBONES
+from stego_parts.config import Config
 from stego_parts.distributed import barrier, from_first, process_count, rank
 from stego_parts.images import five_boxes, five_crops, read_image, replacing, square, to_tensor
 
-# What the backbone sees of an image: five crops, each alone (Sec. 4); all of it; all of it, then cut into five.
-VIEWS = ("five", "whole", "windows")
 CROP_SIDE = 224  # pixels: crops the head is trained on (Sec. 4)
 RESOLUTION = 320  # pixels: shorter side at which images are segmented (Sec. 4)
 MAX_ASPECT = 4  # longer side : shorter side up to which the shorter side gets its full resolution
-CACHE_SIZE = 8.0  # GB of file for the tokens of all crops
 GPU_IMAGES = 8  # images of one size that a GPU sees at once
 GPU_SHARE = 0.5  # of its free memory that the token cache may take; else it stays in its file
 READERS = 16  # threads, at most, that decode for a GPU
@@ -247,34 +245,36 @@ class TokenCache:
 def encode(
     backbone,
     paths,
+    config: Config,
     *,
-    views: str = "five",
-    cache_size: float = CACHE_SIZE,
     device="cpu",
     progress: Progress = no_progress,
     checkpoint: "FitCheckpoint | None" = None,
     key: dict | None = None,
 ) -> TokenCache:
-    """Push every image through the backbone once, cut up as VIEWS says.
+    """Push every image through the backbone once, cut up as config.views says.
 
     Unreadable images are named in a warning and left out. Raises ValueError if none is left. checkpoint: keeps the cache;
     what it has under the same key is not computed again.
     """
-    side = (RESOLUTION // 2 if views == "windows" else CROP_SIDE) // backbone.patch  # positions
-    crops, positions = 1 if views == "whole" else 5, side**2
-    kept = min(positions, int(cache_size * 1e9 / (len(paths) * crops * backbone.channels * 2)))
+    side = (RESOLUTION // 2 if config.views == "windows" else CROP_SIDE) // backbone.patch  # positions
+    crops, positions = 1 if config.views == "whole" else 5, side**2
+    kept = min(positions, int(config.cache_size * 1e9 / (len(paths) * crops * backbone.channels * 2)))
     if kept < 1:
         raise ValueError(
-            f"A cache of {cache_size} GB has no room for one position of {len(paths) * crops} crops; use a larger "
+            f"A cache of {config.cache_size} GB has no room for one position of {len(paths) * crops} crops; use a larger "
             "--set cache_size=GB."
         )
     if kept < positions and rank() == 0:
         log.warning(
-            "Features are bounded to %g GB: %d random positions of %d a crop.", cache_size, kept, positions
+            "Features are bounded to %g GB: %d random positions of %d a crop.",
+            config.cache_size,
+            kept,
+            positions,
         )
     shape = (len(paths), crops, kept, backbone.channels)
     cache = checkpoint.token_cache(shape, key) if checkpoint else TokenCache(*shape)
-    _fill(cache, backbone, paths, views, device, progress)
+    _fill(cache, backbone, paths, config.views, device, progress)
     barrier()
     cache.finalize(device)
     if not len(cache):
