@@ -183,9 +183,7 @@ class Head(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, code_size))
 
     def forward(self, f: Tensor) -> Tensor:
-        if self.training:
-            return self.linear(drop_channels(f)) + self.mlp(drop_channels(f))
-        return self.linear(f) + self.mlp(f)
+        return self.linear(drop_channels(f, self.training)) + self.mlp(drop_channels(f, self.training))
 
     @property
     def size(self) -> int:
@@ -204,8 +202,10 @@ class Head(nn.Module):
         return codes.transpose(1, 2).unflatten(2, features.shape[2:])  # (B, D, h, w)
 
 
-def drop_channels(f: Tensor) -> Tensor:
+def drop_channels(f: Tensor, training: bool = True) -> Tensor:
     """Drop whole channels of an image (..., P, C): one draw for all its positions, the same on every device."""
+    if not training:
+        return f
     return f * to_device(F.dropout(torch.ones(*f.shape[:-2], 1, f.shape[-1]), DROPOUT), f.device)
 
 
@@ -223,10 +223,10 @@ def training_loss(head: nn.Module, f: Tensor, g: Tensor, f_knn: Tensor, config: 
 
     same_image = torch.cat([f, g], 1)  # (B, 2P, C): shares its dropout
     s, t = unit(head(same_image)).split(f.shape[1], 1)
-    f, g = unit(drop_channels(same_image)).split(f.shape[1], 1)
+    f, g = unit(drop_channels(same_image, head.training)).split(f.shape[1], 1)
     loss = term("self", f, f, s, s) if config.lambda_self else 0 * s.sum()  # 0, but with a gradient
     if config.lambda_knn:
-        s_knn, f_knn = unit(head(f_knn)), unit(drop_channels(f_knn))
+        s_knn, f_knn = unit(head(f_knn)), unit(drop_channels(f_knn, head.training))
         loss = loss + term("knn", f, f_knn, s, s_knn)
     if config.lambda_rand and len(f) > 1:  # a lone crop has no random partner
         others = [derangement(len(f)).to(g.device) for _ in range(DERANGEMENTS)]
@@ -645,7 +645,9 @@ class Stego:
             head=head, centers=self.centers.cpu(), share=self.share, palette=torch.from_numpy(self.palette)
         )
         write_model(
-            tensors | dict(config=asdict(self.config), sha256=self.backbone_sha256, names=self.names), path
+            tensors
+            | dict(config=asdict(self.config), backbone_sha256=self.backbone_sha256, names=self.names),
+            path,
         )
 
     @classmethod
@@ -659,7 +661,7 @@ class Stego:
         """
         state, device = read_model(Path(path)), pick_device(device)
         with damaged(path):
-            config = Config(**state["config"])
+            config = Config.from_saved(state["config"])
             code_size, channels = dict(state["head"])["linear.weight"].shape
             head = Head(channels, code_size, feature_weight=config.feature_weight)
             head.load_state_dict(state["head"])
@@ -672,7 +674,7 @@ class Stego:
                 state["share"],
                 palette=state["palette"].numpy(),
                 names=state["names"],
-                backbone_sha256=state["sha256"],
+                backbone_sha256=state["backbone_sha256"],
                 device=device,
                 weights=weights,
             )

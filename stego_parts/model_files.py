@@ -26,7 +26,7 @@ def write_model(state: dict, path):
 
 
 def read_model(path: Path) -> dict:
-    """What describes a model: config, head, centers, share, palette, names, sha256 (of its backbone).
+    """What describes a model: config, head, centers, share, palette, names, backbone_sha256.
 
     Raises FileNotFoundError, or ValueError for what is no model.
     """
@@ -91,7 +91,7 @@ def _released(state: dict) -> dict:
         share=torch.zeros(count),  # it does not tell
         palette=torch.from_numpy(voc_palette(count)),
         names=[""] * count,
-        sha256="",
+        backbone_sha256="",
         linear=linear,
     )
 
@@ -108,7 +108,7 @@ def check_model(state: dict, size: int, weights):
         raise ValueError("shapes that do not fit each other")
     if palette.dtype != torch.uint8 or not all(x.is_floating_point() and x.isfinite().all() for x in values):
         raise ValueError("values that are not finite or not of the right type")
-    if not all(isinstance(name, str) for name in (*names, state["sha256"])):
+    if not all(isinstance(name, str) for name in (*names, state["backbone_sha256"])):
         raise ValueError("names that are no text")
 
 

@@ -288,7 +288,7 @@ def _fill(cache: TokenCache, backbone, paths, views: str, device, progress: Prog
     missing = [i for i in numbers if cache.state[i] == TO_DO]
     gpu, done = torch.device(device).type == "cuda", len(numbers) - len(missing)
     if done:
-        log.log(NOTICE, "Features of %d images are there already.", done)
+        log.log(NOTICE, "Reusing the features of %d images.", done)
     inputs = prefetch(
         lambda i: (i, image_views(paths[i], views, backbone.patch)),
         missing,
@@ -380,6 +380,14 @@ class FitCheckpoint:
         if rank() == 0 and not begun and not (self.folder / "training.pt").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.close()
+
+
+def end_fit(folder, *, keep_features: bool):
+    """The model is written: forget how far its fit had come, and unless they are kept, its features too."""
+    for name in ("fit.pt", "training.pt"):
+        (Path(folder) / name).unlink(missing_ok=True)
+    if not keep_features:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_state(state: dict, path):
