@@ -14,8 +14,9 @@ import os
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from crf import dense_crf, upsample_along_edges, working_size
 from kmeans import CosineKMeans
 from stego_parts.backbones import CUSTOM, load_backbone
+from stego_parts.checkpoint import FitCheckpoint, Training, features_key
 from stego_parts.config import RELEASED, Config, fit_config
 from stego_parts.diagnostics import cluster_agreement, plausible_counts, training_warning
 from stego_parts.distributed import data_parallel, from_first, process_count, rank
@@ -34,15 +36,12 @@ from stego_parts.matching import check_same_features, inherit_ids, match_cluster
 from stego_parts.model_files import check_backbone, check_model, damaged, read_model, write_model
 from stego_parts.tokens import (
     BILINEAR,
-    NOTICE,
     RESOLUTION,
-    FitCheckpoint,
     Progress,
     TokenCache,
     backbone_size,
     dense_features,
     encode,
-    features_key,
     no_progress,
     pick_device,
     to_device,
@@ -54,8 +53,8 @@ Describe = Callable[[Tensor], Tensor]  # tokens (..., C) -> what is clustered (.
 POSITIONS = 121  # positions of an image that enter a step: 11 x 11 (Sec. 4)
 NEIGHBORS = 7  # nearest neighbours x_knn is drawn from (Sec. 4)
 DERANGEMENTS = 5  # ways a batch is shuffled for x_rand, averaged (reference implementation)
-DROPOUT = 0.1  # share of channels dropped (reference implementation)
 LEARNING_RATE = 5e-4  # Adam, no schedule (App. A.11)
+DROPOUT = 0.1  # share of channels dropped (reference implementation)
 CRF_SIZE = 0.5  # megapixels at which the CRF runs on larger photos
 # b's from the data: standard deviations from the mean correspondence.
 SHIFTS = {"b_self": -0.5, "b_knn": -0.5, "b_rand": 2.0}
@@ -178,6 +177,7 @@ class Head(nn.Module):
     def __init__(self, channels: int, code_size: int, *, feature_weight: float = 0.0):
         super().__init__()
         self.feature_weight = feature_weight
+        self.mean: Tensor
         self.register_buffer("mean", torch.zeros(channels) if feature_weight else None)
         self.linear = nn.Linear(channels, code_size)
         self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, code_size))
@@ -216,10 +216,8 @@ def training_loss(head: nn.Module, f: Tensor, g: Tensor, f_knn: Tensor, config: 
     """
 
     def term(name, *pair):
-        options = dict(centering=config.centering, zero_clamp=config.zero_clamp)
-        return getattr(config, f"lambda_{name}") * correlation_loss(
-            *pair, getattr(config, f"b_{name}"), **options
-        )
+        weight, b = getattr(config, f"lambda_{name}"), getattr(config, f"b_{name}")
+        return weight * correlation_loss(*pair, b, centering=config.centering, zero_clamp=config.zero_clamp)
 
     same_image = torch.cat([f, g], 1)  # (B, 2P, C): shares its dropout
     s, t = unit(head(same_image)).split(f.shape[1], 1)
@@ -248,72 +246,31 @@ def train_head(
     Returns it in eval mode, rounded to float16 as it is saved, and what `code_similarities` said now and then.
     checkpoint: where it is noted how far training has come, and from where it goes on if it has come some way.
     """
-    device = cache.device
-    head = (
-        Head(cache.tokens.shape[2], config.code_size, feature_weight=config.feature_weight).to(device).train()
-    )
+    head = Head(cache.tokens.shape[2], config.code_size, feature_weight=config.feature_weight)
+    head = head.to(cache.device).train()
     if head.feature_weight:
         head.mean.copy_(unit(cache.sample(torch.randperm(len(cache))[:MEAN_CROPS], POSITIONS)).mean((0, 1)))
-    run = _Training(head, config, key, batch=crops_a_step(config, len(cache)))
+    optimizer = torch.optim.Adam(
+        head.parameters(), lr=LEARNING_RATE, fused=cache.device.type == "cuda" or None
+    )
+    run = Training(head, optimizer, config, key, len(cache))
     run.resume(checkpoint)
     network = data_parallel(head)
     for step in range(run.step, config.steps):
-        anchor = run.next_crops(len(cache))
+        anchor = run.next_crops()
         partner = neighbors[anchor, torch.randint(neighbors.shape[1], anchor.shape)]
         f, g = cache.sample(anchor, 2 * POSITIONS).split(POSITIONS, 1)
         f_knn = cache.sample(partner, POSITIONS)
         loss = training_loss(network, f, g, f_knn, config)
         if step % LOOK_EVERY == 0 or step + 1 == config.steps:
             run.history.append({"step": step, "loss": loss.item()} | code_similarities(head, f, f_knn))
-        run.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        run.optimizer.step()
+        optimizer.step()
         run.step = step + 1
         run.save(checkpoint)
         progress("training", run.step, config.steps)
     return head.half().float().requires_grad_(False).eval(), run.history
-
-
-class _Training:
-    """Where a training stands: everything that going on with it needs."""
-
-    def __init__(self, head: Head, config: Config, key: dict | None, *, batch: int):
-        fused = True if next(head.parameters()).is_cuda else None
-        self.optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE, fused=fused)
-        self.head, self.steps, self.key, self.batch = head, config.steps, key, batch
-        self.order, self.step, self.history = torch.empty(0, dtype=torch.int64), 0, []
-
-    def next_crops(self, count: int) -> Tensor:
-        """The crops of the next step (batch,): each of `count` once an epoch."""
-        if len(self.order) < self.batch:
-            self.order = torch.randperm(count)
-        crops, self.order = self.order[: self.batch], self.order[self.batch :]
-        return crops
-
-    def save(self, checkpoint: FitCheckpoint | None):
-        if checkpoint and rank() == 0 and (checkpoint.due() or self.step == self.steps):
-            state = dict(step=self.step, order=self.order.clone(), history=self.history)
-            state |= dict(head=self.head.state_dict(), optimizer=self.optimizer.state_dict())
-            checkpoint.save("training", self.key, state)
-
-    def resume(self, checkpoint: FitCheckpoint | None):
-        state = checkpoint.load("training", self.key) if checkpoint else None
-        if state:
-            self.head.load_state_dict(state["head"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.order, self.step, self.history = state["order"], state["step"], state["history"]
-            torch.set_rng_state(state["random"])
-            log.log(NOTICE, "Going on with the training from step %d.", self.step)
-
-
-def crops_a_step(config: Config, crops: int) -> int:
-    """This process's share of a batch, of at most all crops there are; ValueError if that is none."""
-    if not (share := min(config.batch_size, crops) // process_count()):
-        raise ValueError(
-            f"A batch of {config.batch_size} of {crops} crops cannot be divided among {process_count()} processes; "
-            "use a larger --set batch_size=N, more images or fewer processes."
-        )
-    return share
 
 
 @torch.no_grad()
@@ -338,13 +295,10 @@ def find_clusters(head: Head, cache: TokenCache, config: Config, *, progress: Pr
     """Centres (K, D), the share of the codes of each (K,), and for classes "auto" the agreement of halves, else {}."""
     agreement: dict[int, list[float]] = {}
     if config.classes == "auto":
-        agreement = cluster_agreement(
-            lambda: sample_halves(head.describe, cache, evenness=config.evenness),
-            seed=config.seed,
-            progress=progress,
-        )
+        halves = partial(sample_halves, head.describe, cache, evenness=config.evenness)
+        agreement = cluster_agreement(halves, seed=config.seed, progress=progress)
     progress("clusters", 0, 1)
-    count = plausible_counts(agreement)[0] if agreement else config.classes
+    count = plausible_counts(agreement)[0] if agreement else int(config.classes)
     centers, share = cluster_codes(head.describe, cache, count, evenness=config.evenness, seed=config.seed)
     progress("clusters", 1, 1)
     return centers, share, agreement
@@ -396,10 +350,9 @@ def resample_by_density(codes: Tensor, evenness: float) -> Tensor:
     if not evenness:
         return codes
     near = unit(codes[torch.randperm(len(codes))[:CROWD_ROWS].to(codes.device)]).T  # (D, n)
-    crowd = torch.cat(
-        [(CROWD_SHARPNESS * (unit(part) @ near - 1)).exp().mean(1) for part in codes.split(8192)]
-    )
-    return codes[torch.multinomial(crowd.cpu() ** -evenness, len(codes), replacement=True).to(codes.device)]
+    cosines = (unit(part) @ near for part in codes.split(8192))
+    crowd = torch.cat([(CROWD_SHARPNESS * (cosine - 1)).exp().mean(1) for cosine in cosines]).cpu()
+    return codes[torch.multinomial(crowd**-evenness, len(codes), replacement=True).to(codes.device)]
 
 
 # ---- the model -------------------------------------------------------------------------------------------------
@@ -440,18 +393,14 @@ class Stego:
         device="cpu",
         weights=None,
     ):
-        self.config, self.backbone_sha256, self.device, self.weights = (
-            config,
-            backbone_sha256,
-            device,
-            weights,
-        )
+        self.config, self.device = config, device
+        self.backbone_sha256, self.weights = backbone_sha256, weights
         self.head, self.centers, self.share = head.to(device), centers.to(device), share.cpu()
         self.palette = voc_palette(len(centers)) if palette is None else palette
         self.names = [""] * len(centers) if names is None else list(names)
         self.linear: tuple[Tensor, Tensor] | None = None  # weight, bias: a released linear probe
         self.record: FitRecord | None = None
-        self._backbone = None
+        self._backbone: Any = None
 
     @classmethod
     def fit(
@@ -461,7 +410,7 @@ class Stego:
         preset: str = "default",
         backbone=None,
         weights: str | Path | None = None,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         match: "str | Path | Stego | None" = None,
         progress: Progress = no_progress,
         checkpoint: str | Path | None = None,
@@ -488,8 +437,8 @@ class Stego:
         )  # whatever is wrong shows before the work begins
         sources = [images] if isinstance(images, (str, os.PathLike)) else list(images)
         paths, device = [path for path, _ in find_images(sources)], pick_device(device)
-        options = dict(weights=weights, device=device, progress=progress is not no_progress)
-        network = load_backbone(backbone or config.backbone, stride=config.stride, **options)
+        load = partial(load_backbone, weights=weights, device=device, progress=progress is not no_progress)
+        network = load(backbone or config.backbone, stride=config.stride)
         config = fit_config(preset, backbone=network.name, **settings | dict(stride=network.patch))
         config = replace(config, images=_source_names(sources))
         earlier = cls.load(match, device=device) if isinstance(match, (str, os.PathLike)) else match
@@ -641,14 +590,9 @@ class Stego:
                 "This is a checkpoint of the reference implementation, which cannot be written again."
             )
         head = {key: value.half().cpu() for key, value in self.head.state_dict().items()}
-        tensors = dict(
-            head=head, centers=self.centers.cpu(), share=self.share, palette=torch.from_numpy(self.palette)
-        )
-        write_model(
-            tensors
-            | dict(config=asdict(self.config), backbone_sha256=self.backbone_sha256, names=self.names),
-            path,
-        )
+        state = dict(config=asdict(self.config), head=head, centers=self.centers.cpu(), share=self.share)
+        state |= dict(palette=torch.from_numpy(self.palette), names=self.names)
+        write_model(state | dict(backbone_sha256=self.backbone_sha256), path)
 
     @classmethod
     def load(cls, path, *, device="auto", weights=None, backbone=None) -> "Stego":
@@ -667,17 +611,9 @@ class Stego:
             head.load_state_dict(state["head"])
             check_model(state, head.size, head.state_dict().values())
             head = head.requires_grad_(False).eval()
-            model = cls(
-                config,
-                head,
-                state["centers"],
-                state["share"],
-                palette=state["palette"].numpy(),
-                names=state["names"],
-                backbone_sha256=state["backbone_sha256"],
-                device=device,
-                weights=weights,
-            )
+            parts = {name: state[name] for name in ("centers", "share", "names", "backbone_sha256")}
+            parts |= dict(palette=state["palette"].numpy(), device=device, weights=weights)
+            model = cls(config, head, **parts)
         if config.preset == RELEASED:  # which contains its backbone
             model._backbone = load_backbone(config.backbone, weights=path, device=device)
             model.backbone_sha256, model.weights = model._backbone.sha256, path
@@ -696,7 +632,8 @@ def _fit_stages(config: Config, paths, network, earlier, device, progress, check
         raise ValueError("The processes see other images or options than each other; give each the same.")
     key = {"features": features, "config": asdict(config)}
     kept = FitCheckpoint(checkpoint) if checkpoint else None
-    with closing(kept) if kept else nullcontext(), forked_random(device):
+    devices = [device] if device.type == "cuda" else []  # whose random generators are left as they are
+    with closing(kept) if kept else nullcontext(), torch.random.fork_rng(devices):
         if kept:
             from_first(lambda: kept.begin(key, resume=resume))
         torch.manual_seed(config.seed)
@@ -726,8 +663,3 @@ def _source_names(sources) -> tuple[str, ...]:
     """What a fit was given, for whoever looks for its images later; no absolute paths: they tell of a person's disk."""
     names = tuple(str(each) for each in sources)
     return () if len(names) > NOTED_SOURCES or any(map(os.path.isabs, names)) else names
-
-
-def forked_random(device: torch.device):
-    """Leave the caller's random generators as they are: the CPU's and the device's."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

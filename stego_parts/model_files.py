@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from stego_parts.backbones import BACKBONES, CUSTOM, first_line, read_checkpoint
+from stego_parts.checkpoint import write_state
 from stego_parts.config import MAX_CLASSES, RELEASED
 from stego_parts.images import voc_palette
-from stego_parts.tokens import write_state
 
 FORMAT, VERSION = "stego", 1
 RELEASED_HEAD = {

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from conftest import draw_scene
 from PIL import Image
 
-from stego import Stego, crops_a_step
+from stego import Stego
+from stego_parts.checkpoint import crops_a_step
 from stego_parts.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +90,7 @@ def test_nothing_readable_ends_both(tmp_path):
 
 
 def test_a_batch_is_shared_out(monkeypatch):
-    monkeypatch.setattr("stego.process_count", lambda: 3)
+    monkeypatch.setattr("stego_parts.checkpoint.process_count", lambda: 3)
     with pytest.raises(ValueError, match="larger --set batch_size"):
         crops_a_step(Config(batch_size=2), 100)
     assert crops_a_step(Config(batch_size=16), 100) == 5 and crops_a_step(Config(batch_size=16), 7) == 2

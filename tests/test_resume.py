@@ -14,8 +14,8 @@ from PIL import Image
 
 from cli import main
 from stego import Stego
-from stego_parts import tokens
-from stego_parts.tokens import FitCheckpoint
+from stego_parts import checkpoint, tokens
+from stego_parts.checkpoint import FitCheckpoint
 
 OPTIONS = dict(classes=3, backbone="tiny", steps=40, batch_size=4)
 
@@ -30,7 +30,7 @@ def draw_into(folder) -> Path:
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tokens, "SAVE_EVERY", 0)
+    monkeypatch.setattr(checkpoint, "SAVE_EVERY", 0)
     return draw_into(tmp_path / "images")
 
 
@@ -161,7 +161,7 @@ def test_a_damaged_state_means_starting_afresh(images, expected):
     assert same(Stego.fit("images", checkpoint="kept", **OPTIONS), expected)
 
 
-@pytest.mark.skipif(tokens.fcntl is None, reason="no file locks here")
+@pytest.mark.skipif(checkpoint.fcntl is None, reason="no file locks here")
 def test_one_fit_at_a_time_in_a_folder(tmp_path):
     first = FitCheckpoint(tmp_path / "kept")
     with pytest.raises(ValueError, match="Another fit is working in"):

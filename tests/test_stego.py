@@ -763,13 +763,14 @@ LEAVES = {"crf", "kmeans"} | {
 MAY_IMPORT = {  # of ours; nobody imports cli, and only cli imports click
     "backbones": "tiny vit resnet",
     "tokens": "backbones images distributed config",
+    "checkpoint": "config distributed images tokens",
     "drawing": "images",
     "scenes": "images",
     "datasets": "images",
     "diagnostics": "kmeans",
-    "model_files": "backbones config images tokens",
+    "model_files": "backbones checkpoint config images",
     "matching": "config images tokens",
-    "stego": "crf kmeans backbones config diagnostics distributed images maps matching model_files tokens",
+    "stego": "crf kmeans backbones checkpoint config diagnostics distributed images maps matching model_files tokens",
     "protocol": "crf kmeans stego config datasets images maps tokens",
     "report": "stego config datasets diagnostics drawing images maps protocol tokens",
 }
