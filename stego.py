@@ -419,12 +419,12 @@ class Stego:
     ) -> "Stego":
         """Find what recurs in images: files, folders (recursive) or glob patterns, one or several.
 
-        preset: the options to start from, one of PRESETS; every option of `Config` can be a keyword beside it, such as
+        preset: the options to start from, one of PRESETS; each option of `Config` can be a keyword beside it, like
             classes=27 (1..255, or "auto"), steps, seed (same images, seed, machine and threads: same model).
         backbone: a name from `backbones.NAMES`, or "auto"; default: the preset's; weights: a local file for it. Or any
             callable that maps normalised images (B, 3, H, W) to features (B, C, h, w), see `load`.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", "mps".
-        match: an earlier model over the same backbone; clusters that are the same keep its numbers, names and colours.
+        match: an earlier model over the same backbone; clusters that recur keep their numbers, names, colours.
         progress: called as progress(stage, done, total).
         checkpoint: a folder for the features and the state of the fit, so that little is lost with the process;
             features that are in it already are not computed again. resume: go on with its training too.
@@ -453,8 +453,8 @@ class Stego:
             name = self.config.backbone
             if name.startswith(CUSTOM):
                 raise ValueError(
-                    f"The model was fitted on {name.removeprefix(CUSTOM)}, a feature extractor given from Python, which "
-                    "the file does not contain; give it again: Stego.load(path, backbone=...)."
+                    f"The model was fitted on {name.removeprefix(CUSTOM)}, a feature extractor given from Python, "
+                    "which the file does not contain; give it again: Stego.load(path, backbone=...)."
                 )
             self._backbone = check_backbone(
                 load_backbone(name, weights=self.weights, device=self.device, stride=self.config.stride), self

@@ -30,7 +30,7 @@ def check_same_features(earlier, network):
 
 @torch.inference_mode()
 def match_clusters_to(earlier, model, cache: TokenCache) -> dict[int, int]:
-    """Which clusters are which: {number in the model: number in the earlier one}, by what both say about the same tokens.
+    """{number in the model: number in the earlier one}, by what both say about the same tokens.
 
     Hungarian matching on intersection over union; pairs that overlap less than MATCH_OVERLAP are left out.
     """
@@ -38,8 +38,8 @@ def match_clusters_to(earlier, model, cache: TokenCache) -> dict[int, int]:
     joint = torch.zeros(K, L)
     for crops in torch.arange(len(cache)).split(256):
         tokens = cache.sample(crops, each).flatten(0, 1)  # (N, C)
-        k, l = ((m.head.describe(tokens) @ m.centers.T).argmax(1) for m in (model, earlier))
-        joint += torch.bincount(k * L + l, minlength=K * L).view(K, L).cpu()
+        k, other = ((m.head.describe(tokens) @ m.centers.T).argmax(1) for m in (model, earlier))
+        joint += torch.bincount(k * L + other, minlength=K * L).view(K, L).cpu()
     overlap = joint / (joint.sum(1, keepdim=True) + joint.sum(0) - joint).clamp(min=1)
     pairs = zip(*(side.tolist() for side in linear_sum_assignment(overlap, maximize=True)))
     return {k: m for k, m in pairs if overlap[k, m] >= MATCH_OVERLAP}

@@ -243,24 +243,20 @@ def encode(
 ) -> TokenCache:
     """Push every image through the backbone once, cut up as config.views says.
 
-    Unreadable images are named in a warning and left out. Raises ValueError if none is left. checkpoint: a FitCheckpoint that
-    keeps the cache; what it has under the same key is not computed again.
+    Unreadable images are named in a warning and left out. Raises ValueError if none is left. checkpoint: a
+    FitCheckpoint that keeps the cache; what it has under the same key is not computed again.
     """
     side = (RESOLUTION // 2 if config.views == "windows" else CROP_SIDE) // backbone.patch  # positions
     crops, positions = 1 if config.views == "whole" else 5, side**2
     kept = min(positions, int(config.cache_size * 1e9 / (len(paths) * crops * backbone.channels * 2)))
     if kept < 1:
         raise ValueError(
-            f"A cache of {config.cache_size} GB has no room for one position of {len(paths) * crops} crops; use a larger "
+            f"{config.cache_size} GB have no room for one position of {len(paths) * crops} crops; use a larger "
             "--set cache_size=GB."
         )
     if kept < positions and rank() == 0:
-        log.warning(
-            "Features are bounded to %g GB: %d random positions of %d a crop.",
-            config.cache_size,
-            kept,
-            positions,
-        )
+        bound = f"{config.cache_size:g} GB: {kept} random positions of {positions}"
+        log.warning("Features are bounded to %s a crop.", bound)
     shape = (len(paths), crops, kept, backbone.channels)
     cache = checkpoint.token_cache(shape, key) if checkpoint else TokenCache(*shape)
     _fill(cache, backbone, paths, config.views, device, progress)
@@ -273,7 +269,7 @@ def encode(
 
 def _fill(cache: TokenCache, backbone, paths, views: str, device, progress: Progress):
     """Add this process's share of the images that the cache does not have yet."""
-    numbers = [i for i in range(rank(), len(paths), process_count())]
+    numbers = range(rank(), len(paths), process_count())
     missing = [i for i in numbers if cache.state[i] == TO_DO]
     gpu, done = torch.device(device).type == "cuda", len(numbers) - len(missing)
     if done:
