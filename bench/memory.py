@@ -61,25 +61,10 @@ def main(images, counts, cache_size, steps, views):
             for number, path in enumerate(paths[:count]):
                 os.symlink(path, f"{folder}/images/{number:06d}{path.suffix}")
             began = time.perf_counter()
-            anonymous, mapped = peaks(
-                [
-                    sys.executable,
-                    "-m",
-                    "cli",
-                    "fit",
-                    f"{folder}/images",
-                    "--backbone",
-                    "tiny",
-                    "--steps",
-                    str(steps),
-                    "--cache-size",
-                    str(cache_size),
-                    "--views",
-                    views,
-                    "-o",
-                    f"{folder}/stego.pt",
-                ]
-            )
+            command = [sys.executable, "-m", "cli", "fit", f"{folder}/images", "--backbone", "tiny"]
+            command += ["--steps", str(steps), "-o", f"{folder}/stego.pt"]
+            command += ["--set", f"cache_size={cache_size}", "--set", f"views={views}"]
+            anonymous, mapped = peaks(command)
             first = first or anonymous
             seconds = time.perf_counter() - began
             print(

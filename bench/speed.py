@@ -13,14 +13,16 @@ fit is measured on --limit images and their encoding scaled to all images of the
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stego import POSITIONS, Head, Stego, fit_config, nearest_neighbors, train_head, training_loss  # noqa: E402
+from stego import POSITIONS, Head, Stego, nearest_neighbors, shifts_from_data, train_head, training_loss  # noqa: E402
 from stego_parts.backbones import BACKBONES, ViT, load_backbone  # noqa: E402
+from stego_parts.config import fit_config  # noqa: E402
 from stego_parts.images import find_images  # noqa: E402
 from stego_parts.tokens import CROP_SIDE, encode  # noqa: E402
 
@@ -37,7 +39,7 @@ def timed(function, repeats: int) -> float:
 
 def reference_step(network, head, optimizer, config):
     """The reference's step: two backbone passes of a batch, the head on whole maps, sampled positions, one update."""
-    batch = config["batch_size"]
+    batch = config.batch_size
     maps = []
     for _ in range(2):
         with torch.no_grad():
@@ -92,21 +94,22 @@ def main(images, backbone, limit, batch_size, steps, views, reference, whole, th
         return
 
     began = time.perf_counter()
-    cache = encode(network, paths[:limit], views=views)
+    cache = encode(network, paths[:limit], config)
     encoding = (time.perf_counter() - began) * len(paths) / min(limit, len(paths))
     began = time.perf_counter()
     neighbors = nearest_neighbors(cache.means)
     knn = time.perf_counter() - began
 
-    short = config | {"steps": 20}
-    train_head(cache, neighbors, config | {"steps": 3})  # warm up
-    ours = timed(lambda: train_head(cache, neighbors, short), 3) / short["steps"]
+    config = replace(config, **shifts_from_data(cache, neighbors, config))
+    short = replace(config, steps=20)
+    train_head(cache, neighbors, replace(config, steps=3))  # warm up
+    ours = timed(lambda: train_head(cache, neighbors, short), 3) / short.steps
     total = encoding + knn + ours * steps
     print(
         f"ours: step {ours:7.4f} s, fit {total / 60:7.2f} min, {encoding / total:.0%} of it the backbone pass"
     )
     if reference:
-        head = Head(network.channels, config["code_size"]).train()
+        head = Head(network.channels, config.code_size).train()
         optimizer = torch.optim.Adam(head.parameters())
         theirs = timed(lambda: reference_step(network, head, optimizer, config), 3)
         scheduled = encoding + theirs * steps  # its own neighbour table needs one pass too

@@ -75,6 +75,12 @@ class _Scene:
         """A level rectangle."""
         return [self.at(left, y, z), self.at(right, y, z), self.at(right, y, end), self.at(left, y, end)]
 
+    def upright(self, start: tuple, end: tuple, part: tuple, heights: tuple) -> list:
+        """A part (from, to; shares) of the wall between two points (x, z) of the ground, from height to height."""
+        (x, z), (dx, dz), (low, high) = start, np.subtract(end, start), heights
+        corners = ((part[0], low), (part[1], low), (part[1], high), (part[0], high))
+        return [self.at(x + t * dx, y, z + t * dz) for t, y in corners]
+
     def region(self, shapes, draw: str = "polygon") -> np.ndarray:
         mask = Image.new("1", self.size)
         fill = getattr(ImageDraw.Draw(mask), draw)
@@ -114,8 +120,8 @@ class _Scene:
             high *= 0.7
         z, ground = EYE * self.focus / np.maximum(rows - self.horizon, 1), rows > self.horizon
         self.paint(ground, GRASS, (96, 128, 58) + rng.normal(0, 12, 3), z, grain=0.12, patches=0.15)
-        for wide, colour in ((half + 0.5, (150, 146, 140)), (half, np.full(3, rng.uniform(88, 118)))):
-            self.paint(self.region([self.flat(-wide, wide, 0, 300)]) & ground, ROAD, colour, z)
+        for width, colour in ((half + 0.5, (150, 146, 140)), (half, np.full(3, rng.uniform(88, 118)))):
+            self.paint(self.region([self.flat(-width, width, 0, 300)]) & ground, ROAD, colour, z)
         marks = [self.flat(-0.08, 0.08, start, start + 2.2) for start in np.arange(rng.uniform(0, 5), 80, 5)]
         marks += [self.flat(edge - 0.06, edge + 0.06, 0, 300) for edge in (-0.93 * half, 0.93 * half)]
         self.paint(self.region(marks) & ground, ROAD, (225, 225, 215), z)
@@ -124,19 +130,17 @@ class _Scene:
         """A block from x (towards the road) to other, z to end, low to high; its top shows if below the camera."""
         self.shade(x, other, z, end, high if low == 0 else 0)
         self.paint(self.region([self.flat(x, other, z, end, high)] if high < EYE else []), label, colour, z)
-        light = 0.95 if not self.sun else 0.85 + 0.3 * np.sign(self.sun * x)
-        for x1, z1, light in ((other, z, 0.9), (x, end, light)):  # the front; the side along the road
-
-            def quad(u, w, a, b):
-                return [
-                    self.at(x + t * (x1 - x), y, z + t * (z1 - z))
-                    for t, y in ((u, a), (w, a), (w, b), (u, b))
-                ]
-
-            self.paint(self.region([quad(0, 1, low, high)]), label, np.asarray(colour) * light, z)
-            count = max(int(max(abs(x1 - x), z1 - z) / 2.4), 1) if windows else 0
+        side_light = 0.95 if not self.sun else 0.85 + 0.3 * np.sign(self.sun * x)
+        for end_x, end_z, light in (
+            (other, z, 0.9),
+            (x, end, side_light),
+        ):  # the front; the side along the road
+            ground = ((x, z), (end_x, end_z))
+            wall = self.region([self.upright(*ground, (0, 1), (low, high))])
+            self.paint(wall, label, np.asarray(colour) * light, z)
+            count = max(int(max(abs(end_x - x), end_z - z) / 2.4), 1) if windows else 0
             panes = [
-                quad((i + 0.28) / count, (i + 0.74) / count, y, y + 1.5)
+                self.upright(*ground, ((i + 0.28) / count, (i + 0.74) / count), (y, y + 1.5))
                 for i in range(count)
                 for y in np.arange(0.9, high - 1.8, 2.9)
             ]
@@ -162,8 +166,8 @@ class _Scene:
             (0.7, 0.7, 3, 0.9, 1.4, (58, 66, 78)),
             (0.65, 0.8, 2.9, 1.4, 1.5, colour),
         )  # windows, roof
-        for wide, start, end, low, high, shown in parts:
-            self.block(x + wide * inner, x - wide * inner, z + start, z + end, low, high, CAR, shown)
+        for width, start, end, low, high, shown in parts:
+            self.block(x + width * inner, x - width * inner, z + start, z + end, low, high, CAR, shown)
 
     def tree(self, x: float, z: float):
         rng, high = self.rng, self.rng.uniform(3, 8)
@@ -171,9 +175,9 @@ class _Scene:
         trunk = [self.at(x - 0.15, 0, z), self.at(x + 0.15, 0, z), self.at(x, 0.8 * high, z)]
         self.paint(self.region([trunk]), TREE, (84, 66, 50), z)
         green = (58, 92, 42) + rng.normal(0, 10, 3)
-        for lit in np.linspace(-0.5, 0.5, 24):  # clumps of leaves, the sunny ones last
+        for sunny in np.linspace(-0.5, 0.5, 24):  # clumps of leaves, the sunny ones last
             dx, dy = rng.normal(0, high / 8, 2).clip(-high / 6, high / 6)
-            dx, dy = dx - lit * high / 5 * np.sign(self.sun), dy + lit * high / 5
+            dx, dy = dx - sunny * high / 5 * np.sign(self.sun), dy + sunny * high / 5
             (u, v), r = self.at(x + dx, 0.66 * high + dy, z), self.focus * high * rng.uniform(0.06, 0.13) / z
             leaves = self.region([(u - r, v - r, u + r, v + r)], "ellipse")
-            self.paint(leaves, TREE, green * (0.95 + 0.6 * lit), z, grain=0.22)
+            self.paint(leaves, TREE, green * (0.95 + 0.6 * sunny), z, grain=0.22)

@@ -1,6 +1,6 @@
 """CosineKMeans against scikit-learn's MiniBatchKMeans on a million codes of a model fitted for it: time and inertia.
 
-    python bench/kmeans.py --images ../shared/data/unlabelled [--limit 600] [--classes 27] [--rows 1000000] [--seeds 3]
+    python bench/kmeans_speed.py --images ../shared/data/unlabelled [--limit 600] [--classes 27] [--rows 1000000] [--seeds 3]
 
 Both get the same codes, already of length one, and as many threads. scikit-learn runs with its defaults, with our batch
 and with our batch and number of starts. "cosine": mean of 1 - cosine to the nearest centre, brought to length one.
@@ -9,6 +9,7 @@ and with our batch and number of starts. "cosine": mean of 1 - cosine to the nea
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -18,8 +19,9 @@ from sklearn.cluster import MiniBatchKMeans
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kmeans import CosineKMeans  # noqa: E402
-from stego import shifts_from_data, fit_config, nearest_neighbors, train_head  # noqa: E402
+from stego import nearest_neighbors, shifts_from_data, train_head  # noqa: E402
 from stego_parts.backbones import load_backbone  # noqa: E402
+from stego_parts.config import fit_config  # noqa: E402
 from stego_parts.images import find_images  # noqa: E402
 from stego_parts.tokens import encode  # noqa: E402
 
@@ -54,10 +56,10 @@ def main(images, limit, classes, rows, seeds, threads):
     torch.set_num_threads(threads)  # scikit-learn's: OMP_NUM_THREADS
     torch.manual_seed(0)
     paths = [path for path, _ in find_images(images)][:limit]
-    config = fit_config(classes=classes)
-    cache = encode(load_backbone("tiny"), paths, views="windows")
-    neighbors = nearest_neighbors(cache.means[: len(cache)])
-    head = train_head(cache, neighbors, config | shifts_from_data(cache, neighbors))
+    config = fit_config(classes=classes, backbone="tiny")
+    cache = encode(load_backbone("tiny"), paths, config)
+    neighbors = nearest_neighbors(cache.means)
+    head, _ = train_head(cache, neighbors, replace(config, **shifts_from_data(cache, neighbors, config)))
     codes = unit_codes(head, cache, rows).clone()
     theirs = {
         "scikit-learn": {},
