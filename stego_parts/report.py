@@ -289,25 +289,6 @@ def write_figures(report: dict, model, labelled: LabelledSet, folder) -> list[Pa
         ),
         "strips": _strips(best, model, labelled),
     }
-    if "diagnostics" in report:
-        curves = report["diagnostics"]["curves"]
-        pictures["precision-recall"] = line_chart(
-            {
-                f"{name} (AP {curve['average_precision']:.3f})": (curve["recall"], curve["precision"])
-                for name, curve in curves.items()
-            },
-            title="Correspondences as predictors of equal labels",
-            x_label="recall",
-            y_label="precision",
-            y_range=(0, 1),
-        )
-        for name, count in report["diagnostics"]["couplings"].items():
-            pictures[f"couplings-{name.split()[-1]}"] = matrix_picture(
-                _rows_to_one(count),
-                classes,
-                classes,
-                title=f"Labels joined by the strongest couplings, {name}, %",
-            )
     for name, picture in pictures.items():
         write_image(picture, Path(folder) / f"{name}.png")
     return [Path(folder) / f"{name}.png" for name in pictures]
