@@ -277,7 +277,7 @@ def heatmap(picture: Image.Image, code: Tensor, maps: Tensor, floor: float, colo
 
 
 def write_figures(report: dict, model, labelled: LabelledSet, folder) -> list[Path]:
-    """confusion.png, strips.png, with diagnostics also precision-recall.png and couplings-*.png; returns their paths."""
+    """confusion.png and strips.png; returns their paths."""
     best, classes = headline(report), report["classes"]
     columns = np.argsort([c if c >= 0 else len(classes) for c in best["assignment"]], kind="stable")
     pictures = {
@@ -312,6 +312,7 @@ def _strips(best: dict, model, labelled: LabelledSet) -> Image.Image:
         image, label = labelled.read(i, side=protocol_side(model.backbone.patch))
         codes, picture = both_features(model, image)["stego"], pixels(image).to(model.device)
         clusters = cluster_map(codes, model.centers, label.shape, pixels=picture if best["crf"] else None)
+        clusters = model.merged[clusters]
         masks = [mask_image(mask, palette).convert("RGB") for mask in (label, names[clusters])]
         rows.append(
             (f"{what}: {labelled.pairs[i][0].name}, accuracy {100 * accuracy[i]:.1f} %", [image, *masks])

@@ -1,10 +1,11 @@
 """What do correspondences know about labels? (Sec. 3.1, Fig. 3; App. A.6, Fig. 10)
 
-    python bench/paper/diagnostics.py MODEL --images val/ --labels val_labels/ [--names classes.txt] [-o FOLDER]
+    python bench/paper/diagnostics.py MODEL --images val/ --labels val_labels/ [--names classes.txt] [-o
+    FOLDER]
 
-Takes the correspondences of backbone features, those of codes and the CRF's kernel as predictors of "these two
-positions of an image have one label". Prints the average precision of each; writes precision-recall.png, the curves,
-and couplings-*.png: which labels the strongest couplings between neighbouring images join.
+Takes the correspondences of backbone features, those of codes and the CRF's kernel as predictors of "these
+two positions of an image have one label". Prints the average precision of each; writes precision-recall.png,
+the curves, and couplings-*.png: which labels the strongest couplings between neighbouring images join.
 """
 
 import sys
@@ -32,10 +33,10 @@ CURVE_POINTS = 200  # points of a precision-recall curve that are drawn
 def diagnose(model: Stego, labelled: LabelledSet, *, seed: int = 0) -> dict:
     """What do correspondences know about labels?
 
-    curves: {kind: {recall, precision, average_precision}} of feature correspondences, code correspondences and the
-    CRF's kernel as predictors of "these two positions of an image have one label" (Sec. 3.1), over all pairs of
-    random positions of each image. couplings: {kind: (n, n) counts}: for each position (row: its label) the label of
-    the position it corresponds with most in the nearest other image (App. A.6).
+    curves: {kind: {recall, precision, average_precision}} of feature correspondences, code correspondences
+    and the CRF's kernel as predictors of "these two positions of an image have one label" (Sec. 3.1), over
+    all pairs of random positions of each image. couplings: {kind: (n, n) counts}: for each position (row: its
+    label) the label of the position it corresponds with most in the nearest other image (App. A.6).
     """
     points = _points(model, labelled, seed)
     weights_of, same = {"backbone features": [], "codes": [], "CRF kernel": []}, []
@@ -59,7 +60,7 @@ def diagnose(model: Stego, labelled: LabelledSet, *, seed: int = 0) -> dict:
 
 
 def _points(model: Stego, labelled: LabelledSet, seed: int) -> list[dict]:
-    """Random labelled positions of each image: unit features (P, D) of both kinds, label, colour, place (P, 2)."""
+    """Random labelled positions of each image: unit features (P, D), label, colour, place (P, 2)."""
     generator, patch = torch.Generator().manual_seed(seed), model.backbone.patch
     points = []
     for i in range(len(labelled.pairs)):
@@ -93,7 +94,8 @@ def _crf_kernel(point: dict) -> Tensor:
 
 
 def precision_recall(values: np.ndarray, positive: np.ndarray) -> dict:
-    """Curve and average precision of values (N,) as a predictor of positive (N,) bool; equal values go together.
+    """Curve and average precision of values (N,) as a predictor of positive (N,) bool; equal values go
+    together.
 
     Returns recall and precision (at most CURVE_POINTS evenly spaced points, from the largest value down) and
     average_precision, the sum of precision times the step in recall over all thresholds.
