@@ -705,15 +705,14 @@ def name(model, names):
 @click.option(
     "--train-images",
     type=click.Path(),
-    help="Train images, for the linear probe and the baseline,  [default: none]",
+    help="Train images, for the baseline,  [default: those of the fit, if they are there]",
 )
-@click.option("--train-labels", type=click.Path(), help="and their label maps.  [default: none]")
+@click.option(
+    "--train-labels", type=click.Path(), help="and their label maps, for the linear probe.  [default: none]"
+)
 @model_option
 @click.option(
     "--crf/--no-crf", default=True, show_default=True, help="Score with the dense CRF as well (slow)."
-)
-@click.option(
-    "--diagnostics", is_flag=True, help="Also what correspondences know about labels (Sec. 3.1, A.6)."
 )
 @click.option(
     "--json",
@@ -729,7 +728,7 @@ def name(model, names):
 @click.option("--seed", default=0, show_default=True, help="For the probes and the baseline's k-means.")
 @network_options
 @verbosity_options
-def evaluate(model, crf, diagnostics, json_file, figures, seed, device, weights, **data):
+def evaluate(model, crf, json_file, figures, seed, device, weights, **data):
     """Score a model against ground truth by the published protocol, beside its backbone alone.
 
     \b
@@ -746,8 +745,6 @@ def evaluate(model, crf, diagnostics, json_file, figures, seed, device, weights,
 
         fitted, progress = Stego.load(model, device=device, weights=weights), Progress()
         report = protocol.evaluate(fitted, labelled, train=train, crf=crf, seed=seed, progress=progress)
-        if diagnostics:
-            report["diagnostics"] = protocol.diagnose(fitted, labelled, seed=seed, progress=progress)
         click.echo(protocol.table(report))
         if json_file:
             protocol.write_json(report, json_file)
@@ -763,16 +760,18 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
     """The set to score on, and the train split or None."""
     if bool(dataset) == bool(images):
         raise click.UsageError("Give a --dataset, or your own --images and --labels.")
-    if bool(images) != bool(labels) or bool(train_images) != bool(train_labels):
+    if dataset and (labels or names or train_images or train_labels):
+        raise click.UsageError("A --dataset brings its own labels, names and train images; leave them out.")
+    if bool(images) != bool(labels) or (train_labels and not train_images):
         raise click.UsageError("Images and labels belong together: give both folders.")
-    from stego_parts.datasets import folder_set, labelled_set
+    from stego_parts.datasets import folder_set, image_set, labelled_set
 
     if dataset:
         root = dataset_root(dataset, root)
         return labelled_set(dataset, root, "val"), train_split(dataset, root)
     labelled = folder_set(images, labels, names=names)
-    if not train_images:
-        return labelled, None
+    if not train_labels:
+        return labelled, image_set(train_images) if train_images else None
     train = folder_set(train_images, train_labels, names=names)
     larger = max(
         labelled, train, key=lambda each: len(each.classes)
@@ -783,13 +782,14 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
 
 
 def train_split(dataset, root):
-    """The train split, for the linear probe and the baseline; None, with a warning, where only val was fetched."""
+    """The train split, for the linear probe and the baseline; None, with a warning, where only val is there."""
     from stego_parts.datasets import labelled_set
 
     try:
         return labelled_set(dataset, root, "train")
     except FileNotFoundError as error:
-        log.warning("No linear probe, and the baseline's clusters from val itself: %s", error)
+        log.warning("No linear probe, and the baseline's clusters not from the train split: %s", error)
+        return None
 
 
 # ---- show ------------------------------------------------------------------------------------------------------

@@ -346,7 +346,8 @@ def _examples(best: dict, model: Stego, labelled: LabelledSet) -> Image.Image:
         image, label = labelled.read(i, side=protocol_side(model.backbone.patch))
         codes, picture = both_features(model, image)["stego"], pixels(image).to(model.device)
         clusters = cluster_map(codes, model.centers, label.shape, pixels=picture if best["crf"] else None)
-        masks = [mask_image(mask, palette).convert("RGB") for mask in (label, classes[clusters])]
+        predicted = classes[model.merged[clusters]]
+        masks = [mask_image(mask, palette).convert("RGB") for mask in (label, predicted)]
         name, share = labelled.pairs[i][0].name, accuracy[i]
         rows.append((f"{what}: {name}, accuracy {share:.1%}", [image, *masks]))
     names = dict(zip(labelled.classes, palette.tolist()))
