@@ -40,6 +40,7 @@ from stego_parts.tokens import (
     Progress,
     TokenCache,
     backbone_size,
+    check_resolution,
     dense_features,
     encode,
     features_key,
@@ -306,7 +307,7 @@ class _Training:
             self.optimizer.load_state_dict(state["optimizer"])
             self.order, self.step, self.history = state["order"], state["step"], state["history"]
             torch.set_rng_state(state["random"])
-            log.log(NOTICE, "Going on with the training from step %d.", self.step)
+            log.log(NOTICE, "Reusing the training from step %d.", self.step)
 
 
 def crops_a_step(config: Config, crops: int) -> int:
@@ -754,10 +755,7 @@ class Stego:
 
     def working_size(self, image, resolution: int = RESOLUTION) -> tuple[int, int]:
         """(width, height) of an image for the backbone, see `backbone_size`."""
-        if resolution < self.backbone.patch:
-            raise ValueError(
-                f"Got resolution {resolution}; it is the shorter side in pixels, at least {self.backbone.patch}."
-            )
+        check_resolution(self.backbone, resolution, size=image.size, device=self.device)
         return backbone_size(image, self.backbone.patch, resolution=resolution)
 
     # ---- the model file

@@ -4,7 +4,9 @@ far an interrupted fit has come."""
 import hashlib
 import io
 import logging
+import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from stego_parts.backbones import BACKBONES
+from stego_parts.backbones import BACKBONES, NAMES
 from stego_parts.distributed import barrier, from_first, process_count, rank
 from stego_parts.images import five_boxes, five_crops, read_image, replacing, square, to_tensor
 
@@ -32,6 +34,7 @@ from stego_parts.images import five_boxes, five_crops, read_image, replacing, sq
 VIEWS = ("five", "whole", "windows")
 CROP_SIDE = 224  # pixels: crops the head is trained on (Sec. 4)
 RESOLUTION = 320  # pixels: shorter side at which images are segmented (Sec. 4)
+VALUE_BYTES = 136  # of memory for each value of a feature map while images pass through a backbone, at most
 MAX_ASPECT = 4  # longer side : shorter side up to which the shorter side gets its full resolution
 CACHE_SIZE = 8.0  # GB of file for the tokens of all crops
 GPU_IMAGES = 8  # images of one size that a GPU sees at once
@@ -96,6 +99,36 @@ def backbone_size(image, patch: int, *, resolution: int = RESOLUTION, name="The 
         )
     scale = min(resolution / min(image.size), MAX_ASPECT * resolution / max(image.size))
     return tuple(max(round(side * scale / patch), 1) * patch for side in image.size)
+
+
+def check_resolution(network, resolution: int, *, size=(1, 1), device="cpu"):
+    """ValueError for a resolution below a patch, or for one at which an image needs more memory than there is.
+
+    size: (width, height) of the image, in any unit; it passes together with its mirror image.
+    """
+    if resolution < network.patch:
+        raise ValueError(
+            f"Got resolution {resolution}; it is the shorter side in pixels, at least {network.patch}."
+        )
+    aspect = min(max(size) / min(size), MAX_ASPECT)
+    square = 2 * aspect * network.channels * VALUE_BYTES / network.patch**2  # bytes for resolution 1
+    room = available_memory(device)
+    if network.name in NAMES and square * resolution**2 > room:
+        most = int(math.sqrt(room / square)) // network.patch * network.patch
+        raise ValueError(
+            f"Resolution {resolution} needs about {square * resolution**2 / 1e9:.1f} GB with {network.name}, "
+            f"{room / 1e9:.1f} GB are available; at most {most} fits."
+        )
+
+
+def available_memory(device="cpu") -> float:
+    """Bytes that nobody uses, on a GPU or here; infinite where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return math.inf
 
 
 def image_views(path, views: str, patch: int) -> Tensor | None:
@@ -288,7 +321,7 @@ def _fill(cache: TokenCache, backbone, paths, views: str, device, progress: Prog
     missing = [i for i in numbers if cache.state[i] == TO_DO]
     gpu, done = torch.device(device).type == "cuda", len(numbers) - len(missing)
     if done:
-        log.log(NOTICE, "Features of %d images are there already.", done)
+        log.log(NOTICE, "Reusing the features of %d images.", done)
     inputs = prefetch(
         lambda i: (i, image_views(paths[i], views, backbone.patch)),
         missing,
@@ -376,7 +409,8 @@ class FitCheckpoint:
 
     def close(self):
         """Give the folder back; it is removed if there is nothing in it to go on from."""
-        begun = self.cache is not None and bool((self.cache.state == USED).any())
+        tokens = self.folder / "tokens"  # of an earlier fit, if this one never came to them
+        begun = bool((self.cache.state == USED).any()) if self.cache else tokens.exists()
         if rank() == 0 and not begun and not (self.folder / "training.pt").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.close()
