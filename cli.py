@@ -9,7 +9,6 @@ import ctypes
 import functools
 import logging
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -297,6 +296,7 @@ def fit(progress, images, dataset, root, classes, output, preset, settings, over
 def fit_and_save(progress: Progress, images, output: Path, *, keep_features: bool, resume: bool, **options):
     """The model, fitted alone or among torchrun's processes, of which only the first returns it."""
     from stego import Stego
+    from stego_parts.checkpoint import end_fit
     from stego_parts.distributed import process_group
     from stego_parts.tokens import no_progress
 
@@ -316,9 +316,7 @@ def fit_and_save(progress: Progress, images, output: Path, *, keep_features: boo
         return None
     model.save(output)
     progress.go_on = f"the model is in {output} already"
-    (scratch / "training.pt").unlink(missing_ok=True)
-    if not keep_features:
-        shutil.rmtree(scratch, ignore_errors=True)
+    end_fit(scratch, keep_features=keep_features)
     return model
 
 

@@ -14,36 +14,35 @@ import os
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from crf import dense_crf, upsample_along_edges, working_size
 from kmeans import CosineKMeans
 from stego_parts.backbones import CUSTOM, load_backbone
-from stego_parts.config import MAX_CLASSES, RELEASED, Config, fit_config
+from stego_parts.checkpoint import FitCheckpoint, Training, features_key
+from stego_parts.config import RELEASED, Config, fit_config
 from stego_parts.diagnostics import cluster_agreement, plausible_counts, training_warning
 from stego_parts.distributed import data_parallel, from_first, process_count, rank
 from stego_parts.images import find_images, read_image, to_tensor, voc_palette
 from stego_parts.maps import class_scores, dot_products, pixels, unmirror, upsampled_argmax
-from stego_parts.model_files import check_model, damaged, read_model, write_model
+from stego_parts.matching import check_same_features, inherit_ids, match_clusters_to
+from stego_parts.model_files import check_backbone, check_model, damaged, read_model, write_model
 from stego_parts.tokens import (
     BILINEAR,
-    NOTICE,
     RESOLUTION,
-    FitCheckpoint,
     Progress,
     TokenCache,
     backbone_size,
     check_resolution,
     dense_features,
     encode,
-    features_key,
     no_progress,
     pick_device,
     to_device,
@@ -55,21 +54,18 @@ Describe = Callable[[Tensor], Tensor]  # tokens (..., C) -> what is clustered (.
 POSITIONS = 121  # positions of an image that enter a step: 11 x 11 (Sec. 4)
 NEIGHBORS = 7  # nearest neighbours x_knn is drawn from (Sec. 4)
 DERANGEMENTS = 5  # ways a batch is shuffled for x_rand, averaged (reference implementation)
-DROPOUT = 0.1  # share of channels dropped (reference implementation)
 LEARNING_RATE = 5e-4  # Adam, no schedule (App. A.11)
+DROPOUT = 0.1  # share of channels dropped (reference implementation)
 CRF_SIZE = 0.5  # megapixels at which the CRF runs on larger photos
-SHIFTS = {
-    "b_self": -0.5,
-    "b_knn": -0.5,
-    "b_rand": 2.0,
-}  # b's from the data: standard deviations from the mean
+# b's from the data: standard deviations from the mean correspondence.
+SHIFTS = {"b_self": -0.5, "b_knn": -0.5, "b_rand": 2.0}
 SHIFT_CROPS = 64  # crops whose correspondences set the b's
 MEAN_CROPS = 256  # crops whose features' mean direction stands for all
 LOOK_EVERY = 10  # steps between two measurements of the codes' similarities
 SIMILARITIES = 32_000_000  # similarities in memory at once: 128 MB
 CLUSTER_ROWS = 100_000  # codes that k-means sees
 CLUSTER_STARTS = (
-    12  # of k-means: with three, mIoU swings by one to two points between seeds, with twelve by less
+    12  # of k-means: with three, mIoU swings by one to two points between seeds, with twelve less
 )
 CROWD_ROWS = 500  # codes that stand for all where crowding is measured
 CROWD_SHARPNESS = 10.0  # crowding: mean of exp(10 (cosine - 1)), which halves at an angle of 21 degrees
@@ -182,14 +178,13 @@ class Head(nn.Module):
     def __init__(self, channels: int, code_size: int, *, feature_weight: float = 0.0):
         super().__init__()
         self.feature_weight = feature_weight
+        self.mean: Tensor
         self.register_buffer("mean", torch.zeros(channels) if feature_weight else None)
         self.linear = nn.Linear(channels, code_size)
         self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, code_size))
 
     def forward(self, f: Tensor) -> Tensor:
-        if self.training:
-            return self.linear(drop_channels(f)) + self.mlp(drop_channels(f))
-        return self.linear(f) + self.mlp(f)
+        return self.linear(drop_channels(f, self.training)) + self.mlp(drop_channels(f, self.training))
 
     @property
     def size(self) -> int:
@@ -208,8 +203,10 @@ class Head(nn.Module):
         return codes.transpose(1, 2).unflatten(2, features.shape[2:])  # (B, D, h, w)
 
 
-def drop_channels(f: Tensor) -> Tensor:
+def drop_channels(f: Tensor, training: bool = True) -> Tensor:
     """Drop whole channels of an image (..., P, C): one draw for all its positions, the same on every device."""
+    if not training:
+        return f
     return f * to_device(F.dropout(torch.ones(*f.shape[:-2], 1, f.shape[-1]), DROPOUT), f.device)
 
 
@@ -220,17 +217,15 @@ def training_loss(head: nn.Module, f: Tensor, g: Tensor, f_knn: Tensor, config: 
     """
 
     def term(name, *pair):
-        options = dict(centering=config.centering, zero_clamp=config.zero_clamp)
-        return getattr(config, f"lambda_{name}") * correlation_loss(
-            *pair, getattr(config, f"b_{name}"), **options
-        )
+        weight, b = getattr(config, f"lambda_{name}"), getattr(config, f"b_{name}")
+        return weight * correlation_loss(*pair, b, centering=config.centering, zero_clamp=config.zero_clamp)
 
     same_image = torch.cat([f, g], 1)  # (B, 2P, C): shares its dropout
     s, t = unit(head(same_image)).split(f.shape[1], 1)
-    f, g = unit(drop_channels(same_image)).split(f.shape[1], 1)
+    f, g = unit(drop_channels(same_image, head.training)).split(f.shape[1], 1)
     loss = term("self", f, f, s, s) if config.lambda_self else 0 * s.sum()  # 0, but with a gradient
     if config.lambda_knn:
-        s_knn, f_knn = unit(head(f_knn)), unit(drop_channels(f_knn))
+        s_knn, f_knn = unit(head(f_knn)), unit(drop_channels(f_knn, head.training))
         loss = loss + term("knn", f, f_knn, s, s_knn)
     if config.lambda_rand and len(f) > 1:  # a lone crop has no random partner
         others = [derangement(len(f)).to(g.device) for _ in range(DERANGEMENTS)]
@@ -252,72 +247,31 @@ def train_head(
     Returns it in eval mode, rounded to float16 as it is saved, and what `code_similarities` said now and then.
     checkpoint: where it is noted how far training has come, and from where it goes on if it has come some way.
     """
-    device = cache.device
-    head = (
-        Head(cache.tokens.shape[2], config.code_size, feature_weight=config.feature_weight).to(device).train()
-    )
+    head = Head(cache.tokens.shape[2], config.code_size, feature_weight=config.feature_weight)
+    head = head.to(cache.device).train()
     if head.feature_weight:
         head.mean.copy_(unit(cache.sample(torch.randperm(len(cache))[:MEAN_CROPS], POSITIONS)).mean((0, 1)))
-    run = _Training(head, config, key, batch=crops_a_step(config, len(cache)))
+    optimizer = torch.optim.Adam(
+        head.parameters(), lr=LEARNING_RATE, fused=cache.device.type == "cuda" or None
+    )
+    run = Training(head, optimizer, config, key, len(cache))
     run.resume(checkpoint)
     network = data_parallel(head)
     for step in range(run.step, config.steps):
-        anchor = run.next_crops(len(cache))
+        anchor = run.next_crops()
         partner = neighbors[anchor, torch.randint(neighbors.shape[1], anchor.shape)]
         f, g = cache.sample(anchor, 2 * POSITIONS).split(POSITIONS, 1)
         f_knn = cache.sample(partner, POSITIONS)
         loss = training_loss(network, f, g, f_knn, config)
         if step % LOOK_EVERY == 0 or step + 1 == config.steps:
             run.history.append({"step": step, "loss": loss.item()} | code_similarities(head, f, f_knn))
-        run.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        run.optimizer.step()
+        optimizer.step()
         run.step = step + 1
         run.save(checkpoint)
         progress("training", run.step, config.steps)
     return head.half().float().requires_grad_(False).eval(), run.history
-
-
-class _Training:
-    """Where a training stands: everything that going on with it needs."""
-
-    def __init__(self, head: Head, config: Config, key: dict | None, *, batch: int):
-        fused = True if next(head.parameters()).is_cuda else None
-        self.optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE, fused=fused)
-        self.head, self.steps, self.key, self.batch = head, config.steps, key, batch
-        self.order, self.step, self.history = torch.empty(0, dtype=torch.int64), 0, []
-
-    def next_crops(self, count: int) -> Tensor:
-        """The crops of the next step (batch,): each of `count` once an epoch."""
-        if len(self.order) < self.batch:
-            self.order = torch.randperm(count)
-        crops, self.order = self.order[: self.batch], self.order[self.batch :]
-        return crops
-
-    def save(self, checkpoint: FitCheckpoint | None):
-        if checkpoint and rank() == 0 and (checkpoint.due() or self.step == self.steps):
-            state = dict(step=self.step, order=self.order.clone(), history=self.history)
-            state |= dict(head=self.head.state_dict(), optimizer=self.optimizer.state_dict())
-            checkpoint.save("training", self.key, state)
-
-    def resume(self, checkpoint: FitCheckpoint | None):
-        state = checkpoint.load("training", self.key) if checkpoint else None
-        if state:
-            self.head.load_state_dict(state["head"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.order, self.step, self.history = state["order"], state["step"], state["history"]
-            torch.set_rng_state(state["random"])
-            log.log(NOTICE, "Reusing the training from step %d.", self.step)
-
-
-def crops_a_step(config: Config, crops: int) -> int:
-    """This process's share of a batch, of at most all crops there are; ValueError if that is none."""
-    if not (share := min(config.batch_size, crops) // process_count()):
-        raise ValueError(
-            f"A batch of {config.batch_size} of {crops} crops cannot be divided among {process_count()} processes; "
-            "use a larger --set batch_size=N, more images or fewer processes."
-        )
-    return share
 
 
 @torch.no_grad()
@@ -342,13 +296,10 @@ def find_clusters(head: Head, cache: TokenCache, config: Config, *, progress: Pr
     """Centres (K, D), the share of the codes of each (K,), and for classes "auto" the agreement of halves, else {}."""
     agreement: dict[int, list[float]] = {}
     if config.classes == "auto":
-        agreement = cluster_agreement(
-            lambda: sample_halves(head.describe, cache, evenness=config.evenness),
-            seed=config.seed,
-            progress=progress,
-        )
+        halves = partial(sample_halves, head.describe, cache, evenness=config.evenness)
+        agreement = cluster_agreement(halves, seed=config.seed, progress=progress)
     progress("clusters", 0, 1)
-    count = plausible_counts(agreement)[0] if agreement else config.classes
+    count = plausible_counts(agreement)[0] if agreement else int(config.classes)
     centers, share = cluster_codes(head.describe, cache, count, evenness=config.evenness, seed=config.seed)
     progress("clusters", 1, 1)
     return centers, share, agreement
@@ -400,27 +351,9 @@ def resample_by_density(codes: Tensor, evenness: float) -> Tensor:
     if not evenness:
         return codes
     near = unit(codes[torch.randperm(len(codes))[:CROWD_ROWS].to(codes.device)]).T  # (D, n)
-    crowd = torch.cat(
-        [(CROWD_SHARPNESS * (unit(part) @ near - 1)).exp().mean(1) for part in codes.split(8192)]
-    )
-    return codes[torch.multinomial(crowd.cpu() ** -evenness, len(codes), replacement=True).to(codes.device)]
-
-
-@torch.inference_mode()
-def match_clusters_to(old: "Stego", new: "Stego", cache: TokenCache) -> dict[int, int]:
-    """Which cluster of a new model is which of an older one: {new: old}, by what both say about the same tokens.
-
-    Hungarian matching on intersection over union; pairs that overlap less than MATCH_OVERLAP are left out.
-    """
-    each, K, L = max(CLUSTER_ROWS // len(cache), 1), len(new.centers), len(old.centers)
-    joint = torch.zeros(K, L)
-    for crops in torch.arange(len(cache)).split(256):
-        tokens = cache.sample(crops, each).flatten(0, 1)  # (N, C)
-        k, m = ((model.head.describe(tokens) @ model.centers.T).argmax(1) for model in (new, old))
-        joint += torch.bincount(k * L + m, minlength=K * L).view(K, L).cpu()
-    overlap = joint / (joint.sum(1, keepdim=True) + joint.sum(0) - joint).clamp(min=1)
-    pairs = zip(*(side.tolist() for side in linear_sum_assignment(overlap, maximize=True)))
-    return {k: m for k, m in pairs if overlap[k, m] >= MATCH_OVERLAP}
+    cosines = (unit(part) @ near for part in codes.split(8192))
+    crowd = torch.cat([(CROWD_SHARPNESS * (cosine - 1)).exp().mean(1) for cosine in cosines]).cpu()
+    return codes[torch.multinomial(crowd**-evenness, len(codes), replacement=True).to(codes.device)]
 
 
 # ---- the model -------------------------------------------------------------------------------------------------
@@ -430,7 +363,7 @@ class FitRecord(NamedTuple):
     """What a fit leaves for a report, in its own process: it is not saved.
 
     paths: of all images; images (n,), neighbors (n, <= 7): the image of each crop and its nearest neighbours;
-    history: see `train_head`; agreement: see `cluster_agreement`; lost: what --match could not keep, {number: name}.
+    history: see `train_head`; agreement: see `cluster_agreement`.
     """
 
     paths: list
@@ -438,7 +371,6 @@ class FitRecord(NamedTuple):
     neighbors: Tensor
     history: list
     agreement: dict
-    matched: tuple = ()
 
 
 class Stego:
@@ -462,125 +394,58 @@ class Stego:
         device="cpu",
         weights=None,
     ):
-        self.config, self.backbone_sha256, self.device, self.weights = (
-            config,
-            backbone_sha256,
-            device,
-            weights,
-        )
+        self.config, self.device = config, device
+        self.backbone_sha256, self.weights = backbone_sha256, weights
         self.head, self.centers, self.share = head.to(device), centers.to(device), share.cpu()
         self.palette = voc_palette(len(centers)) if palette is None else palette
         self.names = [""] * len(centers) if names is None else list(names)
         self.linear: tuple[Tensor, Tensor] | None = None  # weight, bias: a released linear probe
         self.record: FitRecord | None = None
-        self._backbone = None
+        self._backbone: Any = None
 
     @classmethod
     def fit(
         cls,
         images,
         *,
-        classes: int | str = 27,
         preset: str = "default",
         backbone=None,
-        weights=None,
-        seed: int = 0,
-        device: str = "auto",
-        match=None,
+        weights: str | Path | None = None,
+        device: str | torch.device = "auto",
+        match: "str | Path | Stego | None" = None,
         progress: Progress = no_progress,
-        checkpoint=None,
+        checkpoint: str | Path | None = None,
         resume: bool = False,
         **settings,
     ) -> "Stego":
-        """Find what recurs in images.
+        """Find what recurs in images: files, folders (recursive) or glob patterns, one or several.
 
-        Args:
-            images: files, folders (recursive) or glob patterns, one or several.
-            classes: number of clusters K, 1..255, or "auto": the K on which halves of the images agree most.
-            preset: the hyper-parameters to start from, one of PRESETS; each can be given as a keyword, see `Config`.
-            backbone: a name from `stego_parts.backbones.NAMES`, or "auto"; default: the preset's. weights: a local file for it.
-                Or any callable that maps normalised images (B, 3, H, W) to features (B, C, h, w): a saved model does
-                not contain it, `load` asks for it again.
-            seed: same images, seed, machine and threads: same model.
-            device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", "mps".
-            match: an earlier model over the same backbone, or its path; clusters that correspond to clusters of it
-                get their numbers, names and colours.
-            progress: called as progress(stage, done, total).
-            checkpoint: a folder for the features and the state of the fit, so that little is lost with the process;
-                features that are in it already are not computed again. resume: also go on with its training.
+        preset: the options to start from, one of PRESETS; each option of `Config` can be a keyword beside it, like
+            classes=27 (1..255, or "auto"), steps, seed (same images, seed, machine and threads: same model).
+        backbone: a name from `backbones.NAMES`, or "auto"; default: the preset's; weights: a local file for it. Or any
+            callable that maps normalised images (B, 3, H, W) to features (B, C, h, w), see `load`.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", "mps".
+        match: an earlier model over the same backbone; clusters that recur keep their numbers, names, colours.
+        progress: called as progress(stage, done, total).
+        checkpoint: a folder for the features and the state of the fit, so that little is lost with the process;
+            features that are in it already are not computed again. resume: go on with its training too.
 
         Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
         """
         named = None if callable(backbone) else backbone
         config = fit_config(
-            preset, backbone=named, classes=classes, seed=seed, **settings
-        )  # before the work begins
-        device = pick_device(device)
+            preset, backbone=named, **settings
+        )  # whatever is wrong shows before the work begins
         sources = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-        paths = [path for path, _ in find_images(sources)]
-        network = load_backbone(
-            backbone or config.backbone,
-            weights=weights,
-            stride=config.stride,
-            device=device,
-            progress=progress is not no_progress,
-        )
-        settings |= dict(classes=classes, seed=seed, stride=network.patch)
-        config = fit_config(preset, backbone=network.name, **settings)
-        earlier = None if match is None else _earlier(match, network, device)
-        model, cache = cls._fitted(config, paths, network, device, progress, checkpoint, resume)
-        model.weights = weights
-        model.config = replace(model.config, images=_source_names(sources))
-        if earlier is not None:
-            model.inherit_ids(earlier, match_clusters_to(earlier, model, cache))
-        if warning := training_warning(model.record.history):
-            log.warning(warning)
-        return model
-
-    @classmethod
-    def _fitted(
-        cls, config: Config, paths, network, device, progress, checkpoint, resume
-    ) -> tuple["Stego", TokenCache]:
-        """The stages of a fit, in the paper's order."""
-        if process_count() > 1 and not checkpoint:
-            raise ValueError("Several processes share one file of features: give a folder as `checkpoint`.")
-        features = (
-            features_key(paths, network, config) if checkpoint else None
-        )  # asks the disk about every image
-        if features != from_first(lambda: features):
-            raise ValueError("The processes see other images or options than each other; give each the same.")
-        key = {"features": features, "config": asdict(config)}
-        with (
-            closing(FitCheckpoint(checkpoint)) if checkpoint else nullcontext() as kept,
-            forked_random(device),
-        ):
-            if kept:
-                from_first(lambda: kept.begin(key, resume=resume))
-            torch.manual_seed(config.seed)
-            cache = encode(
-                network,
-                paths,
-                views=config.views,
-                cache_size=config.cache_size,
-                device=device,
-                progress=progress,
-                checkpoint=kept,
-                key=features,
-            )
-            torch.manual_seed(config.seed + rank())  # whether the features were new or not
-            progress("neighbors", 0, 1)
-            neighbors = from_first(lambda: nearest_neighbors(cache.means, device=device))
-            progress("neighbors", 1, 1)
-            config = replace(config, **from_first(lambda: shifts_from_data(cache, neighbors, config)))
-            head, history = train_head(cache, neighbors, config, progress=progress, checkpoint=kept, key=key)
-            centers, share, agreement = from_first(
-                lambda: find_clusters(head, cache, config, progress=progress)
-            )
-        config = replace(config, classes=len(centers), crops=len(cache))
-        model = cls(config, head, centers, share, backbone_sha256=network.sha256, device=device)
-        model.record = FitRecord(list(paths), cache.images, neighbors, history, agreement)
-        model._backbone = network
-        return model, cache
+        paths, device = [path for path, _ in find_images(sources)], pick_device(device)
+        load = partial(load_backbone, weights=weights, device=device, progress=progress is not no_progress)
+        network = load(backbone or config.backbone, stride=config.stride)
+        config = fit_config(preset, backbone=network.name, **settings | dict(stride=network.patch))
+        config = replace(config, images=_source_names(sources))
+        earlier = cls.load(match, device=device) if isinstance(match, (str, os.PathLike)) else match
+        if earlier:
+            check_same_features(earlier, network)
+        return _fit_stages(config, paths, network, earlier, device, progress, checkpoint, resume)
 
     @property
     def backbone(self):
@@ -589,28 +454,13 @@ class Stego:
             name = self.config.backbone
             if name.startswith(CUSTOM):
                 raise ValueError(
-                    f"The model was fitted on {name.removeprefix(CUSTOM)}, a feature extractor given from Python, which "
-                    "the file does not contain; give it again: Stego.load(path, backbone=...)."
+                    f"The model was fitted on {name.removeprefix(CUSTOM)}, a feature extractor given from Python, "
+                    "which the file does not contain; give it again: Stego.load(path, backbone=...)."
                 )
-            self._backbone = self._checked(
-                load_backbone(name, weights=self.weights, device=self.device, stride=self.config.stride)
+            self._backbone = check_backbone(
+                load_backbone(name, weights=self.weights, device=self.device, stride=self.config.stride), self
             )
         return self._backbone
-
-    def _checked(self, network):
-        """A backbone that fits this model; ValueError for another."""
-        name, fitted_on = network.name.removeprefix(CUSTOM), self.config.backbone.removeprefix(CUSTOM)
-        if network.sha256 != self.backbone_sha256:
-            raise ValueError(
-                f"The model was fitted on {fitted_on} weights {self.backbone_sha256[:12] or 'unknown'}…, these are {name} "
-                f"{network.sha256[:12] or 'unknown'}…; give the right ones with --weights FILE, or fit again."
-            )
-        if network.channels != self.head.linear.in_features:
-            raise ValueError(
-                f"The model's head reads {self.head.linear.in_features} channels, {name} gives {network.channels}; the "
-                "model file is damaged: fit it again."
-            )
-        return network
 
     # ---- names of clusters
 
@@ -663,35 +513,6 @@ class Stego:
             )
         chosen = {label for k, label in enumerate(labels) if asked & {label, str(k)}}
         return [k for k, label in enumerate(labels) if label in chosen]
-
-    def inherit_ids(self, earlier: "Stego", same: dict[int, int]):
-        """Renumber: clusters that are the earlier model's, {number here: number there}, get its numbers, names, colours.
-
-        The others get the numbers that are left over, and colours that the earlier model does not use. A number that
-        this smaller model does not have is lost, its name and colour are kept.
-        """
-        K = len(self.centers)
-        number = {k: m for k, m in same.items() if m < K}
-        free = iter(sorted(set(range(K)) - set(number.values())))
-        order = sorted(range(K), key=lambda k: number[k] if k in number else next(free))
-        self.centers, self.share = self.centers[order], self.share[order]
-        used = set(map(tuple, earlier.palette.tolist()))
-        kept = [earlier.palette[m] for m in range(len(earlier.palette)) if m not in same.values()]
-        unused = iter(
-            [color for color in voc_palette(MAX_CLASSES) if tuple(color.tolist()) not in used] + kept
-        )
-        self.palette = np.array(
-            [earlier.palette[same[k]] if k in same else next(unused) for k in order], np.uint8
-        )
-        self.names = [earlier.names[same[k]] if k in same else "" for k in order]
-        lost = {m: name for m, name in enumerate(earlier.names) if name and m not in same.values()}
-        log.log(
-            NOTICE,
-            "%d of %d clusters matched%s",
-            len(same),
-            len(earlier.centers),
-            "; lost: " + ", ".join(f"{m}={name}" for m, name in lost.items()) if lost else "",
-        )
 
     # ---- prediction
 
@@ -767,12 +588,9 @@ class Stego:
                 "This is a checkpoint of the reference implementation, which cannot be written again."
             )
         head = {key: value.half().cpu() for key, value in self.head.state_dict().items()}
-        tensors = dict(
-            head=head, centers=self.centers.cpu(), share=self.share, palette=torch.from_numpy(self.palette)
-        )
-        write_model(
-            tensors | dict(config=asdict(self.config), sha256=self.backbone_sha256, names=self.names), path
-        )
+        state = dict(config=asdict(self.config), head=head, centers=self.centers.cpu(), share=self.share)
+        state |= dict(palette=torch.from_numpy(self.palette), names=self.names)
+        write_model(state | dict(backbone_sha256=self.backbone_sha256), path)
 
     @classmethod
     def load(cls, path, *, device="auto", weights=None, backbone=None) -> "Stego":
@@ -785,50 +603,61 @@ class Stego:
         """
         state, device = read_model(Path(path)), pick_device(device)
         with damaged(path):
-            config = Config(**state["config"])
+            config = Config.from_saved(state["config"])
             code_size, channels = dict(state["head"])["linear.weight"].shape
             head = Head(channels, code_size, feature_weight=config.feature_weight)
             head.load_state_dict(state["head"])
             check_model(state, head.size, head.state_dict().values())
             head = head.requires_grad_(False).eval()
-            model = cls(
-                config,
-                head,
-                state["centers"],
-                state["share"],
-                palette=state["palette"].numpy(),
-                names=state["names"],
-                backbone_sha256=state["sha256"],
-                device=device,
-                weights=weights,
-            )
+            parts = {name: state[name] for name in ("centers", "share", "names", "backbone_sha256")}
+            parts |= dict(palette=state["palette"].numpy(), device=device, weights=weights)
+            model = cls(config, head, **parts)
         if config.preset == RELEASED:  # which contains its backbone
             model._backbone = load_backbone(config.backbone, weights=path, device=device)
             model.backbone_sha256, model.weights = model._backbone.sha256, path
             model.linear = state["linear"] and tuple(part.float().to(device) for part in state["linear"])
         elif backbone is not None:
-            model._backbone = model._checked(load_backbone(backbone, weights=weights, device=device))
+            model._backbone = check_backbone(load_backbone(backbone, weights=weights, device=device), model)
         return model
+
+
+def _fit_stages(config: Config, paths, network, earlier, device, progress, checkpoint, resume) -> Stego:
+    """A fit in the paper's order: features, neighbours, balance, head, clusters."""
+    if process_count() > 1 and not checkpoint:
+        raise ValueError("Several processes share one file of features: give a folder as `checkpoint`.")
+    features = features_key(paths, network, config) if checkpoint else None
+    if features != from_first(lambda: features):
+        raise ValueError("The processes see other images or options than each other; give each the same.")
+    key = {"features": features, "config": asdict(config)}
+    kept = FitCheckpoint(checkpoint) if checkpoint else None
+    devices = [device] if device.type == "cuda" else []  # whose random generators are left as they are
+    with closing(kept) if kept else nullcontext(), torch.random.fork_rng(devices):
+        if kept:
+            from_first(lambda: kept.begin(key, resume=resume))
+        torch.manual_seed(config.seed)
+        cache = encode(
+            network, paths, config, device=device, progress=progress, checkpoint=kept, key=features
+        )
+        torch.manual_seed(config.seed + rank())  # whether the features were new or not
+        progress("neighbors", 0, 1)
+        neighbors = from_first(lambda: nearest_neighbors(cache.means, device=device))
+        progress("neighbors", 1, 1)
+        config = replace(config, **from_first(lambda: shifts_from_data(cache, neighbors, config)))
+        head, history = train_head(cache, neighbors, config, progress=progress, checkpoint=kept, key=key)
+        clusters = from_first(lambda: find_clusters(head, cache, config, progress=progress))
+        centers, share, agreement = clusters
+    config = replace(config, classes=len(centers), crops=len(cache))
+    model = Stego(config, head, centers, share, backbone_sha256=network.sha256, device=device)
+    model.record = FitRecord(list(paths), cache.images, neighbors, history, agreement)
+    model._backbone = network
+    if earlier:
+        inherit_ids(model, earlier, match_clusters_to(earlier, model, cache))
+    if warning := training_warning(history):
+        log.warning(warning)
+    return model
 
 
 def _source_names(sources) -> tuple[str, ...]:
     """What a fit was given, for whoever looks for its images later; no absolute paths: they tell of a person's disk."""
     names = tuple(str(each) for each in sources)
     return () if len(names) > NOTED_SOURCES or any(map(os.path.isabs, names)) else names
-
-
-def _earlier(match, network, device) -> Stego:
-    """The model to match; ValueError if it sees other features."""
-    earlier = match if isinstance(match, Stego) else Stego.load(match, device=device)
-    if (earlier.backbone_sha256, earlier.head.linear.in_features) != (network.sha256, network.channels):
-        raise ValueError(
-            f"The model to match was fitted on {earlier.config.backbone} weights {earlier.backbone_sha256[:12]}…, this "
-            f"fit uses {network.name} {network.sha256[:12]}…; clusters are compared on the same features: choose that "
-            "backbone, or do not match."
-        )
-    return earlier
-
-
-def forked_random(device: torch.device):
-    """Leave the caller's random generators as they are: the CPU's and the device's."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from stego_parts.tokens import CACHE_SIZE, VIEWS
-
+# What the backbone sees of an image: five crops, each alone (Sec. 4); all of it; all of it, then cut into five.
+VIEWS = ("five", "whole", "windows")
 TERMS = ("self", "knn", "rand")  # pairs within an image, with a neighbour, with another image
 MAX_CLASSES = 255  # masks are 8 bit and 255 means "ignore"
 RELEASED = "released"  # the preset of models that the reference implementation made
@@ -13,7 +13,7 @@ RELEASED = "released"  # the preset of models that the reference implementation 
 
 @dataclass(frozen=True)
 class Config:
-    """Every option of a fit under its name. A b of None is taken from the data, a lambda of 0 switches its term off.
+    """Every option of a fit. A b of None is taken from the data, a lambda of 0 switches its term off.
 
     Raises ValueError for a value out of its range.
     """
@@ -37,9 +37,15 @@ class Config:
     views: str = "five"  # one of VIEWS
     evenness: float = 0.0  # 0: clusters follow what is frequent, 1: also what is rare
     feature_weight: float = 0.0  # of the features themselves beside the codes in what is clustered
-    cache_size: float = CACHE_SIZE  # GB (10^9 bytes) of features
+    cache_size: float = 8.0  # GB (10^9 bytes) of features
     crops: int = 0  # that the fit saw
     images: tuple = ()  # what the fit was given, by name
+
+    @classmethod
+    def from_saved(cls, saved: dict) -> "Config":
+        """The config in a model file, without options that this version does not have."""
+        known = {field.name: saved[field.name] for field in fields(cls) if field.name in saved}
+        return cls(**known | dict(images=tuple(saved.get("images", ()))))
 
     def __post_init__(self):
         if self.preset == RELEASED:
@@ -71,52 +77,34 @@ class Config:
 
 
 def _kind(type_) -> str:
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}.get(
-        type_, "a number, or data for a b that is taken from the data"
+    """A type in words."""
+    whole, number = "a whole number", "a number"
+    either = {int | None: whole, float | None: f"{number}, or data: taken from the data"}
+    return (either | {bool: "true or false", int: whole, float: number, str: "a word"}).get(
+        type_, "another value"
     )
 
 
-# Each for the backbone that it was tuned with; `--preset` and `--dataset` take that one unless another is named.
+# Each with the backbone that it was tuned for; `--preset` and `--dataset` take that one unless another is named.
 _SMALL = dict(backbone="dino_vits8_300ep", b_self=0.18, b_knn=0.12, b_rand=0.46, steps=5000)
+_BASE = dict(backbone="dino_vitb8", steps=7000, batch_size=32)
+_CITY_LAMBDAS = dict(lambda_self=1.00, lambda_knn=0.58, lambda_rand=0.91)
+_COCO_LAMBDAS = dict(lambda_self=0.10, lambda_knn=1.00, lambda_rand=0.15)
 PRESETS: dict[str, dict] = {
     "default": {},
     "small": _SMALL,
     "cocostuff-small": _SMALL | dict(b_self=0.08, b_knn=0.02, b_rand=0.66),
     "potsdam": _SMALL | dict(b_self=0.08, b_knn=0.02, b_rand=0.46, views="whole"),
-    "cityscapes": dict(
-        backbone="dino_vitb8",
-        lambda_self=1.00,
-        lambda_knn=0.58,
-        lambda_rand=0.91,
-        b_self=0.46,
-        b_knn=0.18,
-        b_rand=0.31,
-        code_size=100,
-        steps=7000,
-        batch_size=32,
-        centering=False,
-    ),
-    "cocostuff": dict(
-        backbone="dino_vitb8",
-        lambda_self=0.10,
-        lambda_knn=1.00,
-        lambda_rand=0.15,
-        b_self=0.12,
-        b_knn=0.20,
-        b_rand=1.00,
-        code_size=90,
-        steps=7000,
-        batch_size=32,
-    ),
+    "cityscapes": _BASE
+    | _CITY_LAMBDAS
+    | dict(b_self=0.46, b_knn=0.18, b_rand=0.31, code_size=100, centering=False),
+    "cocostuff": _BASE | _COCO_LAMBDAS | dict(b_self=0.12, b_knn=0.20, b_rand=1.00, code_size=90),
 }
-ON_TINY = dict(
-    steps=300, views="windows", evenness=1.0
-)  # "default" with the bundled backbone: measured for it
-SETTINGS = {
-    field.name: field.type
-    for field in fields(Config)
-    if field.name not in ("preset", "backbone", "classes", "seed", "steps", "crops", "images")
-}  # of --set
+# "default" with the bundled backbone: what was measured with it.
+ON_TINY = dict(steps=300, views="windows", evenness=1.0)
+# What --set can set.
+_OPTIONS = ("preset", "backbone", "classes", "seed", "steps", "crops", "images")
+SETTINGS = {field.name: field.type for field in fields(Config) if field.name not in _OPTIONS}
 
 
 def fit_config(preset: str = "default", *, backbone: str | None = None, **settings) -> Config:
@@ -126,7 +114,7 @@ def fit_config(preset: str = "default", *, backbone: str | None = None, **settin
     if unknown := settings.keys() - {field.name for field in fields(Config)}:
         raise ValueError(f"Unknown setting {sorted(unknown)[0]!r}; there are {', '.join(SETTINGS)}.")
     values = PRESETS[preset] | (ON_TINY if (preset, backbone) == ("default", "tiny") else {})
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: value for name, value in settings.items() if value is not None or name.startswith("b_")}
     return Config(**values | given | dict(preset=preset) | (dict(backbone=backbone) if backbone else {}))
 
 
@@ -135,12 +123,12 @@ def parse_settings(texts) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for text in texts:
         name, _, value = text.partition("=")
-        kind, value = SETTINGS.get(name), value.strip().lower()
+        value = value.strip().lower()
         try:
-            if kind is bool:
+            if (kind := SETTINGS[name]) is bool:
                 settings[name] = {"true": True, "false": False}[value]
-            elif kind is str:
-                settings[name] = value
+            elif kind is str or value == "data" and name.startswith("b_"):
+                settings[name] = value if kind is str else None
             else:
                 settings[name] = int(value) if kind in (int, int | None) else float(value)
         except (KeyError, TypeError, ValueError) as error:

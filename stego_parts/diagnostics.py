@@ -65,7 +65,7 @@ def cluster_agreement(
             progress("classes", split * len(COUNTS) + done + 1, SPLITS * len(COUNTS))
     if not agreement:
         raise ValueError(
-            "There are too few positions to tell how many classes they make; give more images, or the number of classes."
+            "There are too few positions to tell how many classes they make; give more images, or a number."
         )
     return agreement
 

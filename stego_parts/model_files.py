@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from stego_parts.backbones import BACKBONES, first_line, read_checkpoint
+from stego_parts.backbones import BACKBONES, CUSTOM, first_line, read_checkpoint
+from stego_parts.checkpoint import write_state
 from stego_parts.config import MAX_CLASSES, RELEASED
 from stego_parts.images import voc_palette
-from stego_parts.tokens import write_state
 
 FORMAT, VERSION = "stego", 1
 RELEASED_HEAD = {
@@ -26,7 +26,7 @@ def write_model(state: dict, path):
 
 
 def read_model(path: Path) -> dict:
-    """What describes a model: config, head, centers, share, palette, names, sha256 (of its backbone).
+    """What describes a model: config, head, centers, share, palette, names, backbone_sha256.
 
     Raises FileNotFoundError, or ValueError for what is no model.
     """
@@ -91,7 +91,7 @@ def _released(state: dict) -> dict:
         share=torch.zeros(count),  # it does not tell
         palette=torch.from_numpy(voc_palette(count)),
         names=[""] * count,
-        sha256="",
+        backbone_sha256="",
         linear=linear,
     )
 
@@ -108,5 +108,21 @@ def check_model(state: dict, size: int, weights):
         raise ValueError("shapes that do not fit each other")
     if palette.dtype != torch.uint8 or not all(x.is_floating_point() and x.isfinite().all() for x in values):
         raise ValueError("values that are not finite or not of the right type")
-    if not all(isinstance(name, str) for name in (*names, state["sha256"])):
+    if not all(isinstance(name, str) for name in (*names, state["backbone_sha256"])):
         raise ValueError("names that are no text")
+
+
+def check_backbone(network, model):
+    """A backbone that fits this model; ValueError for another."""
+    name, fitted_on = network.name.removeprefix(CUSTOM), model.config.backbone.removeprefix(CUSTOM)
+    if network.sha256 != model.backbone_sha256:
+        raise ValueError(
+            f"The model was fitted on {fitted_on} weights {model.backbone_sha256[:12] or 'unknown'}…, these are {name} "
+            f"{network.sha256[:12] or 'unknown'}…; give the right ones with --weights FILE, or fit again."
+        )
+    if network.channels != model.head.linear.in_features:
+        raise ValueError(
+            f"The model's head reads {model.head.linear.in_features} channels, {name} gives {network.channels}; the "
+            "model file is damaged: fit it again."
+        )
+    return network

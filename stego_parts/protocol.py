@@ -20,15 +20,7 @@ from torch import Tensor
 
 from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY, SRGB, SXY, dense_crf
 from kmeans import CosineKMeans
-from stego import (
-    CLUSTER_STARTS,
-    class_scores,
-    correspondence,
-    nearest_neighbors,
-    pixels,
-    unit,
-    unmirror,
-)
+from stego import CLUSTER_STARTS, class_scores, correspondence, nearest_neighbors, pixels, unit, unmirror
 from stego_parts.datasets import PUBLISHED, SIDE, LabelledSet
 from stego_parts.images import IGNORE, replacing, to_tensor
 from stego_parts.maps import dot_products

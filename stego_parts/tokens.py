@@ -1,24 +1,14 @@
-"""Features, once: what the backbone sees of an image, the file of its tokens that training reads (Sec. 3.1, 4), and how
-far an interrupted fit has come."""
+"""Features, once: what the backbone sees of an image, and the file of its tokens that training reads (Sec. 3.1, 4)."""
 
-import hashlib
-import io
 import logging
 import math
 import os
 import re
-import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there, two fits in one folder are not kept apart
-    fcntl = None
 
 import numpy as np
 import torch
@@ -27,20 +17,17 @@ from PIL import Image
 from torch import Tensor
 
 from stego_parts.backbones import BACKBONES, NAMES
-from stego_parts.distributed import barrier, from_first, process_count, rank
-from stego_parts.images import five_boxes, five_crops, read_image, replacing, square, to_tensor
+from stego_parts.config import Config
+from stego_parts.distributed import barrier, process_count, rank
+from stego_parts.images import five_boxes, five_crops, read_image, square, to_tensor
 
-# What the backbone sees of an image: five crops, each alone (Sec. 4); all of it; all of it, then cut into five.
-VIEWS = ("five", "whole", "windows")
 CROP_SIDE = 224  # pixels: crops the head is trained on (Sec. 4)
 RESOLUTION = 320  # pixels: shorter side at which images are segmented (Sec. 4)
 VALUE_BYTES = 136  # of memory for each value of a feature map while images pass through a backbone, at most
 MAX_ASPECT = 4  # longer side : shorter side up to which the shorter side gets its full resolution
-CACHE_SIZE = 8.0  # GB of file for the tokens of all crops
 GPU_IMAGES = 8  # images of one size that a GPU sees at once
 GPU_SHARE = 0.5  # of its free memory that the token cache may take; else it stays in its file
 READERS = 16  # threads, at most, that decode for a GPU
-SAVE_EVERY = 30  # seconds between two states of a training: what an interruption costs at most
 TO_DO, USED, UNREADABLE = 0, 1, 2  # states of an image's rows in the token file
 BILINEAR = Image.Resampling.BILINEAR
 NOTICE = logging.INFO + 5  # level of messages that are said unless --quiet
@@ -124,7 +111,8 @@ def check_resolution(network, resolution: int, *, size=(1, 1), device="cpu"):
 def available_memory(device="cpu") -> float:
     """Bytes that nobody uses, on a GPU or here; infinite where the system does not tell."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, free
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         return int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
     except (OSError, TypeError):
@@ -280,34 +268,32 @@ class TokenCache:
 def encode(
     backbone,
     paths,
+    config: Config,
     *,
-    views: str = "five",
-    cache_size: float = CACHE_SIZE,
     device="cpu",
     progress: Progress = no_progress,
-    checkpoint: "FitCheckpoint | None" = None,
+    checkpoint=None,
     key: dict | None = None,
 ) -> TokenCache:
-    """Push every image through the backbone once, cut up as VIEWS says.
+    """Push every image through the backbone once, cut up as config.views says.
 
-    Unreadable images are named in a warning and left out. Raises ValueError if none is left. checkpoint: keeps the cache;
-    what it has under the same key is not computed again.
+    Unreadable images are named in a warning and left out. Raises ValueError if none is left. checkpoint: a
+    FitCheckpoint that keeps the cache; what it has under the same key is not computed again.
     """
-    side = (RESOLUTION // 2 if views == "windows" else CROP_SIDE) // backbone.patch  # positions
-    crops, positions = 1 if views == "whole" else 5, side**2
-    kept = min(positions, int(cache_size * 1e9 / (len(paths) * crops * backbone.channels * 2)))
+    side = (RESOLUTION // 2 if config.views == "windows" else CROP_SIDE) // backbone.patch  # positions
+    crops, positions = 1 if config.views == "whole" else 5, side**2
+    kept = min(positions, int(config.cache_size * 1e9 / (len(paths) * crops * backbone.channels * 2)))
     if kept < 1:
         raise ValueError(
-            f"A cache of {cache_size} GB has no room for one position of {len(paths) * crops} crops; use a larger "
+            f"{config.cache_size} GB have no room for one position of {len(paths) * crops} crops; use a larger "
             "--set cache_size=GB."
         )
     if kept < positions and rank() == 0:
-        log.warning(
-            "Features are bounded to %g GB: %d random positions of %d a crop.", cache_size, kept, positions
-        )
+        bound = f"{config.cache_size:g} GB: {kept} random positions of {positions}"
+        log.warning("Features are bounded to %s a crop.", bound)
     shape = (len(paths), crops, kept, backbone.channels)
     cache = checkpoint.token_cache(shape, key) if checkpoint else TokenCache(*shape)
-    _fill(cache, backbone, paths, views, device, progress)
+    _fill(cache, backbone, paths, config.views, device, progress)
     barrier()
     cache.finalize(device)
     if not len(cache):
@@ -317,11 +303,11 @@ def encode(
 
 def _fill(cache: TokenCache, backbone, paths, views: str, device, progress: Progress):
     """Add this process's share of the images that the cache does not have yet."""
-    numbers = [i for i in range(rank(), len(paths), process_count())]
+    numbers = range(rank(), len(paths), process_count())
     missing = [i for i in numbers if cache.state[i] == TO_DO]
     gpu, done = torch.device(device).type == "cuda", len(numbers) - len(missing)
     if done:
-        log.log(NOTICE, "Reusing the features of %d images.", done)
+        log.log(NOTICE, "Reused: features of %d images.", done)
     inputs = prefetch(
         lambda i: (i, image_views(paths[i], views, backbone.patch)),
         missing,
@@ -337,105 +323,3 @@ def _fill(cache: TokenCache, backbone, paths, views: str, device, progress: Prog
             cache.add(i, five_windows(part) if part is not None and views == "windows" else part)
         done += len(batch)
         progress("features", done, len(numbers))
-
-
-# ---- what an interrupted fit goes on from ----------------------------------------------------------------------
-
-
-class FitCheckpoint:
-    """The folder of a running fit: its token cache, and how far training has come. One fit has it at a time.
-
-    Survives the process, however that ends. Each state is written under a temporary name and renamed.
-    """
-
-    def __init__(self, folder):
-        self.folder, self.saved, self.cache = Path(folder), time.monotonic(), None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "w")
-        try:
-            if fcntl and rank() == 0:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process
-        except OSError as error:
-            raise ValueError(
-                f"Another fit is working in {folder}; wait for it, or choose another output."
-            ) from error
-
-    def token_cache(self, shape: tuple[int, int, int, int], key: dict | None) -> TokenCache:
-        """The cache in this folder: with what it has of this key, or an empty one."""
-        path = self.folder / "tokens"
-
-        def prepare():
-            if self.load("features", key) is None:
-                path.unlink(missing_ok=True)
-            TokenCache(*shape, path=path)
-            self.save("features", key, {})
-
-        from_first(prepare)
-        self.cache = TokenCache(*shape, path=path)
-        return self.cache
-
-    def begin(self, key: dict, *, resume: bool):
-        """Forget the training of an earlier fit, or make sure that it is the one to go on with."""
-        known, training = (self.folder / "fit.pt").exists(), self.folder / "training.pt"
-        if resume and known and self.load("fit", key) is None:
-            raise ValueError(
-                f"The fit in {self.folder} was of other images or options, or one has changed since; give the same "
-                "ones, or start afresh without --resume."
-            )
-        if resume and not known:
-            log.warning("There is nothing to go on with in %s; starting afresh.", self.folder)
-        if not resume and training.exists():
-            log.warning(
-                "Starting afresh, though a fit was interrupted in %s; --resume would go on.", self.folder
-            )
-            training.unlink()
-        self.save("fit", key, {})
-
-    def load(self, name: str, key: dict | None) -> dict | None:
-        """The state saved under a name, if it belongs to this key; None if there is none or a damaged one."""
-        try:
-            state = torch.load(self.folder / f"{name}.pt", weights_only=True)
-            return state if state["key"] == key else None
-        except Exception:  # never written, cut short, of another version: then that stage starts afresh
-            return None
-
-    def save(self, name: str, key: dict | None, state: dict):
-        """Keep a state and the random generator's under a name, for `load` with this key."""
-        write_state(state | {"key": key, "random": torch.get_rng_state()}, self.folder / f"{name}.pt")
-        self.saved = time.monotonic()
-
-    def due(self) -> bool:
-        return time.monotonic() - self.saved >= SAVE_EVERY
-
-    def close(self):
-        """Give the folder back; it is removed if there is nothing in it to go on from."""
-        tokens = self.folder / "tokens"  # of an earlier fit, if this one never came to them
-        begun = bool((self.cache.state == USED).any()) if self.cache else tokens.exists()
-        if rank() == 0 and not begun and not (self.folder / "training.pt").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.lock.close()
-
-
-def write_state(state: dict, path):
-    """torch.save, whole or not at all."""
-    packed = io.BytesIO()  # bytes free of the file's name,
-    torch.save(state, packed)  # and a full disk is an OSError
-    with replacing(path) as part:
-        part.write_bytes(packed.getvalue())
-
-
-def features_key(paths, network, config) -> dict:
-    """What cached features depend on: each image's path, size and time, the backbone, how images are cut up."""
-    stats = [(os.path.abspath(path), os.stat(path)) for path in paths]
-    listed = [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
-    images = hashlib.sha256("\n".join(map(repr, listed)).encode()).hexdigest()
-    known = network.sha256 or os.urandom(16).hex()  # a callable may have changed since
-    return dict(
-        version=3,
-        images=images,
-        backbone=known,
-        stride=network.patch,
-        views=config.views,
-        cache_size=config.cache_size,
-        seed=config.seed,
-    )

@@ -23,12 +23,23 @@ def dino_state(spec: Spec, *, v2=False, seed=0) -> dict:
     def draw(*shape, scale=0.05):
         return scale * torch.randn(*shape, generator=generator)
 
-    state = {"cls_token": draw(1, 1, c), "pos_embed": draw(1, 1 + spec.grid ** 2, c),
-             "patch_embed.proj.weight": draw(c, 3, spec.patch, spec.patch), "patch_embed.proj.bias": draw(c),
-             "norm.weight": 1 + draw(c), "norm.bias": draw(c)}
+    state = {
+        "cls_token": draw(1, 1, c),
+        "pos_embed": draw(1, 1 + spec.grid**2, c),
+        "patch_embed.proj.weight": draw(c, 3, spec.patch, spec.patch),
+        "patch_embed.proj.bias": draw(c),
+        "norm.weight": 1 + draw(c),
+        "norm.bias": draw(c),
+    }
     for i in range(DEPTH):
-        for name, shape in {"norm1": (c,), "norm2": (c,), "attn.qkv": (3 * c, c), "attn.proj": (c, c),
-                            "mlp.fc1": (4 * c, c), "mlp.fc2": (c, 4 * c)}.items():
+        for name, shape in {
+            "norm1": (c,),
+            "norm2": (c,),
+            "attn.qkv": (3 * c, c),
+            "attn.proj": (c, c),
+            "mlp.fc1": (4 * c, c),
+            "mlp.fc2": (c, 4 * c),
+        }.items():
             state[f"blocks.{i}.{name}.weight"] = draw(*shape) + (1 if "norm" in name else 0)
             state[f"blocks.{i}.{name}.bias"] = draw(shape[0])
         if v2:
@@ -52,8 +63,11 @@ def plain_vit(x, state, spec):
     extra = state.get("register_tokens", torch.zeros(1, 0, c)).expand(len(x), -1, -1)
     x = torch.cat([cls, extra, x + grid], 1)
     for i in range(DEPTH):
-        block = {key.removeprefix(f"blocks.{i}."): value for key, value in state.items()
-                 if key.startswith(f"blocks.{i}.")}
+        block = {
+            key.removeprefix(f"blocks.{i}."): value
+            for key, value in state.items()
+            if key.startswith(f"blocks.{i}.")
+        }
         y = F.layer_norm(x, (c,), block["norm1.weight"], block["norm1.bias"], 1e-6)
         q, k, v = (y @ block["attn.qkv.weight"].T + block["attn.qkv.bias"]).chunk(3, -1)
         q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
@@ -62,8 +76,10 @@ def plain_vit(x, state, spec):
         x = x + y * block.get("ls1.gamma", torch.ones(c))
         y = F.layer_norm(x, (c,), block["norm2.weight"], block["norm2.bias"], 1e-6)
         y = F.gelu(y @ block["mlp.fc1.weight"].T + block["mlp.fc1.bias"])
-        x = x + (y @ block["mlp.fc2.weight"].T + block["mlp.fc2.bias"]) * block.get("ls2.gamma", torch.ones(c))
-    x = F.layer_norm(x, (c,), state["norm.weight"], state["norm.bias"], 1e-6)[:, 1 + spec.registers:]
+        x = x + (y @ block["mlp.fc2.weight"].T + block["mlp.fc2.bias"]) * block.get(
+            "ls2.gamma", torch.ones(c)
+        )
+    x = F.layer_norm(x, (c,), state["norm.weight"], state["norm.bias"], 1e-6)[:, 1 + spec.registers :]
     return x.transpose(1, 2).reshape(len(x), c, h, w)
 
 
@@ -95,7 +111,8 @@ def test_full_size_layout():
     assert state["pos_embed"].shape == (1, 785, 384)
     module = backbones.ViT(BACKBONES["dino_vits8"])
     assert {k: v.shape for k, v in backbones.convert_dino(state).items()} == {
-        k: v.shape for k, v in module.state_dict().items() if k != "registers"}
+        k: v.shape for k, v in module.state_dict().items() if k != "registers"
+    }
     assert 21e6 < sum(p.numel() for p in module.parameters()) < 22e6
 
 
@@ -103,8 +120,13 @@ def test_training_checkpoint_with_teacher(small):
     state = dino_state(BACKBONES["dino_vits8"])
     torch.save(state, small / "plain.pth")
     teacher = {f"module.backbone.{key}": value for key, value in state.items()}
-    torch.save({"teacher": teacher | {"module.head.mlp.0.weight": torch.zeros(3)}, "epoch": 3}, small / "training.pth")
-    one, other = (load_backbone("dino_vits8", weights=small / f"{name}.pth") for name in ("plain", "training"))
+    torch.save(
+        {"teacher": teacher | {"module.head.mlp.0.weight": torch.zeros(3)}, "epoch": 3},
+        small / "training.pth",
+    )
+    one, other = (
+        load_backbone("dino_vits8", weights=small / f"{name}.pth") for name in ("plain", "training")
+    )
     assert one.sha256 == other.sha256
     x = torch.randn(1, 3, 40, 40)
     assert torch.equal(one(x), other(x))
@@ -118,13 +140,14 @@ def test_downloads_into_the_torch_cache(small, monkeypatch):
     first = load_backbone("dino_vits8")
     assert checkpoint_path("dino_vits8") == small / "torch" / "hub" / "checkpoints" / source.name
     source.unlink()
-    assert load_backbone("auto").sha256 == first.sha256                      # from the cache now
+    assert load_backbone("auto").sha256 == first.sha256  # from the cache now
     assert sorted(p.name for p in checkpoint_path("dino_vits8").parent.iterdir()) == [source.name]
 
 
 @pytest.fixture
 def server():
     """An HTTP server that sends `body`, claiming `length` bytes."""
+
     class Handler(BaseHTTPRequestHandler):
         body, length = b"", None
 
@@ -151,8 +174,12 @@ def test_a_bad_download_leaves_nothing(small, server, monkeypatch, kind):
     whole = (small / "w.pth").read_bytes()
     spec = BACKBONES["dino_vits8"]._replace(url=url, sha256="ab" * 32 if kind == "tampered" else "")
     monkeypatch.setitem(BACKBONES, "dino_vits8", spec)
-    handler.body = {"page": b"<html>log in first</html>", "cut": whole[:len(whole) // 2], "tampered": whole,
-                    "other": b"\x80\x02}q\x00."}[kind]
+    handler.body = {
+        "page": b"<html>log in first</html>",
+        "cut": whole[: len(whole) // 2],
+        "tampered": whole,
+        "other": b"\x80\x02}q\x00.",
+    }[kind]
     if kind == "cut":
         handler.length = len(whole)
     with pytest.raises(FileNotFoundError, match="--backbone tiny"):
@@ -179,7 +206,7 @@ def test_auto_falls_back_and_says_so(small, monkeypatch, caplog, capsys):
     monkeypatch.setitem(BACKBONES, "dino_vits8", BACKBONES["dino_vits8"]._replace(url=unreachable()))
     assert load_backbone("auto").name == "tiny"
     assert "using the bundled backbone tiny" in caplog.text and len(caplog.records) == 1
-    assert capsys.readouterr() == ("", "")                                   # torch.hub's own announcement is kept away
+    assert capsys.readouterr() == ("", "")  # torch.hub's own announcement is kept away
 
 
 def test_a_damaged_or_missing_bundled_file(monkeypatch, tmp_path):
@@ -205,12 +232,15 @@ class Evil:
 
 def test_unusable_weight_files(small, capsys):
     state = dino_state(BACKBONES["dino_vits8"])
-    cases = {"evil": (Evil(), "holds a foreign object"), "list": ([1], "holds a list"),
-             "lacks": ({k: v for k, v in state.items() if k != "norm.bias"}, "lacks vit.encoder.ln.bias"),
-             "extra": (state | {"surprise": torch.zeros(1)}, "unknown entry surprise"),
-             "shape": (state | {"norm.bias": torch.zeros(5)}, r"is \(5,\), it should be \(24,\)"),
-             "text": (state | {"norm.bias": "zero"}, "is str"),
-             "nan": (state | {"norm.bias": torch.full((24,), torch.nan)}, "NaN")}
+    cases = {
+        "evil": (Evil(), "holds a foreign object"),
+        "list": ([1], "holds a list"),
+        "lacks": ({k: v for k, v in state.items() if k != "norm.bias"}, "lacks vit.encoder.ln.bias"),
+        "extra": (state | {"surprise": torch.zeros(1)}, "unknown entry surprise"),
+        "shape": (state | {"norm.bias": torch.zeros(5)}, r"is \(5,\), it should be \(24,\)"),
+        "text": (state | {"norm.bias": "zero"}, "is str"),
+        "nan": (state | {"norm.bias": torch.full((24,), torch.nan)}, "NaN"),
+    }
     for name, (content, message) in cases.items():
         torch.save(content, small / name)
         with pytest.raises(ValueError, match=message):

@@ -130,11 +130,7 @@ def test_stride_survives_saving(reference, scenes, here, monkeypatch):
     image, known = scenes / "scene00.png", dict(backbone="dino_resnet50", weights="w.pth")
     Stego.fit(image, classes=2, stride=16, steps=1, batch_size=2, code_size=4, **known).save("m.pt")
     model = Stego.load("m.pt", weights="w.pth")
-    assert (model.config.backbone, model.config.stride, model.backbone.patch) == (
-        "dino_resnet50",
-        16,
-        16,
-    )
+    assert (model.config.backbone, model.config.stride, model.backbone.patch) == ("dino_resnet50", 16, 16)
     assert model.predict(image, crf=False, resolution=64).shape == (96, 128)
     assert (
         "sees patches of 8 pixels" in run("fit", image, "--backbone", "tiny", "--stride", 16, code=1).stderr
