@@ -162,7 +162,7 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             self.order, self.step, self.history = state["order"], state["step"], state["history"]
             torch.set_rng_state(state["random"])
-            log.log(NOTICE, "Resumed: training from step %d.", self.step)
+            log.log(NOTICE, "Going on with the training from step %d.", self.step)
 
 
 def crops_a_step(config: Config, crops: int) -> int:

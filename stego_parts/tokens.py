@@ -307,7 +307,7 @@ def _fill(cache: TokenCache, backbone, paths, views: str, device, progress: Prog
     missing = [i for i in numbers if cache.state[i] == TO_DO]
     gpu, done = torch.device(device).type == "cuda", len(numbers) - len(missing)
     if done:
-        log.log(NOTICE, "Reused: features of %d images.", done)
+        log.log(NOTICE, "Reusing the features of %d images.", done)
     inputs = prefetch(
         lambda i: (i, image_views(paths[i], views, backbone.patch)),
         missing,
