@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torchvision.datasets import Cityscapes
 
-from stego_parts.images import IGNORE, find_images, opened, read_image, read_mat, square
+from stego_parts.images import IGNORE, find_images, open_image, read_image, read_mat, square
 
 SIDE = 320  # pixels (Sec. 4); rounded up to whole patches: 322 for patches of 14
 UNKNOWN = -1  # in a lookup: a label id that the set does not know
@@ -188,7 +188,7 @@ def read_label(path) -> np.ndarray:
     """Label ids of a picture of mode L or P, or of a MATLAB file under the key gt: (H, W) uint8."""
     if Path(path).suffix.lower() == ".mat":
         return read_mat(path, "gt")
-    with opened(path, "a label map") as file:
+    with open_image(path, "a label map") as file:
         if file.mode not in ("L", "P"):
             raise ValueError(f"it has mode {file.mode}; a label map has one 8-bit value a pixel")
         return np.array(file)

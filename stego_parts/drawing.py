@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from stego_parts.images import IGNORE, mask_image, voc_palette
+from stego_parts.images import IGNORE, mask_image, distinct_colors
 
 SHEET_CELL = 240  # pixels: longer side of a picture on the contact sheet
 SHEET_GAP = 8  # pixels between them
@@ -184,7 +184,7 @@ def line_chart(
     draw.text(((left + right) / 2, bottom + 1.4 * FONT), x_label, fill=INK, font=font, anchor="ma")
     draw.text((6, top - 4), y_label, fill=INK, font=font, anchor="lb")
     for i, (name, points) in enumerate(curves.items()):
-        colour, y = tuple(voc_palette()[i].tolist()), bottom + (3.5 + i) * FONT
+        colour, y = tuple(distinct_colors()[i].tolist()), bottom + (3.5 + i) * FONT
         if len(points) > 1:
             draw.line([tuple(point) for point in place(points)], fill=colour, width=2, joint="curve")
         draw.line([(left, y), (left + 2 * FONT, y)], fill=colour, width=3)

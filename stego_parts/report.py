@@ -24,7 +24,7 @@ from stego_parts.images import (
     read_image,
     replacing,
     to_tensor,
-    voc_palette,
+    distinct_colors,
     write_image,
 )
 from stego_parts.maps import dot_products, upsampled_argmax
@@ -325,7 +325,7 @@ def _strips(best: dict, model, labelled: LabelledSet) -> Image.Image:
     accuracy = np.array([np.nan if x is None else x for x in best["image_accuracy"]], dtype=float)
     ranked = np.argsort(-accuracy, kind="stable")[: np.isfinite(accuracy).sum()]  # NaN sorts last
     names = np.array([c if c >= 0 else IGNORE for c in best["assignment"]], np.uint8)  # of each cluster
-    palette = voc_palette(len(labelled.classes))
+    palette = distinct_colors(len(labelled.classes))
     rows = []
     for what, i in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
         image, label = labelled.read(i, side=protocol_side(model.backbone.patch))
