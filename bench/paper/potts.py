@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from crf import potts_codes  # noqa: E402
-from stego_parts.drawing import overlay, strips  # noqa: E402
+from stego_parts.drawing import image_rows, overlay  # noqa: E402
 from stego_parts.images import write_image  # noqa: E402
 from stego_parts.scenes import draw_scene  # noqa: E402
 
@@ -48,7 +48,7 @@ def main(seed, output):
     )
     colours = Image.fromarray(((codes + 1) * 127.5).byte().permute(1, 2, 0).numpy())
     pictures = [picture, superpixels(picture, discrete), colours]
-    write_image(strips([("a drawn scene, discrete codes, continuous codes", pictures)], legend={}), output)
+    write_image(image_rows([("a drawn scene, discrete codes, continuous codes", pictures)]), output)
 
 
 if __name__ == "__main__":
