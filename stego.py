@@ -40,6 +40,7 @@ from stego_parts.tokens import (
     Progress,
     TokenCache,
     backbone_size,
+    check_resolution,
     dense_features,
     encode,
     no_progress,
@@ -575,10 +576,7 @@ class Stego:
 
     def working_size(self, image, resolution: int = RESOLUTION) -> tuple[int, int]:
         """(width, height) of an image for the backbone, see `backbone_size`."""
-        if resolution < self.backbone.patch:
-            raise ValueError(
-                f"Got resolution {resolution}; it is the shorter side in pixels, at least {self.backbone.patch}."
-            )
+        check_resolution(self.backbone, resolution, size=image.size, device=self.device)
         return backbone_size(image, self.backbone.patch, resolution=resolution)
 
     # ---- the model file
