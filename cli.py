@@ -480,7 +480,8 @@ def evaluate(progress, model, crf, json_file, figures, seed, device, weights, **
       stego eval --images val/ --labels val_labels/ --names classes.txt --json scores.json --figures figures/
     """
     labelled, train = labelled_sets(**data)
-    inputs = [model, *(path for each in (labelled, train) if each for pair in each.pairs for path in pair)]
+    pairs = [pair for each in (labelled, train) if each for pair in each.pairs]
+    inputs = [model, *(path for pair in pairs for path in pair if path)]
     from stego_parts.outputs import JSON, check_outputs
 
     check_outputs([(json_file, JSON)], inputs=inputs, folders=[figures])
