@@ -82,7 +82,7 @@ def test_colour_kernel_is_close(sxy, srgb):
 
 @pytest.mark.parametrize("scale, same", [(0.3, 0.93), (3.0, 0.97)], ids=["soft", "sharp"])
 def test_both_kernels_are_close(scale, same):
-    """White noise for scores is the hardest case there is; bench/crf.py measures real ones."""
+    """White noise for scores is the hardest case there is; bench/crf_speed.py measures real ones."""
     ours, exact = zip(*((dense_crf(scene(i), s), oracle(scene(i), s)) for i in range(8)
                         for s in [draw_scores(i, scale=scale)]))
     ours, exact = torch.stack(ours), torch.stack(exact)  # (8, C, H, W)

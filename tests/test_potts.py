@@ -1,7 +1,6 @@
 """bench/paper/potts.py: the Potts model without scores."""
 
 import importlib.util
-import math
 from pathlib import Path
 
 import pytest
@@ -70,13 +69,3 @@ def test_potts_codes_of_strips_and_of_one_seed():
     one, same, other = (potts_codes(image, 3, steps=3, seed=seed) for seed in (4, 4, 5))
     assert torch.equal(one, same) and not torch.equal(one, other) and one.shape == (3, 1, 9)
     assert potts_codes(noise_image(H=7, W=1), 1, steps=2, discrete=False).shape == (1, 7, 1)
-
-
-@pytest.mark.parametrize("image, size, options, message", [
-    ("photo.png", 3, {}, "torch.from_numpy"), (torch.zeros(3, 4, 4), 3, {}, "uint8"), (noise_image(), 0, {}, "size=0"),
-    (noise_image(), 3, dict(steps=0), "steps=0"), (noise_image(), 3, dict(shift=math.nan), "shift=nan"),
-    (noise_image()[:2], 3, {}, "3, H, W"), (noise_image(), 3, dict(sxy=0), "sxy=0"), (noise_image(), 2.5, {}, "2.5"),
-])
-def test_potts_codes_refuse(image, size, options, message):
-    with pytest.raises(ValueError, match=message):
-        potts_codes(image, size, **options)

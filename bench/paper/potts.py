@@ -2,11 +2,10 @@
 
     python bench/paper/potts.py [--seed 7] [-o bench/paper/potts.jpg]
 
-On a scene drawn by `stego_images.draw_scene`: the picture, superpixels (discrete codes, each in the mean colour of its
-pixels, and their borders), continuous codes of three numbers as red, green and blue.
+On a drawn scene: the picture, superpixels (discrete codes, each in the mean colour of its pixels, and their borders),
+continuous codes of three numbers as red, green and blue.
 """
 
-import math
 import sys
 import time
 from pathlib import Path
@@ -19,11 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY, _check_settings  # noqa: E402
+from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY  # noqa: E402
 from stego_images import draw_scene, overlay, strips, write_image  # noqa: E402
 
 CLASSES, LENGTH = 24, 3
-
 POTTS_STEPS, POTTS_RATE = 400, 0.2  # steps of Adam, and its learning rate
 POTTS_SXY, POTTS_SRGB = 30.0, 20.0  # pixels, levels: by eye; 67 and 3 leave textured pixels without partners
 POTTS_SQUARES, POTTS_BATCH = 512, 128  # squares of 2 x 2 pixels that get codes first; of them in a step
@@ -54,8 +52,6 @@ def potts_codes(image: Tensor, size: int, *, discrete: bool = True, steps: int =
 
     Returns (size, H, W) or (B, size, H, W) float32; same seed and device, same codes.
     """
-    _check_potts(image, size, steps, shift)
-    _check_settings(steps, compat, smooth_compat, sxy=sxy, srgb=srgb, smooth_sxy=smooth_sxy)
     settings = dict(sxy=sxy, srgb=srgb, compat=compat, smooth_sxy=smooth_sxy, smooth_compat=smooth_compat)
     if image.dim() == 4:
         return torch.stack([potts_codes(one, size, discrete=discrete, steps=steps, shift=shift, seed=seed, **settings)
@@ -110,17 +106,6 @@ def _pair_kernel(place: Tensor, colour: Tensor, places: Tensor, colours: Tensor,
     near = torch.cdist(place / smooth_sxy, places / smooth_sxy)
     return sum(distance.square_().mul_(-0.5).exp_().mul_(weight)
                for distance, weight in ((both, compat), (near, smooth_compat)))
-
-
-def _check_potts(image: Tensor, size: int, steps: int, shift: float | None) -> None:
-    if not isinstance(image, Tensor):
-        raise ValueError(f"image is a {type(image).__name__}; need a torch tensor: use torch.from_numpy")
-    if image.dtype != torch.uint8 or image.dim() not in (3, 4) or image.shape[-3] != 3 or 0 in image.shape:
-        raise ValueError(f"got image {tuple(image.shape)} {image.dtype}; need (3, H, W) or (B, 3, H, W) uint8")
-    if not isinstance(size, int) or size < 1 or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"got size={size!r} and steps={steps!r}; need whole numbers, 1 or more")
-    if shift is not None and not -math.inf < shift < math.inf:
-        raise ValueError(f"got shift={shift}; need a finite number")
 
 
 def superpixels(picture: Image.Image, labels: np.ndarray) -> Image.Image:

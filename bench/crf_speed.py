@@ -1,6 +1,6 @@
 """Speed, accuracy and memory of crf.dense_crf, all in one run:
 
-    python bench/crf.py --data ../shared/data
+    python bench/crf_speed.py --data ../shared/data
 
 Images: CamVid val, scaled and centre-cropped. Scores: the labels as one-hot planes averaged over 8 x 8 pixels
 and brought back bilinearly, plus noise of the same grain (standard deviation 0.3) on all 27 planes, times the
