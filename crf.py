@@ -10,6 +10,7 @@ Using the Permutohedral Lattice" (Eurographics 2010).
 """
 
 import math
+from collections import deque
 
 import numpy as np
 import torch
@@ -57,35 +58,40 @@ def dense_crf(image: Tensor, scores: Tensor, *, iterations: int = ITERATIONS,
     _check_settings(iterations, compat, smooth_compat, sxy=sxy, srgb=srgb, smooth_sxy=smooth_sxy)
     B, C, H, W = (1, *scores.shape)[-4:]
     image = image.reshape(B, 3, H, W)
-    logits = scores.reshape(B, C, H, W).permute(0, 2, 3, 1).reshape(-1, C).float()  # (N, C), N = B H W
     kernels = []
     if compat:
         kernels.append(_colour_kernel(image, sxy, srgb, compat))
     if smooth_compat:
         kernels.append(_smooth_kernel(B, H, W, smooth_sxy, smooth_compat, image.device))
-    strip = W * _rows_at_once(B * H, W, image.device)
-    q = _mean_field(logits, kernels, iterations if kernels else 0, strip)
+    rows = _rows_at_once(B * H, W, image.device)
+    delay = math.ceil(_radius(H, smooth_sxy) / rows)
+    logits = scores.reshape(B, C, H, W).permute(0, 2, 3, 1).reshape(-1, C)  # (N, C), N = B H W
+    logits = logits.float().contiguous()  # rows of classes: reading across planes costs a fifth of the time
+    q = _mean_field(logits, kernels, iterations if kernels else 0, rows * W, delay)
     return q.view(B, H, W, C).permute(0, 3, 1, 2).reshape(scores.shape)
 
 
-def _mean_field(logits: Tensor, kernels: list, iterations: int, strip: int) -> Tensor:
+def _mean_field(logits: Tensor, kernels: list, iterations: int, strip: int, delay: int) -> Tensor:
     """Q <- softmax(scores + sum of K Q) (paper, Algorithm 1), strip by strip; a kernel turns Q into a
-    function that gives the messages to pixels a..b."""
+    function that gives the messages to pixels a..b. The small Gaussian reads Q of the `delay` strips before
+    its own: a strip is overwritten that much later."""
     q = logits.softmax(1)  # (N, C)
-    if not torch.isfinite(q).all():
+    if not torch.isfinite(q.sum()):  # one NaN spoils the sum; a test of each would need more memory
         raise ValueError("scores hold NaN or +inf, or only -inf at some pixel; need a finite score for at "
                          "least one class at each pixel: replace them first")
-    new = torch.empty_like(q)
     for _ in range(iterations):
         messages = [kernel(q) for kernel in kernels]
+        waiting = deque()
         for a in range(0, len(q), strip):
             b = min(a + strip, len(q))
             first, *others = (message(a, b) for message in messages)
             energy = first.add_(logits[a:b])  # (b - a, C)
             for other in others:
                 energy += other
-            torch.softmax(energy, 1, out=new[a:b])
-        q, new = new, q
+            waiting.append((energy, q[a:b]))
+            while len(waiting) > (delay if b < len(q) else 0):
+                energy, old = waiting.popleft()
+                torch.softmax(energy, 1, out=old)
     return q
 
 
@@ -128,7 +134,7 @@ def _smooth_kernel(B: int, H: int, W: int, sigma: float, weight: float, device):
 def _taps(n: int, copies: int, sigma: float) -> tuple[Tensor, Tensor]:
     """The symmetrically normalised n x n Gaussian, `copies` times down the diagonal: columns and values of
     what its rows hold, both (copies n, 2 radius + 1)."""
-    radius = min(math.ceil(TRUNCATE * sigma), n - 1)
+    radius = _radius(n, sigma)
     step = torch.arange(-radius, radius + 1)
     other = torch.arange(n)[:, None] + step  # (n, 2 radius + 1)
     tap = torch.exp(-0.5 * (step / sigma) ** 2) * ((other >= 0) & (other < n))
@@ -139,9 +145,23 @@ def _taps(n: int, copies: int, sigma: float) -> tuple[Tensor, Tensor]:
     return other.view(copies * n, -1).int(), tap.repeat(copies, 1)
 
 
+def _radius(n: int, sigma: float) -> int:
+    """How far the small Gaussian reaches along an axis of n pixels."""
+    return min(math.ceil(TRUNCATE * sigma), n - 1)
+
+
 def _gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """Sum over k of weight[i, k] table[index[i, k]]: (M, C), (n, T), (n, T) -> (n, C), in one fused pass."""
-    return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight)
+    n, taps = index.shape
+    # explicit starts: for bags given as rows torch makes int64 ones, then copies them
+    start = torch.arange(0, n * taps + 1, taps, dtype=index.dtype, device=index.device)  # (n + 1,)
+    return _bags(table, index.view(-1), start, weight.view(-1))
+
+
+def _bags(table: Tensor, index: Tensor, start: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums of rows of the table; the i-th is of index[start[i]:start[i + 1]]."""
+    return F.embedding_bag(index, table, start, mode="sum", per_sample_weights=weight,
+                           include_last_offset=True)
 
 
 def _rows_at_once(rows: int, W: int, device) -> int:
@@ -183,14 +203,13 @@ class Lattice:
         self.splat_start = F.pad(start, (0, 2), value=len(key)).int()  # (M + 2,)
         key = key[start]
         self.neighbours = [_neighbours(key, step) for step in (*stride, stride.sum())]  # (M + 1, 3) each
+        self.blur_weight = torch.tensor([1.0, 0.5, 0.5], device=key.device).repeat(len(key) + 1, 1)
 
     def blur(self, q: Tensor) -> Tensor:
         """Values of points (N, C) -> blurred values of vertices (M + 1, C); the last is a dummy, always 0."""
-        table = F.embedding_bag(self.splat_pixel, q, self.splat_start, mode="sum",
-                                per_sample_weights=self.splat_weight, include_last_offset=True)
-        weight = torch.tensor([1.0, 0.5, 0.5], device=q.device).repeat(len(table), 1)
+        table = _bags(q, self.splat_pixel, self.splat_start, self.splat_weight)
         for neighbours in self.neighbours:
-            table = _gather(table, neighbours, weight)
+            table = _gather(table, neighbours, self.blur_weight)
         return table
 
     def slice(self, table: Tensor, a: int, b: int) -> Tensor:
@@ -230,13 +249,15 @@ def _sort(key: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _neighbours(key: Tensor, step: Tensor) -> Tensor:
     """Rows (itself, next, previous) along one direction; M, the dummy, where there is none: (M + 1, 3)."""
     M = len(key)
-    after = torch.searchsorted(key, key + step).clamp_(max=M - 1)
-    after = F.pad(torch.where(key[after] == key + step, after, M), (0, 1), value=M)  # (M + 1,)
-    itself = torch.arange(M + 1, device=key.device)
-    before = torch.full_like(after, M)
-    before[after[:-1]] = itself[:-1]
-    before[M] = M
-    return torch.stack([itself, after, before], 1).int()
+    target = key + step
+    after = torch.searchsorted(key, target, out_int32=True).clamp_(max=M - 1)
+    vertex = (key[after] == target).nonzero().view(-1)  # those that have a next one
+    after = after[vertex]
+    rows = torch.full((M + 1, 3), M, dtype=torch.int32, device=key.device)
+    rows[:, 0] = torch.arange(M + 1, device=key.device)
+    rows[vertex, 1] = after
+    rows[after, 2] = vertex.int()
+    return rows
 
 
 # ------------------------------------------------------------------------------------------ large photos
