@@ -15,15 +15,14 @@ import socket
 import sys
 import zipfile
 from contextlib import contextmanager, redirect_stdout
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stego_backbones.tiny import Tiny
+from stego_backbones.vit import ViT, convert_dino
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in 0..1: what every backbone was trained with
 NET_TIMEOUT = 10  # seconds without an answer from the server before a download is given up
@@ -38,13 +37,14 @@ log = logging.getLogger("stego")
 # ---- the table -------------------------------------------------------------------------------------------------
 
 class Spec(NamedTuple):
-    """A published vision transformer, of depth 12, or a ResNet-50, which has no heads."""
+    """A published vision transformer, or a ResNet-50, which has no heads."""
     url: str
     channels: int
     heads: int
     patch: int         # pixels; a ResNet's stride
     grid: int          # side of the grid of position embeddings it was trained with
     registers: int = 0
+    depth: int = 12    # blocks
     sha256: str = ""   # of the file, or how it begins, where known: of DINO's and MoCo's nobody has said it
 
 
@@ -69,70 +69,7 @@ CUSTOM = "custom:"  # before the name of a feature extractor that came as a call
 PROBE = 224  # pixels: side of the blank image that tells a callable's stride and channels; all usual strides divide it
 
 
-# ---- the network -----------------------------------------------------------------------------------------------
-
-class ViT(nn.Module):
-    """DINO's vision transformer, driven through the parts of torchvision's, so that any grid of patches works."""
-
-    def __init__(self, spec: Spec):
-        super().__init__()
-        from torchvision.models import VisionTransformer  # as slow to import as torch itself: not for tiny
-        self.patch, self.channels, self.grid = spec.patch, spec.channels, spec.grid
-        self.vit = VisionTransformer(
-            image_size=spec.patch * spec.grid, patch_size=spec.patch, num_layers=12, num_heads=spec.heads,
-            hidden_dim=spec.channels, mlp_dim=4 * spec.channels, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-        self.vit.heads = nn.Identity()
-        self.registers = nn.Parameter(torch.zeros(1, spec.registers, spec.channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C, H / patch, W / patch)."""
-        batch, h, w = len(x), x.shape[-2] // self.patch, x.shape[-1] // self.patch
-        x = self.vit.conv_proj(x).flatten(2).transpose(1, 2)                 # (B, h * w, C)
-        x = torch.cat([self.vit.class_token.expand(batch, -1, -1), x], 1) + self.positions(h, w)
-        x = torch.cat([x[:, :1], self.registers.expand(batch, -1, -1), x[:, 1:]], 1)
-        x = self.vit.encoder.ln(self.vit.encoder.layers(x))                  # (B, 1 + registers + h * w, C)
-        x = x[:, 1 + self.registers.shape[1]:]
-        return x.transpose(1, 2).reshape(batch, -1, h, w)                    # (B, C, h, w)
-
-    def positions(self, h: int, w: int) -> Tensor:
-        """Position embeddings (1, 1 + h * w, C), bicubic from the trained grid; the class token's stays as it is."""
-        trained = self.vit.encoder.pos_embedding                             # (1, 1 + grid * grid, C)
-        if h == w == self.grid:
-            return trained
-        square = trained[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (1, C, grid, grid)
-        square = F.interpolate(square, size=(h, w), mode="bicubic", align_corners=False)
-        return torch.cat([trained[:, :1], square.flatten(2).transpose(1, 2)], 1)
-
-
 # ---- weights ---------------------------------------------------------------------------------------------------
-
-RELEASED = "net.model."  # prefix of the backbone in the released STEGO checkpoints
-RENAME = (  # DINO's names -> torchvision's, applied in turn
-    (r"^cls_token$", "vit.class_token"), (r"^pos_embed$", "vit.encoder.pos_embedding"),
-    (r"^register_tokens$", "registers"), (r"^patch_embed\.proj\.", "vit.conv_proj."),
-    (r"^norm\.", "vit.encoder.ln."), (r"^blocks\.(\d+)\.", r"vit.encoder.layers.encoder_layer_\1."),
-    (r"\.norm([12])\.", r".ln_\1."), (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
-    (r"\.attn\.proj\.", ".self_attention.out_proj."), (r"\.mlp\.fc1\.", ".mlp.0."), (r"\.mlp\.fc2\.", ".mlp.3."))
-
-
-def convert_dino(state: dict) -> dict:
-    """A DINO or DINOv2 state dict under torchvision's names; also a training checkpoint's, or a released STEGO's."""
-    state = state.get("teacher", state)
-    if any(key.startswith(RELEASED) for key in state.get("state_dict", {})):
-        state = {key[len(RELEASED):]: value for key, value in state["state_dict"].items() if key.startswith(RELEASED)}
-    state = {re.sub(r"^(module\.)?(backbone\.)?", "", key): value for key, value in state.items()}
-    for key in [key for key in state if re.search(r"\.ls[12]\.gamma$", key)]:  # LayerScale: y * gamma = (gamma W) x
-        gamma, linear = state.pop(key), "attn.proj" if ".ls1." in key else "mlp.fc2"
-        for part in ("weight", "bias"):
-            name = re.sub(r"ls[12]\.gamma$", f"{linear}.{part}", key)
-            state[name] = state[name] * gamma.view(-1, *[1] * (state[name].ndim - 1))
-    renamed = {}
-    for key, value in state.items():
-        for pattern, name in RENAME:
-            key = re.sub(pattern, name, key)
-        renamed[key] = value
-    return {key: value for key, value in renamed.items() if not re.match(r"head|mask_token$", key)}
-
 
 def load_backbone(name="auto", *, weights: str | Path | None = None, stride: int | None = None, device="cpu",
                   progress: bool = False):
@@ -168,7 +105,7 @@ def _empty(name: str, stride: int | None) -> nn.Module:
     spec = BACKBONES.get(name)
     with torch.random.fork_rng(devices=[]):  # the first values are overwritten: draw them at nobody's cost
         if spec and not spec.heads:
-            from stego_backbones.resnet import DILATED, ResNet50  # these need torchvision, see ViT
+            from stego_backbones.resnet import DILATED, ResNet50  # imports torchvision, as slow as torch: not for others
             stride = spec.patch if stride is None else stride
             if stride not in DILATED:
                 raise ValueError(f"Got stride {stride}; {name} has {', '.join(map(str, DILATED))}.")
@@ -183,7 +120,7 @@ def _empty(name: str, stride: int | None) -> nn.Module:
 def _converted(state: dict, module: nn.Module) -> dict:
     """A published state dict under the names of our module, with what it need not hold."""
     if isinstance(module, ViT):
-        return {"registers": module.registers.data, **convert_dino(state)}
+        return convert_dino(state)
     from stego_backbones.resnet import convert_resnet
     counters = {key: value for key, value in module.state_dict().items() if key.endswith("num_batches_tracked")}
     return counters | convert_resnet(state)

@@ -15,12 +15,12 @@ from stego_backbones import BACKBONES, Spec, checkpoint_path, load_backbone
 DEPTH = 12
 
 
-def dino_state(spec: Spec, *, v2=False, seed=0) -> dict:
+def dino_state(spec: Spec, *, v2=False, seed=0, scale=0.05) -> dict:
     """Random weights in the layout of the published files."""
     generator = torch.Generator().manual_seed(seed)
     c = spec.channels
 
-    def draw(*shape, scale=0.05):
+    def draw(*shape):
         return scale * torch.randn(*shape, generator=generator)
 
     state = {"cls_token": draw(1, 1, c), "pos_embed": draw(1, 1 + spec.grid ** 2, c),
@@ -40,14 +40,43 @@ def dino_state(spec: Spec, *, v2=False, seed=0) -> dict:
     return state
 
 
+def bicubic(sources: int, targets: int, ratio: float, antialias: bool) -> torch.Tensor:
+    """(targets, sources): how the originals' bicubic interpolation weighs a line of values, ends repeated.
+
+    Keys' kernel with a = -0.75; with antialiasing a = -0.5, widened where lines shrink and cut off at the ends.
+    """
+    def kernel(t):
+        t, a = t.abs(), -0.5 if antialias else -0.75
+        near, far = (a + 2) * t ** 3 - (a + 3) * t ** 2 + 1, a * (t ** 3 - 5 * t ** 2 + 8 * t - 4)
+        return torch.where(t <= 1, near, torch.where(t < 2, far, 0))
+
+    centers = (torch.arange(targets, dtype=torch.float64)[:, None] + 0.5) / ratio - 0.5
+    if antialias:
+        weights = kernel((torch.arange(sources) - centers) / max(1, 1 / ratio))
+        return weights / weights.sum(1, keepdim=True)
+    places = torch.arange(-3, sources + 3)
+    weights = kernel(places - centers)
+    ends = F.one_hot(places.clamp(0, sources - 1), sources).double()
+    return weights @ ends
+
+
+def positions(trained, h: int, w: int, registers: bool):
+    """Position embeddings (grid, grid, C) -> (h * w, C): by ratios of h + 0.1, or with registers by the size itself."""
+    grid = len(trained)
+    if h == w == grid:
+        return trained.flatten(0, 1)
+    offset = 0 if registers else 0.1
+    rows, columns = (bicubic(grid, side, (side + offset) / grid, registers) for side in (h, w))
+    return torch.einsum("hi,wj,ijc->hwc", rows, columns, trained.double()).flatten(0, 1).float()
+
+
 def plain_vit(x, state, spec):
     """The transformer written out with softmax attention: (B, 3, H, W) -> (B, C, h, w)."""
     c, p, heads = spec.channels, spec.patch, spec.heads
     h, w = x.shape[2] // p, x.shape[3] // p
     patches = x.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     x = patches @ state["patch_embed.proj.weight"].flatten(1).T + state["patch_embed.proj.bias"]
-    grid = state["pos_embed"][:, 1:].reshape(1, spec.grid, spec.grid, c).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, (h, w), mode="bicubic").permute(0, 2, 3, 1).reshape(1, h * w, c)
+    grid = positions(state["pos_embed"][0, 1:].unflatten(0, (spec.grid, spec.grid)), h, w, spec.registers > 0)
     cls = (state["cls_token"] + state["pos_embed"][:, :1]).expand(len(x), -1, -1)
     extra = state.get("register_tokens", torch.zeros(1, 0, c)).expand(len(x), -1, -1)
     x = torch.cat([cls, extra, x + grid], 1)
@@ -86,7 +115,7 @@ def test_same_function_as_a_plain_transformer(small, name, grid):
     x = torch.randn(2, 3, grid[0] * spec.patch, grid[1] * spec.patch)
     got = load_backbone(name, weights=small / "w.pth")(x)
     assert got.shape == (2, 24, *grid)
-    assert torch.allclose(got, plain_vit(x, state, spec), atol=1e-4)
+    assert torch.allclose(got, plain_vit(x, state, spec), atol=1e-5)
 
 
 def test_full_size_layout():
@@ -94,8 +123,7 @@ def test_full_size_layout():
     state = dino_state(BACKBONES["dino_vits8"])
     assert state["pos_embed"].shape == (1, 785, 384)
     module = stego_backbones.ViT(BACKBONES["dino_vits8"])
-    assert {k: v.shape for k, v in stego_backbones.convert_dino(state).items()} == {
-        k: v.shape for k, v in module.state_dict().items() if k != "registers"}
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in module.state_dict().items()}
     assert 21e6 < sum(p.numel() for p in module.parameters()) < 22e6
 
 
@@ -206,7 +234,7 @@ class Evil:
 def test_unusable_weight_files(small, capsys):
     state = dino_state(BACKBONES["dino_vits8"])
     cases = {"evil": (Evil(), "holds a foreign object"), "list": ([1], "holds a list"),
-             "lacks": ({k: v for k, v in state.items() if k != "norm.bias"}, "lacks vit.encoder.ln.bias"),
+             "lacks": ({k: v for k, v in state.items() if k != "norm.bias"}, "lacks norm.bias"),
              "extra": (state | {"surprise": torch.zeros(1)}, "unknown entry surprise"),
              "shape": (state | {"norm.bias": torch.zeros(5)}, r"is \(5,\), it should be \(24,\)"),
              "text": (state | {"norm.bias": "zero"}, "is str"),
