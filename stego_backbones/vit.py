@@ -22,14 +22,15 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(channels, EPS), nn.LayerNorm(channels, EPS)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(channels, 3 * channels), "proj": nn.Linear(channels, channels)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(channels, 4 * channels), "fc2": nn.Linear(4 * channels, channels)})
+        c = channels
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(c, 3 * c), "proj": nn.Linear(c, c)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(c, 4 * c), "fc2": nn.Linear(4 * c, c)})
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, C / heads)
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # (B, heads, N, C / heads) each
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.attn["proj"](y)
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
@@ -50,7 +51,7 @@ class ViT(nn.Module):
             self.register_tokens = nn.Parameter(torch.zeros(1, spec.registers, spec.channels))
         self.blocks = nn.ModuleList(Block(spec.channels, spec.heads) for _ in range(spec.depth))
         self.norm = nn.LayerNorm(spec.channels, EPS)
-        self.prefix, self.antialias = 1 + spec.registers, spec.registers > 0  # class token and registers come first
+        self.prefix = 1 + spec.registers                                     # tokens before those of the patches
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed["proj"](x)                                      # (B, C, h, w)
@@ -66,24 +67,27 @@ class ViT(nn.Module):
     def positions(self, h: int, w: int) -> Tensor:
         """Position embeddings of the patches, (1, h * w, C), bicubic from the trained grid.
 
-        The originals do it in two ways that differ where the grid is not the trained one: by the ratio of (h + 0.1)
-        and (w + 0.1) to the grid's side (DINO, DINOv2), or by the size with antialiasing (DINOv2 with registers).
+        The originals differ: DINO and DINOv2 scale by the ratios of h + 0.1 and w + 0.1 to the grid's side, DINOv2
+        with registers to the size itself, with antialiasing.
         """
         trained = self.pos_embed[:, 1:]
         if h == w == self.grid:
             return trained
-        how = dict(size=(h, w)) if self.antialias else dict(
-            scale_factor=((h + OFFSET) / self.grid, (w + OFFSET) / self.grid))
-        square = trained.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (1, C, grid, grid)
-        square = F.interpolate(square, mode="bicubic", antialias=self.antialias, **how)  # (1, C, h, w)
+        if self.prefix > 1:
+            how = {"size": (h, w), "antialias": True}
+        else:
+            how = {"scale_factor": ((h + OFFSET) / self.grid, (w + OFFSET) / self.grid)}
+        square = trained.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        square = F.interpolate(square, mode="bicubic", **how)                # (1, C, h, w)
         return square.flatten(2).transpose(1, 2)
 
 
 def convert_dino(state: dict) -> dict:
-    """The features' part of a DINO or DINOv2 state dict, a training checkpoint or a released STEGO checkpoint."""
+    """A ViT's state dict from one of DINO or DINOv2, a training checkpoint or a released STEGO checkpoint."""
     state = state.get("teacher", state)
     if any(key.startswith(RELEASED) for key in state.get("state_dict", {})):
-        state = {key[len(RELEASED):]: value for key, value in state["state_dict"].items() if key.startswith(RELEASED)}
+        state = {key.removeprefix(RELEASED): value for key, value in state["state_dict"].items()
+                 if key.startswith(RELEASED)}
     state = {re.sub(r"^(module\.)?(backbone\.)?", "", key): value for key, value in state.items()}
     for key in [key for key in state if re.search(r"\.ls[12]\.gamma$", key)]:  # LayerScale: y * gamma = (gamma W) x
         gamma, linear = state.pop(key), "attn.proj" if ".ls1." in key else "mlp.fc2"

@@ -2,6 +2,8 @@
 
 import hashlib
 import socket
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -101,7 +103,7 @@ def small(monkeypatch, tmp_path):
     """Published names with a small width, and an empty torch cache."""
     for name, spec in BACKBONES.items():
         if spec.heads:
-            monkeypatch.setitem(BACKBONES, name, spec._replace(channels=24, heads=3, grid=5))
+            monkeypatch.setitem(BACKBONES, name, spec._replace(channels=24, heads=3, grid=5, sha256=""))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path
 
@@ -146,8 +148,30 @@ def test_downloads_into_the_torch_cache(small, monkeypatch):
     first = load_backbone("dino_vits8")
     assert checkpoint_path("dino_vits8") == small / "torch" / "hub" / "checkpoints" / source.name
     source.unlink()
-    assert load_backbone("auto").sha256 == first.sha256                      # from the cache now
+    assert load_backbone("dino_vits8").sha256 == first.sha256                # from the cache now
     assert sorted(p.name for p in checkpoint_path("dino_vits8").parent.iterdir()) == [source.name]
+
+
+@pytest.mark.parametrize("cached, served, expected", [
+    (["dinov2_vits14", "dino_vits8"], False, "dinov2_vits14"), (["dino_vits8"], True, "dino_vits8"),
+    (["dino_vits8_300ep"], True, "dinov2_vits14"), ([], True, "dinov2_vits14"), ([], False, "tiny")])
+def test_auto_prefers_what_is_cached_then_downloads(small, monkeypatch, cached, served, expected):
+    for name in cached:
+        checkpoint_path(name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dino_state(BACKBONES[name], v2="v2" in name), checkpoint_path(name))
+    source = small / "dinov2_vits14_pretrain.pth"
+    torch.save(dino_state(BACKBONES["dinov2_vits14"], v2=True), source)
+    url = source.as_uri() if served else unreachable()
+    monkeypatch.setitem(BACKBONES, "dinov2_vits14", BACKBONES["dinov2_vits14"]._replace(
+        url=url.replace("w.pth", source.name)))
+    assert load_backbone("auto").name == expected
+
+
+def test_auto_takes_weights_for_its_first_choice_only(small):
+    torch.save(dino_state(BACKBONES["dinov2_vits14"], v2=True), small / "w.pth")
+    assert load_backbone("auto", weights=small / "w.pth").name == "dinov2_vits14"
+    with pytest.raises(FileNotFoundError, match="No weight file"):           # and never the bundled one instead
+        load_backbone("auto", weights=small / "none.pth")
 
 
 @pytest.fixture
@@ -188,6 +212,22 @@ def test_a_bad_download_leaves_nothing(small, server, monkeypatch, kind):
     assert not list((small / "torch").rglob("*.*"))
 
 
+def test_fetching_ahead_of_time(small, server, monkeypatch, capsys):
+    handler, url = server
+    torch.save(dino_state(BACKBONES["dino_vits8"]), small / "w.pth")
+    handler.body = (small / "w.pth").read_bytes()
+    monkeypatch.setitem(BACKBONES, "dino_vits8", BACKBONES["dino_vits8"]._replace(url=url))
+    stego_backbones.main(["dino_vits8"])
+    path = checkpoint_path("dino_vits8")
+    assert capsys.readouterr().out == f"{path}\n" and path.read_bytes() == handler.body
+    path.unlink()
+    handler.body = b"<html>log in first</html>"
+    with pytest.raises(SystemExit, match="is not a usable weight file"):
+        stego_backbones.main(["dino_vits8"])
+    shown = subprocess.run([sys.executable, "-m", "stego_backbones", "vgg"], capture_output=True, text=True)
+    assert shown.returncode == 2 and "dinov2_vits14" in shown.stderr
+
+
 def unreachable() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -204,9 +244,12 @@ def test_a_named_backbone_never_falls_back(small, monkeypatch):
 
 
 def test_auto_falls_back_and_says_so(small, monkeypatch, caplog, capsys):
-    monkeypatch.setitem(BACKBONES, "dino_vits8", BACKBONES["dino_vits8"]._replace(url=unreachable()))
+    url = unreachable()
+    monkeypatch.setitem(BACKBONES, "dinov2_vits14", BACKBONES["dinov2_vits14"]._replace(url=url))
     assert load_backbone("auto").name == "tiny"
-    assert "using the bundled backbone tiny" in caplog.text and len(caplog.records) == 1
+    for part in ("using the bundled backbone tiny", "hardly any objects", url, "--backbone dinov2_vits14 --weights"):
+        assert part in caplog.text
+    assert len(caplog.records) == 1
     assert capsys.readouterr() == ("", "")                                   # torch.hub's own announcement is kept away
 
 

@@ -7,7 +7,7 @@ from test_backbones import dino_state, plain_vit
 
 from stego_backbones import BACKBONES, load_backbone
 
-CLOSE = dict(atol=1e-5, rtol=0)
+CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
 @pytest.fixture(scope="module", params=["dino_vits8", "dinov2_vits14", "dinov2_vits14_reg"])
@@ -36,7 +36,7 @@ def resnet_state() -> dict:
     def add(conv: str, norm: str, inner: int, outer: int, side: int):
         fan = inner * side * side
         state[f"{conv}.weight"] = torch.randn(outer, inner, side, side, generator=generator) * (2 / fan) ** 0.5
-        for name, low, high in (("weight", 0.5, 1), ("bias", -0.1, 0.1), ("running_mean", -0.1, 0.1),
+        for name, low, high in (("weight", 0.4, 0.8), ("bias", -0.1, 0.1), ("running_mean", -0.1, 0.1),
                                 ("running_var", 0.5, 1.5)):
             state[f"{norm}.{name}"] = low + (high - low) * torch.rand(outer, generator=generator)
 
@@ -76,16 +76,20 @@ def plain_resnet(x, state, dilated=()):
     return x
 
 
+@pytest.fixture(scope="module")
+def resnet_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "w.pth"
+    torch.save(resnet_state(), path)
+    return path
+
+
 @pytest.mark.parametrize("height, width, stride, dilated", [
-    (224, 224, 32, ()), (320, 320, 32, ()), (160, 256, 32, ()), (160, 240, 16, (4,)), (160, 240, 8, (3, 4))])
+    (224, 224, 32, ()), (320, 320, 32, ()), (160, 240, 16, (4,)), (160, 240, 8, (3, 4))])
 @torch.inference_mode()
-def test_resnet(tmp_path, height, width, stride, dilated):
-    state = resnet_state()
-    torch.save(state, tmp_path / "w.pth")
+def test_resnet(resnet_file, height, width, stride, dilated):
     torch.manual_seed(0)
     x = torch.randn(1, 3, height, width)
-    got, want = load_backbone("dino_resnet50", weights=tmp_path / "w.pth", stride=stride)(x), plain_resnet(
-        x, state, dilated)
-    assert got.shape == (1, 2048, height // stride, width // stride)
-    scale = want.abs().mean()
-    torch.testing.assert_close(got / scale, want / scale, **CLOSE)
+    got = load_backbone("dino_resnet50", weights=resnet_file, stride=stride)(x)
+    want = plain_resnet(x, torch.load(resnet_file), dilated)
+    assert got.shape == (1, 2048, height // stride, width // stride) and 0.1 < want.mean() < 1
+    torch.testing.assert_close(got, want, **CLOSE)

@@ -1,0 +1,3 @@
+from stego_backbones import main
+
+main()
