@@ -1,7 +1,7 @@
-"""The vision transformer of DINO (Caron et al. 2021) and DINOv2 (Oquab et al. 2023) as a dense feature extractor.
+"""The vision transformer of DINO (Caron et al. 2021) and DINOv2 (Oquab et al. 2023) for dense features.
 
-Parameters have the names of the published state dicts, so `convert_dino` only strips prefixes, folds LayerScale and
-drops what features do not depend on.
+Parameters have the names of the published state dicts: `convert_dino` only strips prefixes, folds LayerScale
+and drops what features do not depend on.
 """
 
 import re
@@ -51,7 +51,7 @@ class ViT(nn.Module):
             self.register_tokens = nn.Parameter(torch.zeros(1, spec.registers, spec.channels))
         self.blocks = nn.ModuleList(Block(spec.channels, spec.heads) for _ in range(spec.depth))
         self.norm = nn.LayerNorm(spec.channels, EPS)
-        self.prefix = 1 + spec.registers                                     # tokens before those of the patches
+        self.prefix = 1 + spec.registers                                     # tokens before the patches'
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed["proj"](x)                                      # (B, C, h, w)
@@ -67,8 +67,8 @@ class ViT(nn.Module):
     def positions(self, h: int, w: int) -> Tensor:
         """Position embeddings of the patches, (1, h * w, C), bicubic from the trained grid.
 
-        The originals differ: DINO and DINOv2 scale by the ratios of h + 0.1 and w + 0.1 to the grid's side, DINOv2
-        with registers to the size itself, with antialiasing.
+        The originals differ: DINO and DINOv2 scale by the ratios of h + 0.1 and w + 0.1 to the grid's side,
+        DINOv2 with registers to the size itself, with antialiasing.
         """
         trained = self.pos_embed[:, 1:]
         if h == w == self.grid:
@@ -89,7 +89,7 @@ def convert_dino(state: dict) -> dict:
         state = {key.removeprefix(RELEASED): value for key, value in state["state_dict"].items()
                  if key.startswith(RELEASED)}
     state = {re.sub(r"^(module\.)?(backbone\.)?", "", key): value for key, value in state.items()}
-    for key in [key for key in state if re.search(r"\.ls[12]\.gamma$", key)]:  # LayerScale: y * gamma = (gamma W) x
+    for key in [key for key in state if re.search(r"\.ls[12]\.gamma$", key)]:  # LayerScale: into weights
         gamma, linear = state.pop(key), "attn.proj" if ".ls1." in key else "mlp.fc2"
         for part in ("weight", "bias"):
             name = re.sub(r"ls[12]\.gamma$", f"{linear}.{part}", key)

@@ -1,4 +1,4 @@
-"""Every family of backbones with its real layout at the sizes that are used, against plain implementations."""
+"""Every family of backbones, its real layout at the sizes that are used, against plain implementations."""
 
 import pytest
 import torch
@@ -30,12 +30,13 @@ def test_transformers(transformer, height, width):
 
 
 def resnet_state() -> dict:
-    """Random weights of a ResNet-50 in DINO's and torchvision's names; with these, activations keep their size."""
+    """Random weights of a ResNet-50 under DINO's and torchvision's names; activations keep their size."""
     generator, state = torch.Generator().manual_seed(0), {}
 
     def add(conv: str, norm: str, inner: int, outer: int, side: int):
         fan = inner * side * side
-        state[f"{conv}.weight"] = torch.randn(outer, inner, side, side, generator=generator) * (2 / fan) ** 0.5
+        weight = torch.randn(outer, inner, side, side, generator=generator)
+        state[f"{conv}.weight"] = weight * (2 / fan) ** 0.5
         for name, low, high in (("weight", 0.4, 0.8), ("bias", -0.1, 0.1), ("running_mean", -0.1, 0.1),
                                 ("running_var", 0.5, 1.5)):
             state[f"{norm}.{name}"] = low + (high - low) * torch.rand(outer, generator=generator)
@@ -54,7 +55,7 @@ def resnet_state() -> dict:
 
 
 def plain_resnet(x, state, dilated=()):
-    """ResNet-50 written out, to its last map; `dilated` layers widen their filters where the others stride."""
+    """ResNet-50 written out, to its last map; `dilated` layers widen filters where the others stride."""
     def conv(x, name, norm, stride=1, dilation=1):
         weight = state[f"{name}.weight"]
         x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2 * dilation, dilation=dilation)
