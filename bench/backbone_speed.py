@@ -8,7 +8,7 @@ as `predict` does. Weights are random: they do not change the time. torchvision'
 weights and position embeddings, and takes its fast path. The floor is the time that the same number of
 floating-point operations takes at the rate of the network's own products with weights (qkv, projection, two
 of the MLP), alone and in the same shapes. All are measured in turn in every round; ratios are medians over
-the rounds. The clock is CPU time on one thread, wall time on several. Memory is kept as the command line does.
+the rounds. The clock is CPU time on one thread, wall time on several. Memory is kept as in the command line.
 """
 
 import re

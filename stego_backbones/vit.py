@@ -29,7 +29,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # (B, heads, N, C / heads) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()                    # (B, heads, N, C / heads) each
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.attn["proj"](y)
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
