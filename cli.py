@@ -18,14 +18,33 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-PRESET_NAMES = ("small", "cityscapes", "cocostuff", "potsdam")  # stego.PRESETS, known here without importing torch
-VIEWS = ("five", "whole", "windows")                            # stego.VIEWS, likewise
-DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")       # stego_protocol.LAYOUTS, likewise
+from stego_parts.report import agreement_line, best_regions, contact_sheet, write_report
+
+PRESET_NAMES = (
+    "small",
+    "cityscapes",
+    "cocostuff",
+    "potsdam",
+)  # stego.PRESETS, known here without importing torch
+VIEWS = ("five", "whole", "windows")  # stego.VIEWS, likewise
+DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")  # datasets.LAYOUTS, likewise
 PIPE = "-"  # stdin as an image, stdout as an output
-SUFFIXES = {"mask": (".png",), "overlay": (".jpg", ".jpeg", ".png"), "both": (".png",), "npz": (".npz",),
-            "json": (".json",), "coco": (".json",)}  # formats of predict and the file names they take
-WRITTEN = {"mask": "masks", "overlay": "overlays", "both": "masks and overlays", "npz": "probabilities",
-           "json": "shares", "coco": "segments"}  # what the summary calls them
+SUFFIXES = {
+    "mask": (".png",),
+    "overlay": (".jpg", ".jpeg", ".png"),
+    "both": (".png",),
+    "npz": (".npz",),
+    "json": (".json",),
+    "coco": (".json",),
+}  # formats of predict and the file names they take
+WRITTEN = {
+    "mask": "masks",
+    "overlay": "overlays",
+    "both": "masks and overlays",
+    "npz": "probabilities",
+    "json": "shares",
+    "coco": "segments",
+}  # what the summary calls them
 ONE_FILE = ("json", "coco")  # formats with one file for all images
 RELEASED = "released"  # the preset of models that the reference implementation made
 OVERLAY_SUFFIX = ".overlay.jpg"
@@ -37,6 +56,7 @@ log = logging.getLogger("stego")
 
 
 # ---- what the commands share -----------------------------------------------------------------------------------
+
 
 @contextmanager
 def clear_errors():
@@ -66,7 +86,9 @@ class Progress:
         self.shown = now
         left = (now - self.began) * (total - done) / max(done, 1)
         end = "\n" if done == total else ""
-        click.echo(f"\r{stage:>9} {done}/{total}  {int(left // 60)}:{int(left % 60):02d} left ", err=True, nl=False)
+        click.echo(
+            f"\r{stage:>9} {done}/{total}  {int(left // 60)}:{int(left % 60):02d} left ", err=True, nl=False
+        )
         click.echo(end, err=True, nl=False)
 
 
@@ -88,43 +110,72 @@ def summary(text: str, *, err: bool = False):
         click.echo(text, err=err)
 
 
-def talk_options(command):
+def verbosity_options(command):
     """-q and -v: how much is said."""
+
     def set_level(context, option, given):
         if given:
             log.setLevel(logging.ERROR if option.name == "quiet" else logging.INFO)
-    quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=set_level,
-                         help="No progress, warnings and summary; errors only.")
-    verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=set_level,
-                           help="Also say what was chosen, and each file that was written.")
+
+    quiet = click.option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        callback=set_level,
+        help="No progress, warnings and summary; errors only.",
+    )
+    verbose = click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=set_level,
+        help="Also say what was chosen, and each file that was written.",
+    )
     return quiet(verbose(command))
 
 
 def model_option(command):
-    return click.option("-m", "--model", default="stego.pt", show_default=True, type=click.Path(),
-                        help="The fitted model.")(command)
+    return click.option(
+        "-m", "--model", default="stego.pt", show_default=True, type=click.Path(), help="The fitted model."
+    )(command)
 
 
 def limit_pixels(context, option, megapixels):
     """Pillow refuses to decode pictures above twice its limit, which may be bombs: move that limit."""
     if megapixels:
         from PIL import Image
+
         Image.MAX_IMAGE_PIXELS = round(megapixels * 1e6 / 2)
 
 
 def network_options(command):
     """Options of everything that runs the backbone."""
-    command = click.option("--max-megapixels", type=float, callback=limit_pixels, expose_value=False,
-                           help="Refuse larger images.  [default: 179]")(command)
-    command = click.option("--weights", type=click.Path(), help="Local file with the backbone's weights.  "
-                           "[default: the torch cache's, or a download]")(command)
-    return click.option("--device", default="auto", show_default=True,
-                        help="cpu, cuda, cuda:1, mps; auto takes CUDA where there is one.")(command)
+    command = click.option(
+        "--max-megapixels",
+        type=float,
+        callback=limit_pixels,
+        expose_value=False,
+        help="Refuse larger images.  [default: 179]",
+    )(command)
+    command = click.option(
+        "--weights",
+        type=click.Path(),
+        help="Local file with the backbone's weights.  [default: the torch cache's, or a download]",
+    )(command)
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="cpu, cuda, cuda:1, mps; auto takes CUDA where there is one.",
+    )(command)
 
 
 def dataset_options(command):
-    command = click.option("--root", type=click.Path(),
-                           help="Its folder.  [default: $STEGO_DATA/DATASET, or ./data/DATASET]")(command)
+    command = click.option(
+        "--root", type=click.Path(), help="Its folder.  [default: $STEGO_DATA/DATASET, or ./data/DATASET]"
+    )(command)
     return click.option("--dataset", type=click.Choice(DATASET_NAMES), help="A published dataset.")(command)
 
 
@@ -140,8 +191,8 @@ def keep_memory():
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
-        return                                                               # another system, another allocator
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4                     # malloc.h
+        return  # another system, another allocator
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20)):
         mallopt(option, value)
 
@@ -173,22 +224,44 @@ def class_count(text: str):
 
 # ---- fit -------------------------------------------------------------------------------------------------------
 
+
 @main.command(short_help="Find what recurs in images.")
 @click.argument("images", nargs=-1, type=click.Path())
 @dataset_options
-@click.option("-k", "--classes", default="27", type=class_count, metavar="K", show_default="27, or the dataset's",
-              help="Number of segments, 1 to 255; auto: as many as halves of the images agree on.")
+@click.option(
+    "-k",
+    "--classes",
+    default="27",
+    type=class_count,
+    metavar="K",
+    show_default="27, or the dataset's",
+    help="Number of segments, 1 to 255; auto: as many as halves of the images agree on.",
+)
 @click.option("-o", "--output", default="stego.pt", show_default=True, help="Where the model goes.")
-@click.option("--report", type=click.Path(file_okay=False),
-              help="Also write charts of the fit, neighbours and clusters into this folder.  [default: none]")
-@click.option("--backbone", default="auto", show_default=True,
-              help="dino_vits8, dinov2_vits14, dino_resnet50, ..., tiny; auto: dino_vits8, or tiny without network.")
-@click.option("--stride", type=int,
-              help="Of a ResNet, pixels from one feature to the next: 32, 16 or 8.  [default: 32]")
-@click.option("--preset", type=click.Choice(PRESET_NAMES),
-              help="Published hyper-parameters to start from.  [default: small, with --balance auto]")
-@click.option("--balance", type=click.Choice(["auto", "fixed"]),
-              help="b's from the data, or the preset's.  [default: fixed with a preset, else auto]")
+@click.option(
+    "--report",
+    type=click.Path(file_okay=False),
+    help="Also write charts of the fit, neighbours and clusters into this folder.  [default: none]",
+)
+@click.option(
+    "--backbone",
+    default="auto",
+    show_default=True,
+    help="dino_vits8, dinov2_vits14, dino_resnet50, ..., tiny; auto: dino_vits8, or tiny without network.",
+)
+@click.option(
+    "--stride", type=int, help="Of a ResNet, pixels from one feature to the next: 32, 16 or 8.  [default: 32]"
+)
+@click.option(
+    "--preset",
+    type=click.Choice(PRESET_NAMES),
+    help="Published hyper-parameters to start from.  [default: small, with --balance auto]",
+)
+@click.option(
+    "--balance",
+    type=click.Choice(["auto", "fixed"]),
+    help="b's from the data, or the preset's.  [default: fixed with a preset, else auto]",
+)
 @click.option("--steps", type=int, help="Training steps.  [default: 300, or the named preset's]")
 @click.option("--batch-size", type=int, help="Crops per step.  [default: the preset's]")
 @click.option("--code-size", type=int, help="Length of a code.  [default: the preset's]")
@@ -198,22 +271,37 @@ def class_count(text: str):
 @click.option("--b-self", type=float, help="Negative pressure within an image.  [default: from the data]")
 @click.option("--b-knn", type=float, help="Negative pressure with neighbours.  [default: from the data]")
 @click.option("--b-rand", type=float, help="Negative pressure with random images.  [default: from the data]")
-@click.option("--views", type=click.Choice(VIEWS),
-              help="five: crops that the backbone sees alone; whole: no crops; windows: five parts of what it sees of "
-                   "the whole image.  [default: windows, or the named preset's]")
-@click.option("--evenness", type=float,
-              help="0: clusters follow what is frequent, 1: also what is rare.  [default: 1, or 0 with a preset]")
-@click.option("--feature-weight", type=float,
-              help="Weight of the features themselves beside the codes in what is clustered.  [default: 0]")
+@click.option(
+    "--views",
+    type=click.Choice(VIEWS),
+    help="five: crops that the backbone sees alone; whole: no crops; windows: five parts of what it sees of "
+    "the whole image.  [default: windows, or the named preset's]",
+)
+@click.option(
+    "--evenness",
+    type=float,
+    help="0: clusters follow what is frequent, 1: also what is rare.  [default: 1, or 0 with a preset]",
+)
+@click.option(
+    "--feature-weight",
+    type=float,
+    help="Weight of the features themselves beside the codes in what is clustered.  [default: 0]",
+)
 @click.option("--centering/--no-centering", default=None, help="Spatial centering.  [default: the preset's]")
-@click.option("--seed", default=0, show_default=True, help="Same seed, same images, same machine: same model.")
-@click.option("--match", type=click.Path(), metavar="MODEL",
-              help="An earlier model: clusters that are the same keep its numbers, names and colours.  [default: none]")
-@click.option("--cache-size", default=8.0, show_default=True, help="Scratch space for features, in GB.")
+@click.option(
+    "--seed", default=0, show_default=True, help="Same seed, same images, same machine: same model."
+)
+@click.option(
+    "--match",
+    type=click.Path(),
+    metavar="MODEL",
+    help="An earlier model: clusters that are the same keep its numbers, names and colours.  [default: none]",
+)
+@click.option("--cache-size", default=8.0, show_default=True, help="FitCheckpoint space for features, in GB.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted fit of the same images and options.")
 @click.option("--keep-features", is_flag=True, help="Leave the features in OUTPUT.scratch for the next fit.")
 @network_options
-@talk_options
+@verbosity_options
 def fit(images, output, dataset, root, classes, preset, report, resume, keep_features, **options):
     """Find the things that recur in IMAGES: files, folders (searched recursively) or "patterns/*.jpg".
 
@@ -231,11 +319,17 @@ def fit(images, output, dataset, root, classes, preset, report, resume, keep_fea
     with clear_errors():
         output = Path(output)
         if output.is_dir():
-            raise click.UsageError(f"The output {output} is a folder; name a file, like {output / 'stego.pt'}.")
-        from stego import Stego, find_images, several_processes
+            raise click.UsageError(
+                f"The output {output} is a folder; name a file, like {output / 'stego.pt'}."
+            )
+        from stego import Stego
+        from stego_parts.distributed import process_group
+        from stego_parts.images import find_images
+
         began = time.monotonic()
         if dataset:
-            from stego_protocol import PRESET_OF, labelled_set
+            from stego_parts.datasets import PRESET_OF, labelled_set
+
             labelled = labelled_set(dataset, dataset_root(dataset, root), "train")
             paths, preset = [image for image, _ in labelled.pairs], preset or PRESET_OF[dataset]
             if click.get_current_context().get_parameter_source("classes") == ParameterSource.DEFAULT:
@@ -243,16 +337,24 @@ def fit(images, output, dataset, root, classes, preset, report, resume, keep_fea
         else:
             paths = [path for path, _ in find_images(images)]
         scratch = output.with_name(f"{output.name}.scratch")
-        with several_processes() as (number, count):
+        with process_group() as (number, count):
             first, alone = number == 0, count == 1
             if (resume or keep_features) and not alone:
                 raise click.UsageError("--resume and --keep-features are for one process; leave them out.")
             if not first:
-                log.addFilter(lambda record: record.msg.startswith("Skipped"))  # the first process says the rest
+                log.addFilter(
+                    lambda record: record.msg.startswith("Skipped")
+                )  # the first process says the rest
             try:
-                model = Stego.fit(paths if dataset else images, classes=classes, preset=preset,
-                                  progress=Progress() if first else None, scratch=scratch if alone else None,
-                                  resume=resume, **options)
+                model = Stego.fit(
+                    paths if dataset else images,
+                    classes=classes,
+                    preset=preset,
+                    progress=Progress() if first else None,
+                    scratch=scratch if alone else None,
+                    resume=resume,
+                    **options,
+                )
             except KeyboardInterrupt as interruption:
                 after = " with --resume goes on." if alone else ", of several processes, starts afresh."
                 raise click.ClickException(f"Interrupted; the same command{after}") from interruption
@@ -262,19 +364,22 @@ def fit(images, output, dataset, root, classes, preset, report, resume, keep_fea
         (scratch / "training.pt").unlink(missing_ok=True)
         if not keep_features:
             shutil.rmtree(scratch, ignore_errors=True)
-        from stego_images import write_image
+        from stego_parts.images import write_image
+
         sheet = output.with_name(f"{output.stem}-fit.png")
-        write_image(model.contact_sheet(paths), sheet)
+        write_image(contact_sheet(model, paths), sheet)
         if report:
-            model.report(report)
-    if model.agreement:
-        summary(model.sureness())
+            write_report(model, report)
+    if model.record.agreement:
+        summary(agreement_line(model.record.agreement))
     if not is_quiet():
         print_usage(model)
-    for key, value in model.config.items():
+    for key, value in vars(model.config).items():
         log.info("%s: %s", key, value)
-    summary(f"{len(paths)} images, {model.config['backbone']}, {time.monotonic() - began:.0f} s: "
-            f"model {output}, picture {sheet}" + (f", report {report}" if report else ""))
+    summary(
+        f"{len(paths)} images, {model.config['backbone']}, {time.monotonic() - began:.0f} s: "
+        f"model {output}, picture {sheet}" + (f", report {report}" if report else "")
+    )
 
 
 def print_usage(model):
@@ -288,24 +393,49 @@ def print_usage(model):
 
 # ---- predict ---------------------------------------------------------------------------------------------------
 
+
 @main.command(short_help="Segment images with a fitted model.")
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @model_option
-@click.option("-o", "--output", default="stego-out", show_default=True, type=click.Path(),
-              help="A file for one image, a folder for several; - for stdout.")
-@click.option("--format", "kind", default="mask", show_default=True, type=click.Choice(list(SUFFIXES)),
-              help="mask: indexed PNG; overlay: the picture with its segments and a legend; both; npz: probabilities; "
-                   "json: the share of each cluster, one file; coco: RLE segments, one file.")
+@click.option(
+    "-o",
+    "--output",
+    default="stego-out",
+    show_default=True,
+    type=click.Path(),
+    help="A file for one image, a folder for several; - for stdout.",
+)
+@click.option(
+    "--format",
+    "kind",
+    default="mask",
+    show_default=True,
+    type=click.Choice(list(SUFFIXES)),
+    help="mask: indexed PNG; overlay: the picture with its segments and a legend; both; npz: probabilities; "
+    "json: the share of each cluster, one file; coco: RLE segments, one file.",
+)
 @click.option("--overlay", is_flag=True, help="The same as --format both.")
-@click.option("--only", metavar="NAMES", help="Clusters to keep, by name or number: road,sky,7.  [default: all]")
-@click.option("--crf/--no-crf", default=True, show_default=True, help="Sharpen the segments with a dense CRF.")
-@click.option("--crf-size", default=0.5, show_default=True,
-              help="Megapixels at which the CRF works on larger photos, and most megapixels of probabilities.")
-@click.option("--resolution", default=320, show_default=True,
-              help="Pixels of the shorter side that the backbone sees; twice as many: finer, four times the work.")
+@click.option(
+    "--only", metavar="NAMES", help="Clusters to keep, by name or number: road,sky,7.  [default: all]"
+)
+@click.option(
+    "--crf/--no-crf", default=True, show_default=True, help="Sharpen the segments with a dense CRF."
+)
+@click.option(
+    "--crf-size",
+    default=0.5,
+    show_default=True,
+    help="Megapixels at which the CRF works on larger photos, and most megapixels of probabilities.",
+)
+@click.option(
+    "--resolution",
+    default=320,
+    show_default=True,
+    help="Pixels of the shorter side that the backbone sees; twice as many: finer, four times the work.",
+)
 @click.option("--skip-existing", is_flag=True, help="Leave images alone whose output is there already.")
 @network_options
-@talk_options
+@verbosity_options
 def predict(images, model, output, kind, overlay, only, skip_existing, device, weights, **options):
     """Segment IMAGES with a fitted model: files, folders (their tree is mirrored), "patterns/*.jpg", or - for stdin.
 
@@ -321,7 +451,9 @@ def predict(images, model, output, kind, overlay, only, skip_existing, device, w
     """
     kind = check_kind("both" if overlay else kind, output, only, skip_existing)
     with clear_errors():
-        from stego import Stego, find_images
+        from stego import Stego
+        from stego_parts.images import find_images
+
         found = [(sys.stdin.buffer, Path("stdin"))] if images == (PIPE,) else find_images(images)
         jobs = plan_outputs(found, Path(output), kind)
         if skip_existing:
@@ -342,8 +474,11 @@ def predict(images, model, output, kind, overlay, only, skip_existing, device, w
         with clear_errors():
             output = document_path(Path(output), kind)
             write_document(fitted, entries, output, kind, keep)
-    summary(f"{len(jobs) - failed} of {len(jobs)} images, {time.monotonic() - began:.0f} s: "
-            f"{WRITTEN[kind]} in {'stdout' if str(output) == PIPE else output}", err=str(output) == PIPE)
+    summary(
+        f"{len(jobs) - failed} of {len(jobs)} images, {time.monotonic() - began:.0f} s: "
+        f"{WRITTEN[kind]} in {'stdout' if str(output) == PIPE else output}",
+        err=str(output) == PIPE,
+    )
     sys.exit(1 if failed else 0)
 
 
@@ -352,7 +487,9 @@ def check_kind(kind: str, output: str, only: str | None, skip_existing: bool) ->
     if output == PIPE and kind == "both":
         raise click.UsageError("Two pictures do not go into one stdout; choose --format mask or overlay.")
     if skip_existing and (output == PIPE or kind in ONE_FILE):
-        raise click.UsageError("--skip-existing looks for an output for each image; choose another format or -o.")
+        raise click.UsageError(
+            "--skip-existing looks for an output for each image; choose another format or -o."
+        )
     if only and kind == "npz":
         raise click.UsageError("--format npz holds the probabilities of all clusters; leave --only out.")
     return kind
@@ -369,9 +506,13 @@ def plan_outputs(found, output: Path, kind: str) -> list[tuple]:
         return jobs
     if output.suffix and not output.is_dir():
         if output.suffix.lower() not in suffixes:
-            raise click.UsageError(f"The output {output} is not a {' or '.join(suffixes)} file, which {kind} needs.")
+            raise click.UsageError(
+                f"The output {output} is not a {' or '.join(suffixes)} file, which {kind} needs."
+            )
         if len(found) > 1:
-            raise click.UsageError(f"{len(found)} images cannot go into the one file {output}; name a folder with -o.")
+            raise click.UsageError(
+                f"{len(found)} images cannot go into the one file {output}; name a folder with -o."
+            )
         jobs = [(*found[0], output)]
     else:
         suffix = OVERLAY_SUFFIX if kind == "overlay" else suffixes[0]
@@ -385,10 +526,14 @@ def check_overwriting(jobs, sources):
     sources, targets = {source.resolve() for source in sources if isinstance(source, Path)}, {}
     for source, _, target in jobs:
         if target.resolve() in sources:
-            raise click.UsageError(f"The output for {source} would overwrite the image {target}; choose another -o.")
+            raise click.UsageError(
+                f"The output for {source} would overwrite the image {target}; choose another -o."
+            )
         if target in targets:
-            raise click.UsageError(f"{targets[target]} and {source} would both be written to {target}; "
-                                   "predict them into different folders.")
+            raise click.UsageError(
+                f"{targets[target]} and {source} would both be written to {target}; "
+                "predict them into different folders."
+            )
         targets[target] = source
 
 
@@ -405,11 +550,12 @@ def document_path(output: Path, kind: str) -> Path:
 
 def predicted(model, jobs, kind: str, keep, options: dict):
     """The entry of each job, or its error: the next image is decoded and the last result written in threads."""
-    from stego import ahead
-    from stego_images import read_image
-    images = ahead(lambda job: attempt(read_image, job[0]), jobs, window=READ_AHEAD)
+    from stego_parts.images import read_image
+    from stego_parts.tokens import prefetch
+
+    images = prefetch(lambda job: attempt(read_image, job[0]), jobs, window=READ_AHEAD)
     found = ((job, image, attempt(segment, model, image, kind, options)) for job, image in zip(jobs, images))
-    return ahead(lambda each: attempt(write_result, model, *each, kind, keep), found, window=WRITE_BEHIND)
+    return prefetch(lambda each: attempt(write_result, model, *each, kind, keep), found, window=WRITE_BEHIND)
 
 
 def attempt(function, *args):
@@ -431,12 +577,18 @@ def segment(model, image, kind: str, options: dict):
 def write_result(model, job: tuple, image, result, kind: str, keep) -> dict:
     """Write what kind asks for of one image; returns its entry for the kinds with one file for all."""
     import numpy as np
-    from stego_images import IGNORE, cluster_shares, coco_annotations, mask_image
+
+    from stego_parts.images import IGNORE, cluster_shares, coco_annotations, mask_image
+
     _, place, target = job
     if kind == "npz":
         with opened(target) as file:
-            np.savez_compressed(file, probabilities=result.astype(np.float16), names=np.array(model.labels),
-                                size=np.array([image.height, image.width]))
+            np.savez_compressed(
+                file,
+                probabilities=result.astype(np.float16),
+                names=np.array(model.labels),
+                size=np.array([image.height, image.width]),
+            )
         return {}
     mask = result
     if keep is not None:
@@ -448,12 +600,17 @@ def write_result(model, job: tuple, image, result, kind: str, keep) -> dict:
         write_picture(mask_image(mask, model.palette), target)
     if kind not in ONE_FILE:
         return {}
-    inside = {"clusters": cluster_shares(mask, model.labels)} if kind == "json" else {"found": coco_annotations(mask)}
+    inside = (
+        {"clusters": cluster_shares(mask, model.labels)}
+        if kind == "json"
+        else {"found": coco_annotations(mask)}
+    )
     return {"file_name": place.as_posix(), "height": image.height, "width": image.width, **inside}
 
 
 def legend_overlay(model, image, mask):
-    from stego_images import overlay, with_legend
+    from stego_parts.drawing import overlay, with_legend
+
     return with_legend(overlay(image, mask, model.palette), mask, model.palette, model.labels)
 
 
@@ -466,10 +623,14 @@ def write_document(model, entries: list[dict], target: Path, kind: str, keep):
         document = {"images": entries}
     else:
         found = [(number, each) for number, entry in enumerate(entries, 1) for each in entry.pop("found")]
-        document = {"info": {"description": "segments found by stego"},
-                    "images": [{"id": number, **entry} for number, entry in enumerate(entries, 1)],
-                    "categories": [{"id": k, "name": model.labels[k]} for k in clusters],
-                    "annotations": [{"id": i, "image_id": number, **each} for i, (number, each) in enumerate(found, 1)]}
+        document = {
+            "info": {"description": "segments found by stego"},
+            "images": [{"id": number, **entry} for number, entry in enumerate(entries, 1)],
+            "categories": [{"id": k, "name": model.labels[k]} for k in clusters],
+            "annotations": [
+                {"id": i, "image_id": number, **each} for i, (number, each) in enumerate(found, 1)
+            ],
+        }
     with opened(target) as file:
         file.write(json.dumps(document).encode() + b"\n")
 
@@ -483,7 +644,8 @@ def opened(target: Path):
         sys.stdout.buffer.write(whole.getvalue())
         sys.stdout.buffer.flush()
     else:
-        from stego_images import replacing
+        from stego_parts.images import replacing
+
         with replacing(target) as part, open(part, "wb") as file:
             yield file
 
@@ -497,10 +659,11 @@ def write_picture(picture, target: Path):
 
 # ---- name ------------------------------------------------------------------------------------------------------
 
+
 @main.command(short_help="Give clusters of a model names.")
 @click.argument("model", type=click.Path())
 @click.argument("names", nargs=-1, required=True, metavar="NUMBER=NAME...")
-@talk_options
+@verbosity_options
 def name(model, names):
     """Give clusters of MODEL names, kept in the model; `NUMBER=` takes one away.
 
@@ -515,9 +678,12 @@ def name(model, names):
         raise click.UsageError(f"Got {wrong[0]!r}; name clusters by number, like 3=road.")
     with clear_errors():
         from stego import Stego
+
         fitted = Stego.load(model, device="cpu")
-        if fitted.config["preset"] == RELEASED:
-            raise ValueError(f"{model} is a checkpoint of the reference implementation, which holds no names.")
+        if fitted.config.preset == RELEASED:
+            raise ValueError(
+                f"{model} is a checkpoint of the reference implementation, which holds no names."
+            )
         fitted.rename({int(first): last.strip() for first, _, last in pairs})
         fitted.save(model)
     if not is_quiet():
@@ -526,24 +692,43 @@ def name(model, names):
 
 # ---- eval ------------------------------------------------------------------------------------------------------
 
+
 @main.command("eval", short_help="Score a model against ground truth.")
 @dataset_options
 @click.option("--images", type=click.Path(), help="In place of --dataset: a folder of your own images,")
-@click.option("--labels", type=click.Path(), help="and one of their label maps, paired by stem; 255 is ignored.")
-@click.option("--names", type=click.Path(), help="Text file, the name of a class a line.  [default: class 0, ...]")
-@click.option("--train-images", type=click.Path(),
-              help="Train images, for the linear probe and the baseline,  [default: none]")
+@click.option(
+    "--labels", type=click.Path(), help="and one of their label maps, paired by stem; 255 is ignored."
+)
+@click.option(
+    "--names", type=click.Path(), help="Text file, the name of a class a line.  [default: class 0, ...]"
+)
+@click.option(
+    "--train-images",
+    type=click.Path(),
+    help="Train images, for the linear probe and the baseline,  [default: none]",
+)
 @click.option("--train-labels", type=click.Path(), help="and their label maps.  [default: none]")
 @model_option
-@click.option("--crf/--no-crf", default=True, show_default=True, help="Score with the dense CRF as well (slow).")
-@click.option("--diagnostics", is_flag=True, help="Also what correspondences know about labels (Sec. 3.1, A.6).")
-@click.option("--json", "json_file", type=click.Path(),
-              help="Write everything that was measured to this file.  [default: none]")
-@click.option("--figures", type=click.Path(),
-              help="Write the confusion matrix and example strips into this folder.  [default: none]")
+@click.option(
+    "--crf/--no-crf", default=True, show_default=True, help="Score with the dense CRF as well (slow)."
+)
+@click.option(
+    "--diagnostics", is_flag=True, help="Also what correspondences know about labels (Sec. 3.1, A.6)."
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(),
+    help="Write everything that was measured to this file.  [default: none]",
+)
+@click.option(
+    "--figures",
+    type=click.Path(),
+    help="Write the confusion matrix and example strips into this folder.  [default: none]",
+)
 @click.option("--seed", default=0, show_default=True, help="For the probes and the baseline's k-means.")
 @network_options
-@talk_options
+@verbosity_options
 def evaluate(model, crf, diagnostics, json_file, figures, seed, device, weights, **data):
     """Score a model against ground truth by the published protocol, beside its backbone alone.
 
@@ -555,19 +740,23 @@ def evaluate(model, crf, diagnostics, json_file, figures, seed, device, weights,
     began = time.monotonic()
     with clear_errors():
         labelled, train = labelled_sets(**data)
-        import stego_protocol
         from stego import Stego
+        from stego_parts import protocol
+        from stego_parts import report as pictures
+
         fitted, progress = Stego.load(model, device=device, weights=weights), Progress()
-        report = stego_protocol.evaluate(fitted, labelled, train=train, crf=crf, seed=seed, progress=progress)
+        report = protocol.evaluate(fitted, labelled, train=train, crf=crf, seed=seed, progress=progress)
         if diagnostics:
-            report["diagnostics"] = stego_protocol.diagnose(fitted, labelled, seed=seed, progress=progress)
-        click.echo(stego_protocol.table(report))
+            report["diagnostics"] = protocol.diagnose(fitted, labelled, seed=seed, progress=progress)
+        click.echo(protocol.table(report))
         if json_file:
-            stego_protocol.write_json(report, json_file)
+            protocol.write_json(report, json_file)
         if figures:
-            stego_protocol.write_figures(report, fitted, labelled, figures)
+            pictures.write_figures(report, fitted, labelled, figures)
     outputs = " and ".join(str(each) for each in (json_file, figures) if each)
-    summary(f"{report['images']} images, {time.monotonic() - began:.0f} s" + (f": {outputs}" if outputs else ""))
+    summary(
+        f"{report['images']} images, {time.monotonic() - began:.0f} s" + (f": {outputs}" if outputs else "")
+    )
 
 
 def labelled_sets(dataset, root, images, labels, names, train_images, train_labels):
@@ -576,7 +765,8 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
         raise click.UsageError("Give a --dataset, or your own --images and --labels.")
     if bool(images) != bool(labels) or bool(train_images) != bool(train_labels):
         raise click.UsageError("Images and labels belong together: give both folders.")
-    from stego_protocol import folder_set, labelled_set
+    from stego_parts.datasets import folder_set, labelled_set
+
     if dataset:
         root = dataset_root(dataset, root)
         return labelled_set(dataset, root, "val"), train_split(dataset, root)
@@ -584,7 +774,9 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
     if not train_images:
         return labelled, None
     train = folder_set(train_images, train_labels, names=names)
-    larger = max(labelled, train, key=lambda each: len(each.classes))  # without names, a class may occur in one only
+    larger = max(
+        labelled, train, key=lambda each: len(each.classes)
+    )  # without names, a class may occur in one only
     for each in (labelled, train):
         each.classes, each.lookup = larger.classes, larger.lookup
     return labelled, train
@@ -592,7 +784,8 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
 
 def train_split(dataset, root):
     """The train split, for the linear probe and the baseline; None, with a warning, where only val was fetched."""
-    from stego_protocol import labelled_set
+    from stego_parts.datasets import labelled_set
+
     try:
         return labelled_set(dataset, root, "train")
     except FileNotFoundError as error:
@@ -601,20 +794,41 @@ def train_split(dataset, root):
 
 # ---- show ------------------------------------------------------------------------------------------------------
 
+
 @main.command(short_help="Say and show what is in a model, or what corresponds.")
 @click.argument("things", nargs=-1, type=click.Path(), metavar="[MODEL] [IMAGES]...")
-@click.option("-m", "--model", type=click.Path(),
-              help="The model, if not named first.  [default: stego.pt; none with --at]")
-@click.option("--sheet", type=click.Path(),
-              help="Write a picture of the regions of IMAGES that fit each cluster best.  [default: none]")
-@click.option("--at", multiple=True, metavar="X,Y", callback=lambda context, option, texts: [point(t) for t in texts],
-              help="A point of the first image, in pixels from its upper left corner: show what corresponds with it in "
-                   "all images; repeatable.  [default: none]")
-@click.option("-o", "--output", default="correspondences.png", show_default=True, type=click.Path(),
-              help="With --at: where the picture goes.")
-@click.option("--backbone", help="With --at and no model: whose features to show.  [default: auto, as in fit]")
+@click.option(
+    "-m",
+    "--model",
+    type=click.Path(),
+    help="The model, if not named first.  [default: stego.pt; none with --at]",
+)
+@click.option(
+    "--sheet",
+    type=click.Path(),
+    help="Write a picture of the regions of IMAGES that fit each cluster best.  [default: none]",
+)
+@click.option(
+    "--at",
+    multiple=True,
+    metavar="X,Y",
+    callback=lambda context, option, texts: [point(t) for t in texts],
+    help="A point of the first image, in pixels from its upper left corner: show what corresponds with it in "
+    "all images; repeatable.  [default: none]",
+)
+@click.option(
+    "-o",
+    "--output",
+    default="correspondences.png",
+    show_default=True,
+    type=click.Path(),
+    help="With --at: where the picture goes.",
+)
+@click.option(
+    "--backbone", help="With --at and no model: whose features to show.  [default: auto, as in fit]"
+)
 @network_options
-@talk_options
+@verbosity_options
 def show(things, model, sheet, at, output, backbone, device, weights):
     """Say what is in MODEL, and show on IMAGES what each cluster is, so that you can name it.
 
@@ -630,24 +844,32 @@ def show(things, model, sheet, at, output, backbone, device, weights):
     """
     if at:
         if not things or sheet or (model and backbone):
-            raise click.UsageError("With --at give an image, and -m or --backbone: `stego show img.jpg --at 120,80`.")
+            raise click.UsageError(
+                "With --at give an image, and -m or --backbone: `stego show img.jpg --at 120,80`."
+            )
         return show_points(things[0], things[1:], at, model, output, backbone or "auto", device, weights)
     model, images = (model, things) if model else ((*things, "stego.pt")[0], things[1:])
     if bool(images) != bool(sheet) or backbone:
-        raise click.UsageError("Give images and a sheet, or neither: `stego show stego.pt images/ --sheet sheet.png`.")
+        raise click.UsageError(
+            "Give images and a sheet, or neither: `stego show stego.pt images/ --sheet sheet.png`."
+        )
     with clear_errors():
-        from stego import Stego, find_images
+        from stego import Stego
+        from stego_parts.images import find_images
+
         fitted = Stego.load(model, device=device, weights=weights)
         for line in description(fitted):
             click.echo(line)
-        for key, value in fitted.config.items():
+        for key, value in vars(fitted.config).items():
             log.info("%s: %s", key, value)
         print_usage(fitted)
         if sheet:
-            from stego_images import region_sheet, write_image
+            from stego_parts.drawing import region_sheet
+            from stego_parts.images import write_image
+
             began, paths = time.monotonic(), [path for path, _ in find_images(images)]
             captions = [f"{label}\n{share:.1%}" for label, share in zip(fitted.labels, fitted.share.tolist())]
-            regions = fitted.best_regions(paths, progress=Progress())
+            regions = best_regions(fitted, paths, progress=Progress())
             write_image(region_sheet(regions, fitted.palette, captions), sheet)
             summary(f"{len(paths)} images, {time.monotonic() - began:.0f} s: sheet {sheet}")
 
@@ -664,25 +886,35 @@ def show_points(image, others, at, model, output, backbone, device, weights):
     """Write the picture of what corresponds with points of an image."""
     began = time.monotonic()
     with clear_errors():
-        from stego import Stego, load_backbone, pick_device
-        from stego_images import find_images, write_image
-        from stego_protocol import correspondence_sheet
+        from stego import Stego, pick_device
+        from stego_parts.backbones import load_backbone
+        from stego_parts.images import find_images, write_image
+        from stego_parts.report import correspondence_sheet
+
         fitted = Stego.load(model, device=device, weights=weights) if model else None
         device = pick_device(device)
         network = fitted.backbone if model else load_backbone(backbone, weights=weights, device=device)
         paths = [path for path, _ in find_images(others)] if others else images_of(fitted)
-        paths = [path for path in paths if not (path.exists() and path.samefile(image))] if Path(image).exists() else []
-        picture = correspondence_sheet(network, image, at, others=paths, model=fitted, device=device,
-                                       progress=Progress())
+        paths = (
+            [path for path in paths if not (path.exists() and path.samefile(image))]
+            if Path(image).exists()
+            else []
+        )
+        picture = correspondence_sheet(
+            network, image, at, others=paths, model=fitted, device=device, progress=Progress()
+        )
         write_image(picture, output)
-    summary(f"{len(at)} points, {len(paths)} other images to choose from, {time.monotonic() - began:.0f} s: "
-            f"picture {output}")
+    summary(
+        f"{len(at)} points, {len(paths)} other images to choose from, {time.monotonic() - began:.0f} s: "
+        f"picture {output}"
+    )
 
 
 def images_of(model) -> list[Path]:
     """The images a model was fitted on, as far as it tells and they are there; without a model none."""
-    from stego_images import find_images
-    given = model.config.get("images") if model else None
+    from stego_parts.images import find_images
+
+    given = model.config.images if model else None
     if not isinstance(given, list) or not given:
         return []
     try:
@@ -696,21 +928,29 @@ def description(model) -> list[str]:
     """How a model was made, for people."""
     c, backbone = model.config, f"backbone  {model.config['backbone']}, weights {model.backbone_sha256[:12]}"
     if c["preset"] == RELEASED:
-        return [backbone, "training  a checkpoint of the reference implementation; it does not tell its options"]
+        return [
+            backbone,
+            "training  a checkpoint of the reference implementation; it does not tell its options",
+        ]
     weights = " ".join(f"{key} {c[key]:.2f}" for key in ("lambda_self", "lambda_knn", "lambda_rand"))
     shifts = " ".join(f"{key} {c[key]:.2f}" for key in ("b_self", "b_knn", "b_rand"))
-    return [backbone,
-            f"data      {c['crops'] // (1 if c.get('views') == 'whole' else 5)} images, {c['crops']} crops",
-            f"training  {c['steps']} steps of {c['batch_size']} crops, codes of {c['code_size']}, seed {c['seed']}",
-            f"balance   {c['balance']}, preset {c['preset']}: {weights} {shifts}"]
+    return [
+        backbone,
+        f"data      {c['crops'] // (1 if c.get('views') == 'whole' else 5)} images, {c['crops']} crops",
+        f"training  {c['steps']} steps of {c['batch_size']} crops, codes of {c['code_size']}, seed {c['seed']}",
+        f"balance   {c['balance']}, preset {c['preset']}: {weights} {shifts}",
+    ]
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------
 
+
 @main.command(short_help="Try everything on drawn scenes, without data and network.")
-@click.option("-o", "--output", default="stego-demo", show_default=True, type=click.Path(), help="The folder it makes.")
+@click.option(
+    "-o", "--output", default="stego-demo", show_default=True, type=click.Path(), help="The folder it makes."
+)
 @click.option("--seed", default=0, show_default=True, help="Other seeds draw other scenes.")
-@talk_options
+@verbosity_options
 def demo(output, seed):
     """Try everything on drawn scenes, without data and network: fit, predict and score. About two minutes.
 
@@ -724,38 +964,54 @@ def demo(output, seed):
     began, output, progress = time.monotonic(), Path(output), Progress()
     with clear_errors():
         import numpy as np
-        from stego import Stego, find_images
-        from stego_images import SCENE_CLASSES, mask_image, read_image, region_sheet, write_image
-        from stego_protocol import evaluate, folder_set, headline, table, write_figures, write_json
+
+        from stego import Stego
+        from stego_parts.datasets import folder_set
+        from stego_parts.drawing import region_sheet
+        from stego_parts.images import find_images, mask_image, read_image, write_image
+        from stego_parts.protocol import evaluate, headline, table, write_json
+        from stego_parts.report import write_figures
+        from stego_parts.scenes import SCENE_CLASSES
+
         draw_scenes(output, seed, progress)
         paths = [path for path, _ in find_images(output / "images" / "train")]
-        model = Stego.fit(paths, classes=len(SCENE_CLASSES), backbone="tiny", steps=DEMO_STEPS, seed=seed,
-                          progress=progress)
-        train, val = (folder_set(output / "images" / split, output / "labels" / split, names=output / "classes.txt")
-                      for split in ("train", "val"))
+        model = Stego.fit(
+            paths, classes=len(SCENE_CLASSES), backbone="tiny", steps=DEMO_STEPS, seed=seed, progress=progress
+        )
+        train, val = (
+            folder_set(output / "images" / split, output / "labels" / split, names=output / "classes.txt")
+            for split in ("train", "val")
+        )
         report = evaluate(model, val, train=train, seed=seed, progress=progress)
-        most = np.argmax(headline(report)["confusion"], 0)                   # the class that most of a cluster is
+        most = np.argmax(headline(report)["confusion"], 0)  # the class that most of a cluster is
         model.rename({k: SCENE_CLASSES[c] for k, c in enumerate(most)})
         model.save(output / "stego.pt")
         write_json(report, output / "scores.json")
         write_figures(report, model, val, output / "figures")
-        write_image(model.contact_sheet(paths), output / "stego-fit.png")
-        regions = model.best_regions(paths, progress=progress)
+        write_image(contact_sheet(model, paths), output / "stego-fit.png")
+        regions = best_regions(model, paths, progress=progress)
         write_image(region_sheet(regions, model.palette, model.labels), output / "clusters.png")
         for done, (path, _) in enumerate(val.pairs, 1):
             image = read_image(path)
             mask = model.predict(image)
             write_image(mask_image(mask, model.palette), output / "masks" / path.name)
-            write_image(legend_overlay(model, image, mask), output / "overlays" / path.with_suffix(".jpg").name)
+            write_image(
+                legend_overlay(model, image, mask), output / "overlays" / path.with_suffix(".jpg").name
+            )
             progress("predict", done, len(val.pairs))
     click.echo(table(report))
-    summary(f"{sum(DEMO_SCENES.values())} drawn scenes, {time.monotonic() - began:.0f} s: everything in {output}")
+    summary(
+        f"{sum(DEMO_SCENES.values())} drawn scenes, {time.monotonic() - began:.0f} s: everything in {output}"
+    )
 
 
 def draw_scenes(folder: Path, seed: int, progress):
     """images/ and labels/ with train/ and val/, and classes.txt, as `stego eval` reads them."""
     from PIL import Image
-    from stego_images import SCENE_CLASSES, draw_scene, replacing, write_image
+
+    from stego_parts.images import replacing, write_image
+    from stego_parts.scenes import SCENE_CLASSES, draw_scene
+
     number = 0
     for split, count in DEMO_SCENES.items():
         for i in range(count):

@@ -24,15 +24,24 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from kmeans import CosineKMeans  # noqa: E402
 from pretrain import IMAGE_SIDE, find_images, learn_dictionary  # noqa: E402
 from pretrain import square as square_tensor  # noqa: E402
+
+from kmeans import CosineKMeans  # noqa: E402
 from stego import mirror_averaged  # noqa: E402
-from stego_backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone  # noqa: E402
-from stego_backbones.tiny import Dictionary, Tiny  # noqa: E402
-from stego_images import to_tensor  # noqa: E402
-from stego_protocol import (PROBE_ROWS, SIDE, class_shares, cluster_map, confusion_matrix, folder_pairs,  # noqa: E402
-                            linear_probe, match_clusters, read_pair, scores)
+from stego_parts.backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone  # noqa: E402
+from stego_parts.datasets import SIDE, folder_pairs, read_pair  # noqa: E402
+from stego_parts.images import to_tensor  # noqa: E402
+from stego_parts.protocol import (  # noqa: E402
+    PROBE_ROWS,
+    class_shares,
+    cluster_map,
+    confusion_matrix,
+    linear_probe,
+    match_clusters,
+    scores,
+)
+from stego_parts.tiny import Dictionary, Tiny  # noqa: E402
 
 UNLABELLED = ("unlabelled", "camvid/images/train", "aerial/images/train", "natural/images/train",
               "natural_coco/images/train")  # what tiny and the dictionary are learned from

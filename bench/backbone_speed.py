@@ -25,15 +25,33 @@ from torchvision.models import VisionTransformer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli import keep_memory  # noqa: E402
-from stego_backbones import BACKBONES, ViT  # noqa: E402
+from stego_parts.backbones import BACKBONES, ViT  # noqa: E402
 
 BATCHES = {"5 crops": (5, 224, 224), "mirrored pair": (2, 320, 424)}
+COLUMNS = (
+    "backbone",
+    "batch",
+    "GFLOP",
+    "matmul GFLOP/s",
+    "floor, s",
+    "torchvision, s",
+    "ours, s",
+    "torchvision / ours",
+    "ours / floor",
+    "largest difference",
+)
 RENAME = (  # our names -> torchvision's, applied in turn
-    (r"^cls_token$", "class_token"), (r"^pos_embed$", "encoder.pos_embedding"),
-    (r"^patch_embed\.proj\.", "conv_proj."), (r"^norm\.", "encoder.ln."),
-    (r"^blocks\.(\d+)\.", r"encoder.layers.encoder_layer_\1."), (r"\.norm([12])\.", r".ln_\1."),
-    (r"\.attn\.qkv\.", ".self_attention.in_proj_"), (r"\.attn\.proj\.", ".self_attention.out_proj."),
-    (r"\.mlp\.fc1\.", ".mlp.0."), (r"\.mlp\.fc2\.", ".mlp.3."))
+    (r"^cls_token$", "class_token"),
+    (r"^pos_embed$", "encoder.pos_embedding"),
+    (r"^patch_embed\.proj\.", "conv_proj."),
+    (r"^norm\.", "encoder.ln."),
+    (r"^blocks\.(\d+)\.", r"encoder.layers.encoder_layer_\1."),
+    (r"\.norm([12])\.", r".ln_\1."),
+    (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
+    (r"\.attn\.proj\.", ".self_attention.out_proj."),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+    (r"\.mlp\.fc2\.", ".mlp.3."),
+)
 
 
 class Torchvision(nn.Module):
@@ -43,9 +61,14 @@ class Torchvision(nn.Module):
         super().__init__()
         self.positions = ours.positions
         self.vit = VisionTransformer(
-            image_size=spec.patch * spec.grid, patch_size=spec.patch, num_layers=spec.depth,
-            num_heads=spec.heads, hidden_dim=spec.channels, mlp_dim=4 * spec.channels,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6))
+            image_size=spec.patch * spec.grid,
+            patch_size=spec.patch,
+            num_layers=spec.depth,
+            num_heads=spec.heads,
+            hidden_dim=spec.channels,
+            mlp_dim=4 * spec.channels,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
         self.vit.heads = nn.Identity()
         state = {}
         for key, value in ours.state_dict().items():
@@ -55,12 +78,12 @@ class Torchvision(nn.Module):
         self.vit.load_state_dict(state)
 
     def forward(self, x):
-        x = self.vit.conv_proj(x)                                            # (B, C, h, w)
+        x = self.vit.conv_proj(x)  # (B, C, h, w)
         batch, _, h, w = x.shape
         positions = torch.cat([self.vit.encoder.pos_embedding[:, :1], self.positions(h, w)], 1)
         x = torch.cat([self.vit.class_token.expand(batch, -1, -1), x.flatten(2).transpose(1, 2)], 1)
         x = x + positions
-        x = self.vit.encoder.ln(self.vit.encoder.layers(x))                  # (B, 1 + h * w, C)
+        x = self.vit.encoder.ln(self.vit.encoder.layers(x))  # (B, 1 + h * w, C)
         return x[:, 1:].transpose(1, 2).reshape(batch, -1, h, w)
 
 
@@ -83,8 +106,9 @@ def products(spec, rows: int):
 def operations(spec, batch: int, patches: int) -> int:
     """Floating-point operations of a forward pass: patch embedding, linear layers, attention's products."""
     c, tokens = spec.channels, 1 + spec.registers + patches
-    return batch * (2 * patches * 3 * spec.patch ** 2 * c
-                    + spec.depth * (2 * tokens * 12 * c * c + 4 * tokens * tokens * c))
+    return batch * (
+        2 * patches * 3 * spec.patch**2 * c + spec.depth * (2 * tokens * 12 * c * c + 4 * tokens * tokens * c)
+    )
 
 
 def measured(functions: dict, rounds: int, clock) -> dict:
@@ -95,7 +119,33 @@ def measured(functions: dict, rounds: int, clock) -> dict:
             began = clock()
             function()
             times[name].append(clock() - began)
-    return {name: np.array(values[1:]) for name, values in times.items()}    # the first round warms up
+    return {name: np.array(values[1:]) for name, values in times.items()}  # the first round warms up
+
+
+def compared(ours: ViT, theirs: Torchvision, spec, size, rounds: int, clock) -> list:
+    """Cells of one row of the table; size: images, height, width."""
+    batch, h, w = size[0], round(size[1] / spec.patch), round(size[2] / spec.patch)
+    x = torch.randn(batch, 3, h * spec.patch, w * spec.patch)
+    multiply, work = products(spec, batch * (1 + h * w))
+    half = partial(multiply_times, multiply, spec.depth // 2)
+    times = measured(
+        {"before": half, "theirs": partial(theirs, x), "ours": partial(ours, x), "after": half}, rounds, clock
+    )
+    total = operations(spec, batch, h * w)
+    floor = (times["before"] + times["after"]) / (2 * (spec.depth // 2) * work) * total
+    a, b = times["theirs"], times["ours"]
+    figures = map(float, map(np.median, (floor, a, b, a / b, b / floor)))
+    return [
+        f"{total / 1e9:.0f}",
+        f"{total / np.median(floor) / 1e9:.0f}",
+        *(f"{value:.2f}" for value in figures),
+        f"{(theirs(x) - ours(x)).abs().max():.1e}",
+    ]
+
+
+def multiply_times(multiply, times: int):
+    for _ in range(times):
+        multiply()
 
 
 @click.command()
@@ -107,28 +157,15 @@ def main(backbones, rounds, threads):
     keep_memory()
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
-    print(f"{threads} thread(s), medians of {rounds} rounds\n\n| backbone | batch | GFLOP | matmul GFLOP/s "
-          "| floor, s | torchvision, s | ours, s | torchvision / ours | ours / floor | largest difference |\n"
-          + "|---" * 10 + "|")
+    print(f"{threads} thread(s), medians of {rounds} rounds\n\n| " + " | ".join(COLUMNS) + " |")
+    print("|---" * len(COLUMNS) + "|")
     for name in backbones.split(","):
         spec = BACKBONES[name]
         ours = random_vit(spec)
         theirs = Torchvision(ours, spec).eval()
-        for label, (batch, height, width) in BATCHES.items():
-            h, w = round(height / spec.patch), round(width / spec.patch)
-            x = torch.randn(batch, 3, h * spec.patch, w * spec.patch)
-            multiply, work = products(spec, batch * (1 + h * w))
-            times = measured({"before": lambda: [multiply() for _ in range(spec.depth // 2)],
-                              "theirs": lambda: theirs(x), "ours": lambda: ours(x),
-                              "after": lambda: [multiply() for _ in range(spec.depth // 2)]}, rounds, clock)
-            total = operations(spec, batch, h * w)
-            floor = (times["before"] + times["after"]) / (2 * (spec.depth // 2) * work) * total
-            theirs_s, ours_s = times["theirs"], times["ours"]
-            figures = [total / 1e9, total / np.median(floor) / 1e9,
-                       *map(np.median, (floor, theirs_s, ours_s, theirs_s / ours_s, ours_s / floor))]
-            cells = [f"{value:.{digits}f}" for value, digits in zip(figures, (0, 0, 2, 2, 2, 2, 2))]
-            print(f"| {name} | {label} | {' | '.join(cells)} | {(theirs(x) - ours(x)).abs().max():.1e} |",
-                  flush=True)
+        for label, size in BATCHES.items():
+            cells = compared(ours, theirs, spec, size, rounds, clock)
+            print(f"| {name} | {label} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,22 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from backbone import dictionary_backbone  # noqa: E402
 
-from stego import (PRESETS, balanced_shifts, cluster_codes, encode, fit_config, nearest_neighbors, pixels,  # noqa: E402
-                   train_head, unit, unmirror)
-from stego_backbones import load_backbone  # noqa: E402
-from stego_images import find_images, to_tensor  # noqa: E402
-from stego_protocol import (cluster_map, confusion_matrix, folder_pairs, match_clusters, read_pair,  # noqa: E402
-                            scores)
+from stego import (  # noqa: E402
+    PRESETS,
+    balanced_shifts,
+    cluster_codes,
+    fit_config,
+    nearest_neighbors,
+    pixels,
+    train_head,
+    unit,
+    unmirror,
+)
+from stego_parts.backbones import load_backbone  # noqa: E402
+from stego_parts.datasets import folder_pairs, read_pair  # noqa: E402
+from stego_parts.images import find_images, to_tensor  # noqa: E402
+from stego_parts.protocol import cluster_map, confusion_matrix, match_clusters, scores  # noqa: E402
+from stego_parts.tokens import encode  # noqa: E402
 
 VITS8_COCOSTUFF = dict(b_self=0.08, b_knn=0.02, b_rand=0.66)  # FACTS section 2, beside the presets
 

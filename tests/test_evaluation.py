@@ -10,20 +10,32 @@ from click.testing import CliRunner
 from conftest import draw_scene
 from PIL import Image
 
-import stego_protocol
 from cli import main
 from crf import dense_crf
 from stego import Stego, pixels
-from stego_images import IGNORE, to_tensor
-from stego_protocol import (class_shares, confusion_matrix, diagnose, evaluate, fit_probes, folder_set, linear_probe,
-                            match_clusters, precision_recall, scores, table)
+from stego_parts import protocol
+from stego_parts.datasets import folder_set
+from stego_parts.images import IGNORE, to_tensor
+from stego_parts.protocol import (
+    class_shares,
+    confusion_matrix,
+    diagnose,
+    evaluate,
+    fit_probes,
+    linear_probe,
+    match_clusters,
+    precision_recall,
+    scores,
+    table,
+)
+from stego_parts.report import write_figures
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_probes():
     """Probes on 1,200 positions: enough for drawn scenes, and quick."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stego_protocol, "PROBE_ROWS", 1200)
+        patch.setattr(protocol, "PROBE_ROWS", 1200)
         yield
 
 
@@ -45,8 +57,10 @@ def drawn(tmp_path_factory):
 
 
 def sets(drawn):
-    return [folder_set(drawn / f"images/{split}", drawn / f"labels/{split}", names=drawn / "names.txt")
-            for split in ("val", "train")]
+    return [
+        folder_set(drawn / f"images/{split}", drawn / f"labels/{split}", names=drawn / "names.txt")
+        for split in ("val", "train")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +71,19 @@ def report(model, drawn):
 
 
 def result_of(report, features, probe, crf):
-    return next(r for r in report["results"] if (r["features"], r["probe"], r["crf"]) == (features, probe, crf))
+    return next(
+        r for r in report["results"] if (r["features"], r["probe"], r["crf"]) == (features, probe, crf)
+    )
 
 
 @torch.inference_mode()
 def direct_clusters(model, image, size, crf):
     """The protocol word by word: mirrored codes averaged, upsampled, cosine; CRF on log-softmax of 2 cosine."""
     x = to_tensor(image)[None]
-    codes = sum(flip(model.head.on_map(model.backbone(flip(x)))) for flip in (lambda t: t, lambda t: t.flip(-1))) / 2
+    codes = (
+        sum(flip(model.head.on_map(model.backbone(flip(x)))) for flip in (lambda t: t, lambda t: t.flip(-1)))
+        / 2
+    )
     codes = F.normalize(F.interpolate(codes, size=size, mode="bilinear", align_corners=False), dim=1)[0]
     cosine = torch.einsum("dhw,kd->khw", codes, model.centers)
     return (dense_crf(pixels(image), (2 * cosine).log_softmax(0)) if crf else cosine).argmax(0).numpy()
@@ -80,12 +99,12 @@ def test_confusion_is_that_of_the_protocol(model, drawn, report, crf):
         found = direct_clusters(model, image, label.shape, crf)
         expected += confusion_matrix(label, found, n_classes=3, n_clusters=3)
     measured = np.array(result_of(report, "stego", "cluster", crf)["confusion"])
-    assert np.abs(measured - expected).sum() <= 4e-4 * expected.sum()        # near ties may fall either way
-    assert measured.sum() == expected.sum() < 2 * 320 ** 2                   # the ignored pixels are left out
+    assert np.abs(measured - expected).sum() <= 4e-4 * expected.sum()  # near ties may fall either way
+    assert measured.sum() == expected.sum() < 2 * 320**2  # the ignored pixels are left out
 
 
 def test_every_figure_follows_from_the_confusion(report):
-    assert len(report["results"]) == 8                                       # 2 features x 2 probes x CRF or not
+    assert len(report["results"]) == 8  # 2 features x 2 probes x CRF or not
     for result in report["results"]:
         confusion, assignment = np.array(result["confusion"]), np.array(result["assignment"])
         again = scores(confusion, assignment)
@@ -93,11 +112,11 @@ def test_every_figure_follows_from_the_confusion(report):
         expected = match_clusters(confusion) if result["probe"] == "cluster" else np.arange(3)
         assert assignment.tolist() == expected.tolist()
         assert len(result["image_accuracy"]) == 2
-    assert result_of(report, "stego", "linear", False)["accuracy"] > 0.85    # drawn scenes are easy
+    assert result_of(report, "stego", "linear", False)["accuracy"] > 0.85  # drawn scenes are easy
 
 
 def test_table_json_and_console_agree(report, tmp_path):
-    stego_protocol.write_json(report, tmp_path / "scores.json")
+    protocol.write_json(report, tmp_path / "scores.json")
     read, text = json.loads((tmp_path / "scores.json").read_text()), table(report)
     assert read["results"] == report["results"] and read["protocol"] in text
     best = result_of(read, "stego", "cluster", True)
@@ -107,27 +126,32 @@ def test_table_json_and_console_agree(report, tmp_path):
     assert line.split()[-4:] == [f"{100 * cell:.1f}" for cell in cells]
     for name, iou in zip(read["classes"], best["iou"]):
         assert f"{100 * iou:.1f}" in next(line for line in text.splitlines() if line.startswith(name))
-    assert stego_protocol.headline(report) == best
+    assert protocol.headline(report) == best
 
 
 def test_pictures(report, model, drawn, tmp_path):
     val, _ = sets(drawn)
-    paths = stego_protocol.write_figures(report, model, val, tmp_path)
+    paths = write_figures(report, model, val, tmp_path)
     assert [path.name for path in paths] == ["confusion.png", "strips.png"]
     strips = Image.open(tmp_path / "strips.png")
     assert strips.width >= 3 * 320 and strips.height >= 3 * 320
-    label = val.read(int(np.argmax(stego_protocol.headline(report)["image_accuracy"])))[1]
-    shown = np.asarray(strips)[29:349, 8 + 328:8 + 328 + 320]                # the best image's label, second in its row
+    label = val.read(int(np.argmax(protocol.headline(report)["image_accuracy"])))[1]
+    shown = np.asarray(strips)[29:349, 8 + 328 : 8 + 328 + 320]  # the best image's label, second in its row
     for value in np.unique(label):
-        assert len(np.unique(shown[label == value], axis=0)) == 1            # one colour a class, pixel for pixel
+        assert len(np.unique(shown[label == value], axis=0)) == 1  # one colour a class, pixel for pixel
     assert len(np.unique(shown.reshape(-1, 3), axis=0)) == len(np.unique(label))
 
 
 @pytest.mark.parametrize("classes", [2, 5])
 def test_more_and_fewer_clusters_than_classes(model, drawn, classes):
     centers = F.normalize(torch.randn(classes, 70, generator=torch.Generator().manual_seed(0)), dim=1)
-    fitted = Stego(model.config, model.head, centers, torch.ones(classes) / classes,
-                   backbone_sha256=model.backbone.sha256)
+    fitted = Stego(
+        model.config,
+        model.head,
+        centers,
+        torch.ones(classes) / classes,
+        backbone_sha256=model.backbone.sha256,
+    )
     val, _ = sets(drawn)
     val.pairs = val.pairs[:1]
     result = evaluate(fitted, val, crf=False)["results"][0]
@@ -168,6 +192,7 @@ def test_linear_probe_reaches_the_optimum():
         loss = F.cross_entropy(layer((rows - mean) / deviation), classes)
         loss.backward()
         return loss
+
     optimizer.step(closure)
     assert found.item() < 1.01 * closure().item()
 
@@ -186,10 +211,11 @@ def test_probes_of_one_seed_are_the_same(model, drawn):
 
 # ---- diagnostics -----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("seed", range(5))
 def test_average_precision_against_the_definition(seed):
     rng = np.random.default_rng(seed)
-    values, positive = rng.integers(0, 12, 80) / 4, rng.random(80) < 0.4     # with many ties
+    values, positive = rng.integers(0, 12, 80) / 4, rng.random(80) < 0.4  # with many ties
     average, recall_before = 0.0, 0.0
     for threshold in sorted(set(values), reverse=True):
         kept = values >= threshold
@@ -208,11 +234,12 @@ def test_diagnostics(model, drawn):
     assert list(found["curves"]) == ["backbone features", "codes", "CRF kernel"]
     assert all(found["base_rate"] < curve["average_precision"] <= 1 for curve in found["curves"].values())
     couplings = np.array(found["couplings"]["codes"])
-    assert couplings.shape == (3, 3) and couplings.sum() > 400               # 4 images of up to 121 positions
-    assert np.trace(couplings) / couplings.sum() > 0.6                       # couplings mostly join equal labels
+    assert couplings.shape == (3, 3) and couplings.sum() > 400  # 4 images of up to 121 positions
+    assert np.trace(couplings) / couplings.sum() > 0.6  # couplings mostly join equal labels
 
 
 # ---- the command -----------------------------------------------------------------------------------------------
+
 
 def run(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -220,15 +247,34 @@ def run(*arguments):
 
 def test_command(model, drawn, tmp_path):
     model.save(tmp_path / "stego.pt")
-    result = run("eval", "--images", drawn / "images/val", "--labels", drawn / "labels/val", "--names",
-                 drawn / "names.txt", "-m", tmp_path / "stego.pt", "--no-crf", "--diagnostics", "--json",
-                 tmp_path / "out/scores.json", "--figures", tmp_path / "figures")
+    result = run(
+        "eval",
+        "--images",
+        drawn / "images/val",
+        "--labels",
+        drawn / "labels/val",
+        "--names",
+        drawn / "names.txt",
+        "-m",
+        tmp_path / "stego.pt",
+        "--no-crf",
+        "--diagnostics",
+        "--json",
+        tmp_path / "out/scores.json",
+        "--figures",
+        tmp_path / "figures",
+    )
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out/scores.json").read_text())
     assert f"{100 * report['results'][0]['miou']:.1f}" in result.output and "protocol:" in result.output
     written = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert written == ["confusion.png", "couplings-codes.png", "couplings-features.png", "precision-recall.png",
-                       "strips.png"]
+    assert written == [
+        "confusion.png",
+        "couplings-codes.png",
+        "couplings-features.png",
+        "precision-recall.png",
+        "strips.png",
+    ]
 
 
 def test_dataset_without_its_train_split(model, drawn, tmp_path):
@@ -236,24 +282,34 @@ def test_dataset_without_its_train_split(model, drawn, tmp_path):
         for folder, suffix in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
             (tmp_path / folder / "val/bonn").mkdir(parents=True, exist_ok=True)
             pixels = np.array(Image.open(source if suffix == folder else drawn / "labels/val" / source.name))
-            shifted = pixels if suffix == folder else np.where(pixels == IGNORE, 0, pixels + 7).astype(np.uint8)
-            Image.fromarray(shifted).save(tmp_path / folder / f"val/bonn/bonn_{source.stem}_000019_{suffix}.png")
+            shifted = (
+                pixels if suffix == folder else np.where(pixels == IGNORE, 0, pixels + 7).astype(np.uint8)
+            )
+            Image.fromarray(shifted).save(
+                tmp_path / folder / f"val/bonn/bonn_{source.stem}_000019_{suffix}.png"
+            )
     model.save(tmp_path / "stego.pt")
-    result = run("eval", "--dataset", "cityscapes", "--root", tmp_path, "-m", tmp_path / "stego.pt", "--no-crf")
+    result = run(
+        "eval", "--dataset", "cityscapes", "--root", tmp_path, "-m", tmp_path / "stego.pt", "--no-crf"
+    )
     assert result.exit_code == 0, result.output
     assert "Warning: No linear probe" in result.output and "leftImg8bit/train is missing" in result.output
     assert "no train labels" in result.output
     row = next(line for line in result.stdout.splitlines() if line.startswith("stego "))
-    assert row.split()[-2:] == ["-", "-"] and float(row.split()[1]) > 50     # no linear probe, but a clustering
+    assert row.split()[-2:] == ["-", "-"] and float(row.split()[1]) > 50  # no linear probe, but a clustering
 
 
-@pytest.mark.parametrize("arguments, code, message", [
-    ([], 2, "Give a --dataset, or your own --images and --labels"),
-    (["--images", "x"], 2, "give both folders"),
-    (["--dataset", "cityscapes", "--root", "nowhere"], 1, "leftImg8bit/val is missing"),
-    (["--images", "IMAGES", "--labels", "LABELS"], 1, "No model at missing.pt"),
-    (["--images", "nowhere", "--labels", "LABELS"], 1, "No such file or folder"),
-    (["--images", "IMAGES", "--labels", "LABELS", "--names", "nowhere.txt"], 1, "nowhere.txt")])
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        ([], 2, "Give a --dataset, or your own --images and --labels"),
+        (["--images", "x"], 2, "give both folders"),
+        (["--dataset", "cityscapes", "--root", "nowhere"], 1, "leftImg8bit/val is missing"),
+        (["--images", "IMAGES", "--labels", "LABELS"], 1, "No model at missing.pt"),
+        (["--images", "nowhere", "--labels", "LABELS"], 1, "No such file or folder"),
+        (["--images", "IMAGES", "--labels", "LABELS", "--names", "nowhere.txt"], 1, "nowhere.txt"),
+    ],
+)
 def test_what_cannot_be_evaluated(drawn, arguments, code, message):
     places = {"IMAGES": drawn / "images/val", "LABELS": drawn / "labels/val"}
     result = run("eval", "-m", "missing.pt", *[places.get(argument, argument) for argument in arguments])

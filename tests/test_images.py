@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stego_images import (contact_sheet, find_images, five_crops, mask_image, overlay, read_image, replacing, square,
-                          to_tensor, voc_palette, write_image)
+from stego_parts.drawing import contact_sheet, overlay
+from stego_parts.images import (
+    find_images,
+    five_crops,
+    mask_image,
+    read_image,
+    replacing,
+    square,
+    to_tensor,
+    voc_palette,
+    write_image,
+)
 
 RAMP = np.linspace(0, 255, 16 * 12).reshape(12, 16)
 
@@ -29,8 +39,12 @@ MODES = {  # name: (picture, file suffix, the grey or colour its last pixel must
     "RGBA opaque": (Image.new("RGBA", (16, 12), (10, 200, 30, 255)), ".png", (10, 200, 30), 0),
     "RGBA clear": (Image.new("RGBA", (16, 12), (10, 200, 30, 0)), ".png", (255, 255, 255), 0),
     "LA": (Image.new("LA", (16, 12), (100, 0)), ".png", (255, 255, 255), 0),
-    "P": (Image.new("RGB", (16, 12), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE), ".png",
-          (10, 200, 30), 2),
+    "P": (
+        Image.new("RGB", (16, 12), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE),
+        ".png",
+        (10, 200, 30),
+        2,
+    ),
     "P transparent": (transparent_palette(), ".png", (255, 255, 255), 1),
     "I;16": (sixteen_bit(), ".png", (255, 255, 255), 0),
     "I;16 tiff": (sixteen_bit(), ".tif", (255, 255, 255), 0),
@@ -105,7 +119,7 @@ def test_find_images(tmp_path):
     assert places([str(tmp_path / "sub"), tmp_path / "b.jpg"]) == ["c.tif", "deep/d.webp", "b.jpg"]
     assert places(str(tmp_path / "*.jpg")) == ["b.jpg"]
     assert places(str(tmp_path / "**/*.tif")) == ["sub/c.tif"]
-    assert places([tmp_path, tmp_path / "b.jpg"]) == places(tmp_path)        # each once
+    assert places([tmp_path, tmp_path / "b.jpg"]) == places(tmp_path)  # each once
     for source, message in ((tmp_path / "none", "No such file"), (tmp_path / "*.bmp", "matches no file")):
         with pytest.raises(FileNotFoundError, match=message):
             find_images(source)
@@ -129,21 +143,33 @@ def test_links_in_a_circle_end(tmp_path):
 def test_to_tensor_is_normalised():
     x = to_tensor(Image.new("RGB", (3, 2), (255, 0, 128)))
     assert x.shape == (3, 2, 3)
-    assert x[:, 0, 0].tolist() == pytest.approx([(1 - 0.485) / 0.229, -0.456 / 0.224, (128 / 255 - 0.406) / 0.225])
+    assert x[:, 0, 0].tolist() == pytest.approx(
+        [(1 - 0.485) / 0.229, -0.456 / 0.224, (128 / 255 - 0.406) / 0.225]
+    )
 
 
 def test_five_crops_cover_the_corners_and_the_centre():
     image = Image.fromarray(np.arange(10 * 8 * 3, dtype=np.uint8).reshape(10, 8, 3))
     array, crops = np.asarray(image), [np.asarray(crop) for crop in five_crops(image)]
     for crop, (y, x) in zip(crops, ((0, 0), (0, 4), (5, 0), (5, 4), (2, 2))):
-        assert np.array_equal(crop, array[y:y + 5, x:x + 4])
+        assert np.array_equal(crop, array[y : y + 5, x : x + 4])
     assert square(image, 4).size == (4, 4)
 
 
 def test_palette_is_voc_shifted_by_one():
     palette = voc_palette()
-    voc = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128),
-           (128, 128, 128), (64, 0, 0), (192, 0, 0)]
+    voc = [
+        (0, 0, 0),
+        (128, 0, 0),
+        (0, 128, 0),
+        (128, 128, 0),
+        (0, 0, 128),
+        (128, 0, 128),
+        (0, 128, 128),
+        (128, 128, 128),
+        (64, 0, 0),
+        (192, 0, 0),
+    ]
     assert [tuple(colour) for colour in palette[:9]] == voc[1:]
     assert tuple(palette[255]) == (0, 0, 0) and len({tuple(c) for c in palette}) == 256
 
@@ -155,7 +181,7 @@ def test_masks_are_indexed_8_bit_png(tmp_path):
         assert image.mode == "P" and image.format == "PNG" and np.array_equal(np.asarray(image), mask)
         assert len(image.getpalette()) == 768
     header = (tmp_path / "m.png").read_bytes()
-    assert header[24:26] == b"\x08\x03"                                      # 8 bits, indexed
+    assert header[24:26] == b"\x08\x03"  # 8 bits, indexed
 
 
 def test_own_colours_are_kept():
@@ -192,6 +218,6 @@ def test_overlay_and_sheet():
     mask[:, 20:] = 1
     blended = np.asarray(overlay(image, mask, voc_palette()))
     assert blended.shape == (30, 40, 3) and blended[5, 5].tolist() == [191, 127, 127]
-    assert blended[5, 20].max() < 90                                         # the line between segments
+    assert blended[5, 20].max() < 90  # the line between segments
     sheet = contact_sheet([(image, mask)] * 4, voc_palette())
     assert sheet.width == 3 * (2 * 240 + 16) + 8 and sheet.mode == "RGB"

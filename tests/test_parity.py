@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from test_backbones import dino_state, plain_vit
 
-from stego_backbones import BACKBONES, load_backbone
+from stego_parts.backbones import BACKBONES, load_backbone
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
@@ -23,7 +23,7 @@ def transformer(request, tmp_path_factory):
 @torch.inference_mode()
 def test_transformers(transformer, height, width):
     network, state, spec = transformer
-    h, w = round(height / spec.patch), round(width / spec.patch)             # 322 pixels where a patch has 14
+    h, w = round(height / spec.patch), round(width / spec.patch)  # 322 pixels where a patch has 14
     torch.manual_seed(0)
     x = torch.randn(1, 3, h * spec.patch, w * spec.patch)
     torch.testing.assert_close(network(x), plain_vit(x, state, spec), **CLOSE)
@@ -37,8 +37,12 @@ def resnet_state() -> dict:
         fan = inner * side * side
         weight = torch.randn(outer, inner, side, side, generator=generator)
         state[f"{conv}.weight"] = weight * (2 / fan) ** 0.5
-        for name, low, high in (("weight", 0.4, 0.8), ("bias", -0.1, 0.1), ("running_mean", -0.1, 0.1),
-                                ("running_var", 0.5, 1.5)):
+        for name, low, high in (
+            ("weight", 0.4, 0.8),
+            ("bias", -0.1, 0.1),
+            ("running_mean", -0.1, 0.1),
+            ("running_var", 0.5, 1.5),
+        ):
             state[f"{norm}.{name}"] = low + (high - low) * torch.rand(outer, generator=generator)
 
     add("conv1", "bn1", 3, 64, 7)
@@ -56,11 +60,13 @@ def resnet_state() -> dict:
 
 def plain_resnet(x, state, dilated=()):
     """ResNet-50 written out, to its last map; `dilated` layers widen filters where the others stride."""
+
     def conv(x, name, norm, stride=1, dilation=1):
         weight = state[f"{name}.weight"]
         x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2 * dilation, dilation=dilation)
-        mean, var, gain, bias = (state[f"{norm}.{key}"][:, None, None]
-                                 for key in ("running_mean", "running_var", "weight", "bias"))
+        mean, var, gain, bias = (
+            state[f"{norm}.{key}"][:, None, None] for key in ("running_mean", "running_var", "weight", "bias")
+        )
         return (x - mean) / (var + 1e-5).sqrt() * gain + bias
 
     x, dilation = F.max_pool2d(conv(x, "conv1", "bn1", 2).relu(), 3, 2, 1), 1
@@ -84,8 +90,10 @@ def resnet_file(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("height, width, stride, dilated", [
-    (224, 224, 32, ()), (320, 320, 32, ()), (160, 240, 16, (4,)), (160, 240, 8, (3, 4))])
+@pytest.mark.parametrize(
+    "height, width, stride, dilated",
+    [(224, 224, 32, ()), (320, 320, 32, ()), (160, 240, 16, (4,)), (160, 240, 8, (3, 4))],
+)
 @torch.inference_mode()
 def test_resnet(resnet_file, height, width, stride, dilated):
     torch.manual_seed(0)

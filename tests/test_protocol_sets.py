@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from stego_images import read_image
-from stego_protocol import IGNORE, LAYOUTS, folder_set, labelled_set, read_pair
+from stego_parts.datasets import LAYOUTS, folder_set, labelled_set, read_pair
+from stego_parts.images import IGNORE, read_image
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -69,17 +69,30 @@ def class_of_id(labelled):
 
 def test_every_cityscapes_id(cityscapes):
     found = class_of_id(labelled_set("cityscapes", cityscapes, "val"))
-    assert found == {i: {i - 7 if 7 <= i <= 33 else IGNORE} for i in [*range(34), 255]}  # id -1 is stored as 255
+    assert found == {
+        i: {i - 7 if 7 <= i <= 33 else IGNORE} for i in [*range(34), 255]
+    }  # id -1 is stored as 255
     names = labelled_set("cityscapes", cityscapes, "train").classes
-    assert [names[i - 7] for i in (7, 11, 17, 23, 26, 33)] == ["road", "building", "pole", "sky", "car", "bicycle"]
+    assert [names[i - 7] for i in (7, 11, 17, 23, 26, 33)] == [
+        "road",
+        "building",
+        "pole",
+        "sky",
+        "car",
+        "bicycle",
+    ]
     assert len(names) == 27
 
 
 def test_every_potsdam_id(potsdam):
     labelled = labelled_set("potsdam3", potsdam, "val")
     assert class_of_id(labelled) == {0: {0}, 4: {0}, 1: {1}, 5: {1}, 2: {2}, 3: {2}, 255: {IGNORE}}
-    assert [image.stem for image, _ in labelled.pairs] == ["2_10_0_1"] and labelled.source == "labelled_test.txt"
-    assert np.array_equal(np.asarray(read_image(labelled.pairs[0][0])), rgb(every_id(6)))  # RGB of four channels
+    assert [image.stem for image, _ in labelled.pairs] == [
+        "2_10_0_1"
+    ] and labelled.source == "labelled_test.txt"
+    assert np.array_equal(
+        np.asarray(read_image(labelled.pairs[0][0])), rgb(every_id(6))
+    )  # RGB of four channels
 
 
 def test_every_cocostuff_id(cocostuff):
@@ -87,12 +100,25 @@ def test_every_cocostuff_id(cocostuff):
     found = class_of_id(labelled)
     name = {i: labelled.classes[min(found[i])] for i in range(182)}
     assert found[255] == {IGNORE} and len(labelled.classes) == 27
-    spots = {0: "person", 1: "vehicle", 15: "animal", 46: "food", 61: "furniture", 71: "electronic", 156: "sky",
-             168: "plant", 181: "plant", 177: "water", 148: "ground"}
+    spots = {
+        0: "person",
+        1: "vehicle",
+        15: "animal",
+        46: "food",
+        61: "furniture",
+        71: "electronic",
+        156: "sky",
+        168: "plant",
+        181: "plant",
+        177: "water",
+        148: "ground",
+    }
     table = SHARED / "cocostuff27.csv"
     if table.exists():
         rows = list(csv.DictReader(table.open()))
-        assert [labelled.lookup[int(row["fine_id"])] for row in rows] == [int(row["coarse_id"]) for row in rows]
+        assert [labelled.lookup[int(row["fine_id"])] for row in rows] == [
+            int(row["coarse_id"]) for row in rows
+        ]
         assert len(rows) == 182
         spots = {i: labelled.classes[int(rows[i]["coarse_id"])] for i in spots}
     assert {i: name[i] for i in spots} == spots
@@ -109,10 +135,17 @@ def test_cocostuff_lists(cocostuff):
         assert [image.stem for image, _ in labelled.pairs] == ["000000000002"] and name in labelled.source
 
 
-@pytest.mark.parametrize("name, missing", [
-    ("cityscapes", "leftImg8bit"), ("cityscapes", "gtFine/val"), ("cocostuff27", "images/val2017"),
-    ("cocostuff27", "annotations/val2017/000000000002.png"), ("potsdam3", "labelled_test.txt"),
-    ("potsdam3", "gt/2_10_0_1.mat")])
+@pytest.mark.parametrize(
+    "name, missing",
+    [
+        ("cityscapes", "leftImg8bit"),
+        ("cityscapes", "gtFine/val"),
+        ("cocostuff27", "images/val2017"),
+        ("cocostuff27", "annotations/val2017/000000000002.png"),
+        ("potsdam3", "labelled_test.txt"),
+        ("potsdam3", "gt/2_10_0_1.mat"),
+    ],
+)
 def test_first_missing_path_and_the_expected_tree(name, missing, request):
     root = request.getfixturevalue({"cocostuff27": "cocostuff", "potsdam3": "potsdam"}.get(name, name))
     (root / missing).rename(root / "elsewhere")
@@ -141,7 +174,11 @@ def test_own_folders(own):
     assert labelled.classes == ["class 0", "class 1"] and [p.stem for p, _ in labelled.pairs] == ["a", "b"]
     assert np.unique(labelled.read(1)[1]).tolist() == [1, IGNORE]
     (own / "names.txt").write_text("wall\nfloor plan\ndoor\n")
-    assert folder_set(own / "images", own / "labels", names=own / "names.txt").classes == ["wall", "floor plan", "door"]
+    assert folder_set(own / "images", own / "labels", names=own / "names.txt").classes == [
+        "wall",
+        "floor plan",
+        "door",
+    ]
 
 
 def test_pairs_go_by_stem_not_by_order(own):
@@ -174,12 +211,14 @@ def test_labels_of_another_size_value_or_kind(own):
 
 def test_pair_is_the_central_square_with_untouched_label_values(own):
     label = np.zeros((40, 80), np.uint8)
-    label[:, 30:50], label[:, :20] = 9, 200                                  # 200 lies outside the central square
+    label[:, 30:50], label[:, :20] = 9, 200  # 200 lies outside the central square
     picture(own / "labels/a.png", label)
     picture(own / "images/a.jpg", rgb(label))
     image, found = read_pair(own / "images/a.jpg", own / "labels/a.png", side=320)
     assert image.size == (320, 320) and found.shape == (320, 320)
-    assert np.unique(found).tolist() == [0, 9] and (found[:, 80:240] == 9).all() and (found == 9).mean() == 0.5
+    assert (
+        np.unique(found).tolist() == [0, 9] and (found[:, 80:240] == 9).all() and (found == 9).mean() == 0.5
+    )
 
 
 def test_broken_matlab_file(potsdam):

@@ -2,7 +2,7 @@
 
     python bench/paper/potts.py [--seed 7] [-o bench/paper/potts.jpg]
 
-On a scene drawn by `stego_images.draw_scene`: the picture, superpixels (discrete codes, each in the mean colour of its
+On a scene drawn by `stego_parts.scenes.draw_scene`: the picture, superpixels (discrete codes, each in the mean colour of its
 pixels, and their borders), continuous codes of three numbers as red, green and blue.
 """
 
@@ -17,7 +17,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from crf import potts_codes  # noqa: E402
-from stego_images import draw_scene, overlay, strips, write_image  # noqa: E402
+from stego_parts.drawing import overlay, strips  # noqa: E402
+from stego_parts.images import write_image  # noqa: E402
+from stego_parts.scenes import draw_scene  # noqa: E402
 
 CLASSES, LENGTH = 24, 3
 
@@ -39,9 +41,11 @@ def main(seed, output):
     image, began = torch.from_numpy(np.array(picture)).permute(2, 0, 1), time.monotonic()
     discrete = potts_codes(image, CLASSES).argmax(0).byte().numpy()
     between = time.monotonic()
-    codes = potts_codes(image, LENGTH, discrete=False)                       # (3, H, W), unit vectors
-    print(f"discrete {between - began:.0f} s, {len(np.unique(discrete))} classes used; "
-          f"continuous {time.monotonic() - between:.0f} s")
+    codes = potts_codes(image, LENGTH, discrete=False)  # (3, H, W), unit vectors
+    print(
+        f"discrete {between - began:.0f} s, {len(np.unique(discrete))} classes used; "
+        f"continuous {time.monotonic() - between:.0f} s"
+    )
     colours = Image.fromarray(((codes + 1) * 127.5).byte().permute(1, 2, 0).numpy())
     pictures = [picture, superpixels(picture, discrete), colours]
     write_image(strips([("a drawn scene, discrete codes, continuous codes", pictures)], legend={}), output)

@@ -1,11 +1,11 @@
 """The frozen backbones: where their weights come from and how an image becomes dense features.
 
-`load_backbone(name)` returns a module that maps (B, 3, H, W) images, normalised with MEAN and STD, to features
+`load_backbone(name)` returns a module that maps (B, 3, H, W) images, normalised (images.to_tensor), to features
 (B, channels, H / patch, W / patch): of a transformer the tokens of the last block after the final LayerNorm, class
 token dropped (STEGO Sec. 3, DINO: Caron et al. 2021, DINOv2: Oquab et al. 2023, registers: Darcet et al. 2024), of a
 ResNet the last feature map (resnet.py).
 
-`python -m stego_backbones NAME` downloads a backbone ahead of time and prints the path of its file.
+`python -m stego_parts.backbones NAME` downloads a backbone ahead of time and prints the path of its file.
 """
 
 import argparse
@@ -24,14 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stego_backbones.tiny import Tiny
-from stego_backbones.vit import ViT, convert_dino
+from stego_parts.tiny import Tiny
+from stego_parts.vit import ViT, convert_dino
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in 0..1: what every backbone was trained with
 NET_TIMEOUT = 10  # seconds without an answer from the server before a download is given up
 TINY_FILE = Path(__file__).with_name("tiny.pt")
 TINY_SHA256 = "1a2178c4823fa67f838845a58b2a094c0c2f05c2886d25947e368bba4c21ec7c"
-AUTO = "dinov2_vits14"      # plain k-means on CocoStuff-27 reaches 22.9 mIoU, 9.5 on dino_vits8 at 4 x the time
+AUTO = "dinov2_vits14"  # plain k-means on CocoStuff-27 reaches 22.9 mIoU, 9.5 on dino_vits8 at 4 x the time
 AUTO_CACHED = "dino_vits8"  # what `auto` takes rather than download AUTO
 
 log = logging.getLogger("stego")
@@ -39,37 +38,67 @@ log = logging.getLogger("stego")
 
 # ---- the table -------------------------------------------------------------------------------------------------
 
+
 class Spec(NamedTuple):
     """A published vision transformer, or a ResNet-50, which has no heads."""
+
     url: str
     channels: int
     heads: int
-    patch: int         # pixels; a ResNet's stride
-    grid: int          # side of the grid of position embeddings it was trained with
+    patch: int  # pixels; a ResNet's stride
+    grid: int  # side of the grid of position embeddings it was trained with
     registers: int = 0
-    depth: int = 12    # blocks
-    sha256: str = ""   # of the file, or its first digits, where several sources agree on it
+    depth: int = 12  # blocks
+    sha256: str = ""  # of the file, or its first digits, where several sources agree on it
 
 
 DINO, DINOV2 = "https://dl.fbaipublicfiles.com/dino/", "https://dl.fbaipublicfiles.com/dinov2/"
 BACKBONES = {
     "dino_vits8": Spec(DINO + "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth", 384, 6, 8, 28),
-    "dino_vits8_300ep": Spec(DINO + "dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth", 384, 6, 8, 28),
+    "dino_vits8_300ep": Spec(
+        DINO + "dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth", 384, 6, 8, 28
+    ),
     "dino_vits16": Spec(DINO + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", 384, 6, 16, 14),
     "dino_vitb8": Spec(DINO + "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth", 768, 12, 8, 28),
     "dino_vitb16": Spec(DINO + "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", 768, 12, 16, 14),
-    "dinov2_vits14": Spec(DINOV2 + "dinov2_vits14/dinov2_vits14_pretrain.pth", 384, 6, 14, 37,
-                          sha256="b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
-    "dinov2_vitb14": Spec(DINOV2 + "dinov2_vitb14/dinov2_vitb14_pretrain.pth", 768, 12, 14, 37,
-                          sha256="0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"),
-    "dinov2_vitl14": Spec(DINOV2 + "dinov2_vitl14/dinov2_vitl14_pretrain.pth", 1024, 16, 14, 37, depth=24,
-                          sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"),
+    "dinov2_vits14": Spec(
+        DINOV2 + "dinov2_vits14/dinov2_vits14_pretrain.pth",
+        384,
+        6,
+        14,
+        37,
+        sha256="b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+    ),
+    "dinov2_vitb14": Spec(
+        DINOV2 + "dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+        768,
+        12,
+        14,
+        37,
+        sha256="0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+    ),
+    "dinov2_vitl14": Spec(
+        DINOV2 + "dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        1024,
+        16,
+        14,
+        37,
+        depth=24,
+        sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+    ),
     "dinov2_vits14_reg": Spec(DINOV2 + "dinov2_vits14/dinov2_vits14_reg4_pretrain.pth", 384, 6, 14, 37, 4),
     "dinov2_vitb14_reg": Spec(DINOV2 + "dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", 768, 12, 14, 37, 4),
     "dino_resnet50": Spec(DINO + "dino_resnet50_pretrain/dino_resnet50_pretrain.pth", 2048, 0, 32, 0),
-    "mocov2": Spec("https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
-                   2048, 0, 32, 0),
-    "resnet50": Spec("https://download.pytorch.org/models/resnet50-0676ba61.pth", 2048, 0, 32, 0, sha256="0676ba61"),
+    "mocov2": Spec(
+        "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
+        2048,
+        0,
+        32,
+        0,
+    ),
+    "resnet50": Spec(
+        "https://download.pytorch.org/models/resnet50-0676ba61.pth", 2048, 0, 32, 0, sha256="0676ba61"
+    ),
 }
 NAMES = (*BACKBONES, "tiny")
 CUSTOM = "custom:"  # before the name of a feature extractor that came as a callable
@@ -78,8 +107,15 @@ PROBE = 224  # pixels: side of the blank image that tells a callable's stride an
 
 # ---- weights ---------------------------------------------------------------------------------------------------
 
-def load_backbone(name="auto", *, weights: str | Path | None = None, stride: int | None = None, device="cpu",
-                  progress: bool = False):
+
+def load_backbone(
+    name="auto",
+    *,
+    weights: str | Path | None = None,
+    stride: int | None = None,
+    device="cpu",
+    progress: bool = False,
+):
     """A frozen backbone in eval mode, with `.name`, `.patch` (pixels), `.channels` and `.sha256` (of its tensors).
 
     name: one of NAMES; or "auto": dinov2_vits14 from the cache, else dino_vits8 from there, else dinov2_vits14
@@ -90,7 +126,9 @@ def load_backbone(name="auto", *, weights: str | Path | None = None, stride: int
     """
     if callable(name):
         if weights or stride:
-            raise ValueError("Weights and a stride go with the name of a backbone; this one is a callable of your own.")
+            raise ValueError(
+                "Weights and a stride go with the name of a backbone; this one is a callable of your own."
+            )
         return Custom(name, device)
     if name == "auto":
         return _load_auto(weights, stride=stride, device=device, progress=progress)
@@ -112,7 +150,8 @@ def _empty(name: str, stride: int | None) -> nn.Module:
     spec = BACKBONES.get(name)
     with torch.device("meta"):
         if spec and not spec.heads:
-            from stego_backbones.resnet import DILATED, ResNet50  # here: torchvision is slow to import
+            from stego_parts.resnet import DILATED, ResNet50  # here: torchvision is slow to import
+
             stride = spec.patch if stride is None else stride
             if stride not in DILATED:
                 raise ValueError(f"Got stride {stride}; {name} has {', '.join(map(str, DILATED))}.")
@@ -120,8 +159,10 @@ def _empty(name: str, stride: int | None) -> nn.Module:
         module = ViT(spec) if spec else Tiny()
     if stride not in (None, module.patch):
         resnets = ", ".join(name for name, spec in BACKBONES.items() if not spec.heads)
-        raise ValueError(f"Got stride {stride}; {name} sees patches of {module.patch} pixels, leave --stride out. "
-                         f"It is for {resnets}.")
+        raise ValueError(
+            f"Got stride {stride}; {name} sees patches of {module.patch} pixels, leave --stride out. "
+            f"It is for {resnets}."
+        )
     return module
 
 
@@ -129,9 +170,13 @@ def _converted(state: dict, module: nn.Module) -> dict:
     """A published state dict under the names of our module."""
     if isinstance(module, ViT):
         return convert_dino(state)
-    from stego_backbones.resnet import convert_resnet
-    counters = {key: torch.zeros_like(value, device="cpu") for key, value in module.state_dict().items()
-                if key.endswith("num_batches_tracked")}                      # features do not depend on them
+    from stego_parts.resnet import convert_resnet
+
+    counters = {
+        key: torch.zeros_like(value, device="cpu")
+        for key, value in module.state_dict().items()
+        if key.endswith("num_batches_tracked")
+    }  # features do not depend on them
     return counters | convert_resnet(state)
 
 
@@ -156,13 +201,17 @@ class Custom(nn.Module):
             maps = function(torch.zeros(1, 3, side, side, device=device))
         if not isinstance(maps, Tensor) or maps.ndim != 4 or len(maps) != 1 or not maps.is_floating_point():
             shape = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
-            raise ValueError(f"The backbone {self.name} made {shape} of an image (1, 3, {side}, {side}); it must give "
-                             "a float tensor (1, C, h, w).")
+            raise ValueError(
+                f"The backbone {self.name} made {shape} of an image (1, 3, {side}, {side}); it must give "
+                "a float tensor (1, C, h, w)."
+            )
         self.channels, (h, w) = maps.shape[1], maps.shape[2:]
         self.patch = side // max(h, 1) if patch is None else patch
         if (h * self.patch, w * self.patch) != (side, side):
-            raise ValueError(f"The backbone {self.name} made a map of {h} x {w} of {side} x {side} pixels; both must "
-                             "be whole multiples: give it an attribute `patch`, its stride in pixels.")
+            raise ValueError(
+                f"The backbone {self.name} made a map of {h} x {w} of {side} x {side} pixels; both must "
+                "be whole multiples: give it an attribute `patch`, its stride in pixels."
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x).float()
@@ -176,9 +225,14 @@ def _load_auto(weights, **options):
     except FileNotFoundError:
         if weights:
             raise
-        log.warning("%s is not in the cache and cannot be downloaded; using the bundled backbone tiny, which knows "
-                    "colours and textures but hardly any objects. For better segments get %s and pass it: "
-                    "--backbone %s --weights FILE.", AUTO, BACKBONES[AUTO].url, AUTO)
+        log.warning(
+            "%s is not in the cache and cannot be downloaded; using the bundled backbone tiny, which knows "
+            "colours and textures but hardly any objects. For better segments get %s and pass it: "
+            "--backbone %s --weights FILE.",
+            AUTO,
+            BACKBONES[AUTO].url,
+            AUTO,
+        )
         return load_backbone("tiny", device=options["device"])
 
 
@@ -203,20 +257,26 @@ def _download(name: str, progress: bool) -> dict:
     if path.exists():
         return _read_weights(path, spec.sha256)
     watched = progress and sys.stderr.isatty()
-    by_hand = f"put the file at {path} by hand, pass it as --weights FILE, or use --backbone tiny (no download)."
+    by_hand = (
+        f"put the file at {path} by hand, pass it as --weights FILE, or use --backbone tiny (no download)."
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # torch.hub writes to a temporary name and renames, but sets no time-out and announces downloads on stdout
         with _net_timeout(NET_TIMEOUT), redirect_stdout(sys.stderr if watched else io.StringIO()):
-            torch.hub.load_state_dict_from_url(spec.url, map_location="cpu", progress=watched, weights_only=True)
+            torch.hub.load_state_dict_from_url(
+                spec.url, map_location="cpu", progress=watched, weights_only=True
+            )
         return _read_weights(path, spec.sha256)
     except OSError as error:
-        raise FileNotFoundError(f"Could not download {name} from {spec.url} ({first_line(error)}): "
-                                f"{by_hand}") from error
+        raise FileNotFoundError(
+            f"Could not download {name} from {spec.url} ({first_line(error)}): {by_hand}"
+        ) from error
     except Exception as error:  # what came is not the file: a cut connection, a proxy's web page
         path.unlink(missing_ok=True)
-        raise FileNotFoundError(f"What {spec.url} sent is not a usable weight file ({first_line(error)}): "
-                                f"try again, {by_hand}") from error
+        raise FileNotFoundError(
+            f"What {spec.url} sent is not a usable weight file ({first_line(error)}): try again, {by_hand}"
+        ) from error
 
 
 @contextmanager
@@ -262,13 +322,17 @@ def read_checkpoint(path: Path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("constants.pkl") for name in archive.namelist()):
-                    raise ValueError("a TorchScript program")                # torch.load would run it
+                    raise ValueError("a TorchScript program")  # torch.load would run it
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_InertPickle)
-    except Exception as error:  # unpicklers raise whatever a confused file leads them to: struct.error, IndexError, ...
-        raise ValueError(f"{path} is not a weight file that can be loaded safely ({first_line(error)}).") from error
+    except (
+        Exception
+    ) as error:  # unpicklers raise whatever a confused file leads them to: struct.error, IndexError, ...
+        raise ValueError(
+            f"{path} is not a weight file that can be loaded safely ({first_line(error)})."
+        ) from error
 
 
 class Inert:
@@ -299,6 +363,7 @@ class _InertUnpickler(pickle._Unpickler):  # in Python: the one in C lets a few 
 
 class _InertPickle:
     """What torch.load asks of a pickle module."""
+
     Unpickler = _InertUnpickler
 
     @staticmethod
@@ -312,13 +377,17 @@ def _fill(module: nn.Module, state: dict, name: str, *, source):
     missing, extra = sorted(needed.keys() - state.keys()), sorted(state.keys() - needed.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has an unknown entry {extra[0]}"
-        raise ValueError(f"{source} does not fit the backbone {name}: it {what}; name the backbone it was made for.")
+        raise ValueError(
+            f"{source} does not fit the backbone {name}: it {what}; name the backbone it was made for."
+        )
     for key, want in needed.items():
         got = state[key]
         if not isinstance(got, Tensor) or got.shape != want.shape:
             shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
-            raise ValueError(f"{source} does not fit the backbone {name}: {key} is {shape}, it should be "
-                             f"{tuple(want.shape)}; name the backbone it was made for.")
+            raise ValueError(
+                f"{source} does not fit the backbone {name}: {key} is {shape}, it should be "
+                f"{tuple(want.shape)}; name the backbone it was made for."
+            )
         if got.is_floating_point() and not torch.isfinite(got).all():
             raise ValueError(f"{source} is damaged: {key} holds NaN or infinite values.")
     module.load_state_dict({key: state[key].to(want.dtype) for key, want in needed.items()}, assign=True)
@@ -331,7 +400,7 @@ def first_line(error: Exception) -> str:
 
 def main(arguments=None):
     """Fetch a published backbone ahead of time: download, check, print the file's path."""
-    parser = argparse.ArgumentParser(prog="python -m stego_backbones", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m stego_parts.backbones", description=main.__doc__)
     parser.add_argument("name", choices=BACKBONES)
     name = parser.parse_args(arguments).name
     try:
@@ -339,3 +408,7 @@ def main(arguments=None):
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
     print(checkpoint_path(name))
+
+
+if __name__ == "__main__":
+    main()

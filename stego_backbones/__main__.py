@@ -1,3 +1,0 @@
-from stego_backbones import main
-
-main()
