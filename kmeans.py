@@ -59,8 +59,8 @@ class CosineKMeans:
         best = (math.inf, None)
         for _ in range(self.n_init):
             self._reset()
-            for _ in range(self.max_iter):
-                self._step(self._draw(x, self.batch_size))
+            for i in range(self.max_iter):
+                self._step(self._draw(x, self.batch_size), last=i + 1 == self.max_iter)
             best = min(best, (self._mean_distance(x), self.cluster_centers_), key=lambda run: run[0])
         self.inertia_, self.cluster_centers_ = best
         return self
@@ -69,19 +69,20 @@ class CosineKMeans:
         """Move the centres by one mini-batch x (B, d); the first batch also seeds them, so it needs B >= K rows."""
         return self._step(_unit_rows(x))
 
-    def _step(self, x: Tensor) -> "CosineKMeans":
-        """`partial_fit` on rows of unit length."""
+    def _step(self, x: Tensor, *, last: bool = False) -> "CosineKMeans":
+        """`partial_fit` on rows of unit length; after the last batch nothing would refine a centre that is moved."""
         if self.cluster_centers_ is None:
             self.cluster_centers_ = self._seed_centers(self._draw(x, SEEDING_ROWS * self.n_clusters))
             self._sums = torch.zeros_like(self.cluster_centers_)
             self._counts = x.new_zeros(self.n_clusters)
         cosine, label = _nearest(x, self.cluster_centers_)
-        self._sums.mul_(FORGET).index_add_(0, label, x)  # (K, d)
-        self._counts.mul_(FORGET).index_add_(0, label, torch.ones_like(cosine))
+        member = F.one_hot(label, self.n_clusters).to(x.dtype)  # (B, K)
+        self._sums.mul_(FORGET).add_(member.T @ x)  # (K, d); index_add_ is not deterministic on CUDA
+        self._counts.mul_(FORGET).add_(member.sum(0))
         alive = (self._counts > 1e-6) & (self._sums.norm(dim=1) > 1e-6)
         self.cluster_centers_[alive] = F.normalize(self._sums[alive], dim=1)
         self._batches += 1
-        if self._batches % REPAIR_EVERY == 0:
+        if self._batches % REPAIR_EVERY == 0 and not last:
             self._repair(x, cosine)
         return self
 

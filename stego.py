@@ -30,7 +30,7 @@ from stego_parts.checkpoint import FitCheckpoint, Training, features_key
 from stego_parts.config import RELEASED, Config, fit_config
 from stego_parts.diagnostics import cluster_agreement, plausible_counts, training_warning
 from stego_parts.distributed import data_parallel, from_first, process_count, rank
-from stego_parts.images import find_images, read_image, to_tensor, voc_palette
+from stego_parts.images import distinct_colors, find_images, read_image, to_tensor
 from stego_parts.maps import class_scores, dot_products, pixels, unmirror, upsampled_argmax
 from stego_parts.matching import check_same_features, inherit_ids, match_clusters_to
 from stego_parts.model_files import check_backbone, check_model, damaged, read_model, write_model
@@ -40,6 +40,7 @@ from stego_parts.tokens import (
     Progress,
     TokenCache,
     backbone_size,
+    check_resolution,
     dense_features,
     encode,
     no_progress,
@@ -396,7 +397,7 @@ class Stego:
         self.config, self.device = config, device
         self.backbone_sha256, self.weights = backbone_sha256, weights
         self.head, self.centers, self.share = head.to(device), centers.to(device), share.cpu()
-        self.palette = voc_palette(len(centers)) if palette is None else palette
+        self.palette = distinct_colors(len(centers)) if palette is None else palette
         self.names = [""] * len(centers) if names is None else list(names)
         self.linear: tuple[Tensor, Tensor] | None = None  # weight, bias: a released linear probe
         self.record: FitRecord | None = None
@@ -575,10 +576,7 @@ class Stego:
 
     def working_size(self, image, resolution: int = RESOLUTION) -> tuple[int, int]:
         """(width, height) of an image for the backbone, see `backbone_size`."""
-        if resolution < self.backbone.patch:
-            raise ValueError(
-                f"Got resolution {resolution}; it is the shorter side in pixels, at least {self.backbone.patch}."
-            )
+        check_resolution(self.backbone, resolution, size=image.size, device=self.device)
         return backbone_size(image, self.backbone.patch, resolution=resolution)
 
     # ---- the model file

@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from stego_parts.config import MAX_CLASSES
-from stego_parts.images import voc_palette
+from stego_parts.images import distinct_colors
 from stego_parts.tokens import NOTICE, TokenCache
 
 ROWS = 100_000  # codes that both models label
@@ -58,7 +58,9 @@ def inherit_ids(model, earlier, same: dict[int, int]):
     model.centers, model.share = model.centers[order], model.share[order]
     used = set(map(tuple, earlier.palette.tolist()))
     kept = [earlier.palette[m] for m in range(len(earlier.palette)) if m not in same.values()]
-    unused = iter([color for color in voc_palette(MAX_CLASSES) if tuple(color.tolist()) not in used] + kept)
+    unused = iter(
+        [color for color in distinct_colors(MAX_CLASSES) if tuple(color.tolist()) not in used] + kept
+    )
     model.palette = np.array(
         [earlier.palette[same[k]] if k in same else next(unused) for k in order], np.uint8
     )

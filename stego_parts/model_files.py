@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from stego_parts.backbones import BACKBONES, CUSTOM, first_line, read_checkpoint
 from stego_parts.checkpoint import write_state
 from stego_parts.config import MAX_CLASSES, RELEASED
-from stego_parts.images import voc_palette
+from stego_parts.images import distinct_colors
 
 FORMAT, VERSION = "stego", 1
 RELEASED_HEAD = {
@@ -89,7 +89,7 @@ def _released(state: dict) -> dict:
         head=head,
         centers=centers,
         share=torch.zeros(count),  # it does not tell
-        palette=torch.from_numpy(voc_palette(count)),
+        palette=torch.from_numpy(distinct_colors(count)),
         names=[""] * count,
         backbone_sha256="",
         linear=linear,

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,59 +17,80 @@ from stego_parts import drawing
 from stego_parts.config import TERMS
 from stego_parts.datasets import LabelledSet
 from stego_parts.diagnostics import plausible_counts, training_warning
-from stego_parts.drawing import density_chart, line_chart, mark, matrix_picture, spotlight, strips
+from stego_parts.drawing import density_chart, image_rows, line_chart, matrix_picture
 from stego_parts.images import (
     IGNORE,
+    distinct_colors,
     five_boxes,
     mask_image,
     read_image,
     replacing,
     to_tensor,
-    voc_palette,
     write_image,
 )
 from stego_parts.maps import dot_products, upsampled_argmax
 from stego_parts.protocol import both_features, cluster_map, headline, protocol_side
 from stego_parts.tokens import BILINEAR, RESOLUTION, Progress, backbone_size, no_progress
 
-SHEET_IMAGES = 12  # images on the contact sheet of a fit
+SHEET_IMAGES, SHEET_SAMPLE = 24, 12  # images up to which the contact sheet shows all; how many of more
 REGION = 1 / 3  # side of the squares that show what a cluster is, of the image's shorter side
-SHOWN, CANDIDATES = (
-    4,
-    300,
-)  # other images that a sheet of correspondences shows, and among how many it looks for them
+SHOWN, CANDIDATES = 4, 300  # other images that a sheet of correspondences shows; among how many it looks
 HEATMAP_HEIGHT = 200  # pixels: height of its pictures
-POINT_COLORS = ((255, 40, 40), (40, 210, 40), (70, 110, 255), (255, 190, 0), (230, 60, 230), (0, 200, 220))
+CROP_HEIGHT = 112  # pixels: height of the crops that show nearest neighbours
 
 log = logging.getLogger("stego")
 
 
-# ---- a fit -----------------------------------------------------------------------------------------------------
+# ---- a fit ---------------------------------------------------------------------------------------------------
 
 
-def contact_sheet(model: Stego, paths, *, progress: Progress = no_progress, **options) -> Image.Image:
-    """A picture of some images, evenly spread over the list, beside their segments; options: of `Stego.predict`."""
-    paths = list(paths)
-    chosen = paths[:: max(len(paths) // SHEET_IMAGES, 1)][:SHEET_IMAGES]
-    pairs = []
-    for done, path in enumerate(chosen, 1):
+def contact_sheet(
+    model: Stego, paths: Iterable[Path], *, progress: Progress = no_progress, **options
+) -> Image.Image:
+    """A picture of the images, of many some that are evenly spread, beside their segments.
+
+    options: of `Stego.predict`. Each image is seen as small as the backbone sees it.
+    """
+    paths, pairs = list(paths), []
+    if len(paths) > SHEET_IMAGES:
+        paths = paths[:: len(paths) // SHEET_SAMPLE][:SHEET_SAMPLE]
+    for done, path in enumerate(paths, 1):
         try:
             image = read_image(path)
+            image = image.resize(model.working_size(image), BILINEAR)
             pairs.append((image, model.predict(image, **options)))
         except (ValueError, FileNotFoundError):
             continue  # fit has named it already
-        progress("picture", done, len(chosen))
-    return drawing.contact_sheet(pairs, model.palette)
+        progress("picture", done, len(paths))
+    return drawing.contact_sheet(pairs, model.colors, model.labels)
+
+
+def cluster_sheet(model: Stego, paths: Sequence[Path], *, progress: Progress = no_progress) -> Image.Image:
+    """A picture of what each cluster is: its share of the training images, and regions of these images."""
+    share = np.bincount(model.merged, model.share.numpy(), len(model.merged))  # (K,)
+    rows = []
+    for k, regions in enumerate(best_regions(model, paths, progress=progress)):
+        if model.merged[k] == k:
+            inside = [(picture, mask == k) for picture, mask in regions]
+            name = drawing.cluster_name(k, model.labels)
+            rows.append((f"{name}\n{share[k]:.1%}", tuple(model.colors[k].tolist()), inside))
+    return drawing.region_sheet(rows)
 
 
 @torch.inference_mode()
 def best_regions(
-    model: Stego, paths, *, count: int = 6, resolution: int = RESOLUTION, progress: Progress = no_progress
-) -> list[list[tuple]]:
+    model: Stego,
+    paths: Sequence[Path],
+    *,
+    count: int = 6,
+    resolution: int = RESOLUTION,
+    progress: Progress = no_progress,
+) -> list[list[tuple[Image.Image, np.ndarray]]]:
     """What each cluster is: the `count` squares of images that fit it best, at most one an image.
 
     The fit of a square is the mean over it of the cosine to the centre, 0 where another cluster is nearer.
-    Returns for each cluster (picture, mask (side, side) uint8) pairs, the best first.
+    Returns for each cluster (picture, mask (side, side) uint8) pairs, the best first; clusters that share a name
+    are one, the lowest of them.
     """
     best: list[list[tuple]] = [[] for _ in model.centers]  # of (fit, picture, mask)
     for done, path in enumerate(paths, 1):
@@ -87,11 +109,13 @@ def best_regions(
 def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image.Image, np.ndarray]]:
     """The square of a picture that fits each cluster best, and how well; clusters that are nowhere are left out."""
     codes, patch = model.codes(to_tensor(picture)[None]), model.backbone.patch
-    cosines = dot_products(F.normalize(codes, dim=1), model.centers)  # (1, K, h, w)
-    mask = upsampled_argmax(cosines[0], picture.height, picture.width)
-    won = cosines.clamp(min=0) * (cosines == cosines.amax(1, keepdim=True))
-    side = max(round(min(won.shape[2:]) * REGION), 1)
-    fits = F.avg_pool2d(won, side, stride=1)[0]  # (K, y, x)
+    cosines = dot_products(F.normalize(codes, dim=1), model.centers)[0]  # (K, h, w)
+    mask = model.merged[upsampled_argmax(cosines, picture.height, picture.width)]
+    won = cosines.clamp(min=0) * (cosines == cosines.amax(0))
+    merged = torch.from_numpy(model.merged).to(won.device, torch.int64)
+    won = torch.zeros_like(won).index_add_(0, merged, won)
+    side = max(round(min(won.shape[1:]) * REGION), 1)
+    fits = F.avg_pool2d(won, side, stride=1)  # (K, y, x)
     regions = {}
     for k, (fit, at) in enumerate(zip(*(each.tolist() for each in fits.flatten(1).max(1)))):
         x, y, size = at % fits.shape[2] * patch, at // fits.shape[2] * patch, side * patch
@@ -101,7 +125,7 @@ def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image
     return regions
 
 
-def write_report(model: Stego, folder):
+def write_report(model: Stego, folder: Path | str):
     """Write how the fit went into a folder, as pictures (Fig. 14, 15) and a few words.
 
     loss.png and similarity.png over the steps; histogram.png, how the similarities of codes were distributed;
@@ -112,7 +136,7 @@ def write_report(model: Stego, folder):
         raise ValueError("This model has no history to report; a report is written right after fit.")
     pictures = history_charts(record.history)
     pictures |= {
-        "neighbors": _neighbor_strips(record, model.config.views),
+        "neighbors": _neighbor_rows(record, model.config.views),
         "sheet": contact_sheet(model, record.paths),
     }
     if record.agreement:
@@ -168,15 +192,15 @@ def history_charts(history: list[dict]) -> dict[str, Image.Image]:
     steps, terms = [entry["step"] for entry in history], [name for name in TERMS if name in history[-1]]
     means = {name: (steps, [entry[name][0] for entry in history]) for name in terms}
     spread = {name: (steps, torch.stack([entry[name][1] for entry in history])) for name in terms}
-    loss, labels = {"loss": (steps, [entry["loss"] for entry in history])}, dict(x_label="step", y_label="")
+    loss = {"loss": (steps, [entry["loss"] for entry in history])}
     return {
-        "loss": line_chart(loss, title="Loss", **labels),
-        "similarity": line_chart(means, title="Mean similarity of codes", **labels),
+        "loss": line_chart(loss, title="Loss", x_label="step"),
+        "similarity": line_chart(means, title="Mean similarity of codes", x_label="step"),
         "histogram": density_chart(spread, title="Similarities of codes", x_label="step", y_range=(-1, 1)),
     }
 
 
-def _neighbor_strips(record: FitRecord, views: str, rows: int = 6) -> Image.Image:
+def _neighbor_rows(record: FitRecord, views: str, rows: int = 6) -> Image.Image:
     """Some crops, evenly spread over all, each before its nearest neighbours."""
     count, shown = len(record.images), []
     for crop in range(0, count, max(count // rows, 1))[:rows]:
@@ -186,16 +210,19 @@ def _neighbor_strips(record: FitRecord, views: str, rows: int = 6) -> Image.Imag
             ]
         except (ValueError, FileNotFoundError):
             continue  # an image is gone since
-        name = Path(record.paths[record.images[crop]]).name
-        shown.append((f"{name}, and its nearest neighbours", pictures))
-    return strips(shown, legend={})
+        shown.append((Path(record.paths[record.images[crop]]).name, pictures))
+    return image_rows(shown, headings=("a crop", "its nearest neighbours"))
 
 
-def _crop_picture(record: FitRecord, crop: int, views: str, *, height: int = 112) -> Image.Image:
-    """What a crop shows, `height` pixels high."""
+def _crop_picture(record: FitRecord, crop: int, views: str) -> Image.Image:
+    """What a crop shows."""
     picture = read_image(record.paths[record.images[crop]])
     if views != "whole":
         picture = picture.crop(five_boxes(*picture.size)[crop % 5])
+    return _of_height(picture, CROP_HEIGHT)
+
+
+def _of_height(picture: Image.Image, height: int) -> Image.Image:
     return picture.resize((max(round(picture.width * height / picture.height), 1), height), BILINEAR)
 
 
@@ -204,13 +231,20 @@ def _crop_picture(record: FitRecord, crop: int, views: str, *, height: int = 112
 
 @torch.inference_mode()
 def correspondence_sheet(
-    network, image, at, *, others=(), model=None, device="cpu", progress: Progress = no_progress
+    network,
+    image: Path | str,
+    at: Sequence[tuple[int, int]],
+    *,
+    others: Sequence[Path] = (),
+    model: Stego | None = None,
+    device="cpu",
+    progress: Progress = no_progress,
 ) -> Image.Image:
     """What corresponds with points of an image, in itself and in others: a row of coloured pictures a point.
 
-    network: a backbone; model: one that was fitted on it, for rows of its codes too. image: a path; at: points (x, y)
-    in its pixels; others: paths, of more than SHOWN those whose averaged features are nearest. Full colour is the
-    point itself, none its mean correspondence with its image, or less (the centering of Eq. 3).
+    network: a backbone; model: one that was fitted on it, for rows of its codes too. image: a path; at: points
+    (x, y) in its pixels; others: paths, of more than SHOWN those whose averaged features are nearest. Full colour
+    is the point itself, none its mean correspondence with its image, or less (the centering of Eq. 3).
     Raises ValueError for a point outside of the image, or what cannot be read.
     """
     picture = read_image(image)
@@ -222,30 +256,38 @@ def correspondence_sheet(
             )
     own = _unit_maps(network, model, picture, image, device)
     if len(others) > SHOWN:
-        others = _nearest_images(
-            network, unit(own["backbone features"].mean((1, 2))), others, device, progress
-        )
+        mean = unit(own["backbone features"].mean((1, 2)))
+        others = _nearest_images(network, mean, others, device, progress)
     pictures = [(picture, own)]
     for path in others:
         pictures.append((other := read_image(path), _unit_maps(network, model, other, path, device)))
-    rows, names = [], ", ".join(Path(path).name for path in others)
-    for (x, y), colour in zip(at, itertools.cycle(POINT_COLORS)):
-        for kind, maps in own.items():
-            h, w = maps.shape[1:]
-            code = maps[:, int(y * h / picture.height), int(x * w / picture.width)]  # (D,)
-            floor = float((code @ maps.flatten(1)).mean())
-            shown = [heatmap(each, code, found[kind], floor, colour) for each, found in pictures]
-            mark(shown[0], x * shown[0].width / picture.width, y * shown[0].height / picture.height, colour)
-            rows.append((f"{kind} at {x},{y}" + (f"; {names}" if names else ""), shown))
-    return strips(rows, legend={})
+    rows = [
+        (f"{kind} at {x},{y}", _heatmaps(pictures, kind, (x, y), color))
+        for (x, y), color in zip(at, itertools.cycle(drawing.VIVID))
+        for kind in own
+    ]
+    return image_rows(rows, headings=[Path(path).name for path in (image, *others)])
+
+
+def _heatmaps(
+    pictures: list[tuple], kind: str, at: tuple[int, int], color: drawing.Color
+) -> list[Image.Image]:
+    """Pictures, of which the first has the point, where their maps of one kind correspond with it."""
+    (picture, own), (x, y) = pictures[0], at
+    h, w = own[kind].shape[1:]
+    code = own[kind][:, int(y * h / picture.height), int(x * w / picture.width)]  # (D,)
+    floor = float((code @ own[kind].flatten(1)).mean())
+    shown = [heatmap(each, code, maps[kind], floor, color) for each, maps in pictures]
+    drawing.mark(shown[0], x * shown[0].width / picture.width, y * shown[0].height / picture.height, color)
+    return shown
 
 
 def _unit_maps(network, model, picture: Image.Image, name, device) -> dict:
     """Unit features (C, h, w) of a picture, averaged with its mirror's, and the model's codes (D, h, w)."""
     x = to_tensor(picture.resize(backbone_size(picture, network.patch, name=name), BILINEAR))[None].to(device)
     seen = network(torch.cat([x, x.flip(-1)]))  # (2, C, h, w)
-    found = {"backbone features": seen} | ({"codes": model.head.on_map(seen)} if model else {})
-    return {kind: F.normalize(unmirror(maps)[0], dim=0) for kind, maps in found.items()}
+    kinds = {"backbone features": seen} | ({"codes": model.head.on_map(seen)} if model else {})
+    return {kind: F.normalize(unmirror(maps)[0], dim=0) for kind, maps in kinds.items()}
 
 
 def _nearest_images(network, mean: Tensor, paths, device, progress: Progress) -> list:
@@ -261,78 +303,52 @@ def _nearest_images(network, mean: Tensor, paths, device, progress: Progress) ->
     return [path for _, path in sorted(near, key=lambda each: -each[0])[:SHOWN]]
 
 
-def heatmap(picture: Image.Image, code: Tensor, maps: Tensor, floor: float, colour) -> Image.Image:
+def heatmap(
+    picture: Image.Image, code: Tensor, maps: Tensor, floor: float, color: drawing.Color
+) -> Image.Image:
     """A picture coloured where its unit features (C, h, w) correspond with a unit vector (C,) by more than floor."""
-    picture = picture.resize(
-        (max(round(picture.width * HEATMAP_HEIGHT / picture.height), 1), HEATMAP_HEIGHT), BILINEAR
-    )
+    picture = _of_height(picture, HEATMAP_HEIGHT)
     weight = (torch.einsum("chw,c->hw", maps, code) - floor) / max(1 - floor, 1e-6)
-    weight = F.interpolate(weight[None, None], size=picture.size[::-1], mode="bilinear", align_corners=False)[
-        0, 0
-    ]
-    return spotlight(picture, weight.clamp(0, 1).cpu().numpy(), colour)
+    weight = F.interpolate(weight[None, None], size=picture.size[::-1], mode="bilinear", align_corners=False)
+    return drawing.spotlight(picture, weight[0, 0].clamp(0, 1).cpu().numpy(), color)
 
 
-# ---- an evaluation -----------------------------------------------------------------------------------------------
+# ---- an evaluation -------------------------------------------------------------------------------------------
 
 
-def write_figures(report: dict, model, labelled: LabelledSet, folder) -> list[Path]:
-    """confusion.png, strips.png, with diagnostics also precision-recall.png and couplings-*.png; returns their paths."""
+def write_figures(report: dict, model: Stego, labelled: LabelledSet, folder: Path | str) -> list[Path]:
+    """confusion.png, strips.png: where pixels of each class go, and examples; returns their paths."""
     best, classes = headline(report), report["classes"]
-    columns = np.argsort([c if c >= 0 else len(classes) for c in best["assignment"]], kind="stable")
+    columns = np.argsort([c if c >= 0 else len(classes) for c in best["assignment"]], kind="stable").tolist()
+    names = [f"{k} {classes[c]}" if (c := best["assignment"][k]) >= 0 else f"{k} -" for k in columns]
+    counts = np.array(best["confusion"], dtype=float)
+    with np.errstate(invalid="ignore"):
+        shares = counts / counts.sum(1, keepdims=True)  # a class that does not occur: NaN
+    title = f"{report['dataset']}: clusters, and the classes assigned to them, that the pixels of a class go to, %"
     pictures = {
-        "confusion": matrix_picture(
-            _rows_to_one(best["confusion"])[:, columns],
-            classes,
-            [f"cluster {k}" for k in columns],
-            title=f"{report['dataset']}: where the pixels of each class go, %",
-        ),
-        "strips": _strips(best, model, labelled),
+        "confusion": matrix_picture(shares[:, columns], classes, names, title=title),
+        "strips": _examples(best, model, labelled),
     }
-    if "diagnostics" in report:
-        curves = report["diagnostics"]["curves"]
-        pictures["precision-recall"] = line_chart(
-            {
-                f"{name} (AP {curve['average_precision']:.3f})": (curve["recall"], curve["precision"])
-                for name, curve in curves.items()
-            },
-            title="Correspondences as predictors of equal labels",
-            x_label="recall",
-            y_label="precision",
-            y_range=(0, 1),
-        )
-        for name, count in report["diagnostics"]["couplings"].items():
-            pictures[f"couplings-{name.split()[-1]}"] = matrix_picture(
-                _rows_to_one(count),
-                classes,
-                classes,
-                title=f"Labels joined by the strongest couplings, {name}, %",
-            )
     for name, picture in pictures.items():
         write_image(picture, Path(folder) / f"{name}.png")
     return [Path(folder) / f"{name}.png" for name in pictures]
 
 
-def _rows_to_one(counts) -> np.ndarray:
-    counts = np.array(counts, dtype=float)
-    with np.errstate(invalid="ignore"):
-        return counts / counts.sum(1, keepdims=True)  # a class that does not occur: NaN
-
-
 @torch.inference_mode()
-def _strips(best: dict, model, labelled: LabelledSet) -> Image.Image:
+def _examples(best: dict, model: Stego, labelled: LabelledSet) -> Image.Image:
     """Image, label and prediction of the best, the median and the worst image by accuracy."""
     accuracy = np.array([np.nan if x is None else x for x in best["image_accuracy"]], dtype=float)
     ranked = np.argsort(-accuracy, kind="stable")[: np.isfinite(accuracy).sum()]  # NaN sorts last
-    names = np.array([c if c >= 0 else IGNORE for c in best["assignment"]], np.uint8)  # of each cluster
-    palette = voc_palette(len(labelled.classes))
+    classes = np.array([c if c >= 0 else IGNORE for c in best["assignment"]], np.uint8)  # of each cluster
+    palette = distinct_colors(len(labelled.classes))
     rows = []
     for what, i in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
         image, label = labelled.read(i, side=protocol_side(model.backbone.patch))
         codes, picture = both_features(model, image)["stego"], pixels(image).to(model.device)
         clusters = cluster_map(codes, model.centers, label.shape, pixels=picture if best["crf"] else None)
-        masks = [mask_image(mask, palette).convert("RGB") for mask in (label, names[clusters])]
-        rows.append(
-            (f"{what}: {labelled.pairs[i][0].name}, accuracy {100 * accuracy[i]:.1f} %", [image, *masks])
-        )
-    return strips(rows, legend=dict(zip(labelled.classes, palette.tolist())))
+        predicted = classes[model.merged[clusters]]
+        masks = [mask_image(mask, palette).convert("RGB") for mask in (label, predicted)]
+        name, share = labelled.pairs[i][0].name, accuracy[i]
+        rows.append((f"{what}: {name}, accuracy {share:.1%}", [image, *masks]))
+    names = dict(zip(labelled.classes, palette.tolist()))
+    return image_rows(rows, headings=("image", "label", "prediction"), names=names)

@@ -1,11 +1,18 @@
 """Drawn scenes: labelled images without a download, for `stego demo` and the tests."""
 
+from fnmatch import fnmatch
+from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from stego_parts.images import replacing, write_image
 
 SCENE_CLASSES = ("sky", "hills", "grass", "road", "building", "tree", "car")
 SKY, HILLS, GRASS, ROAD, BUILDING, TREE, CAR = range(7)
 EYE = 2.2  # metres from the ground to the camera
+# What a demo leaves in its folder, beside the names of scenes, as patterns
+DEMO_FILES = ("classes.txt", "stego.pt", "stego-fit.png", "clusters.png", "scores.json", "figures/*.png")
 HAZE = 120  # metres after which two thirds of a colour are that of the horizon
 
 
@@ -40,6 +47,39 @@ def draw_scene(seed: int, height: int = 240, width: int = 320) -> tuple[Image.Im
     noisy = scene.pixels * scene.warm + rng.normal(0, 3, scene.pixels.shape)
     image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
     return image.filter(ImageFilter.GaussianBlur(0.5)), scene.labels
+
+
+def draw_scenes(folder: Path, counts: dict[str, int], *, seed: int, progress):
+    """images/ and labels/ with so many scenes in each split, and classes.txt, as `stego eval` reads them."""
+    number, total = 0, sum(counts.values())
+    for split, count in counts.items():
+        for _ in range(count):
+            image, labels = draw_scene(1000 * seed + number)
+            write_image(image, folder / "images" / split / _name(number))
+            write_image(Image.fromarray(labels), folder / "labels" / split / _name(number))
+            number += 1
+            progress("drawing", number, total)
+    with replacing(folder / "classes.txt") as part:
+        part.write_text("\n".join(SCENE_CLASSES) + "\n")
+
+
+def check_demo_folder(folder: Path, counts: dict[str, int]):
+    """ValueError unless the folder is new, empty, or has nothing in it that a demo does not make."""
+    names = [_name(number) for number in range(sum(counts.values()))]
+    made = {f"{kind}/{split}/{name}" for kind in ("images", "labels") for split in counts for name in names}
+    made |= {f"masks/{name}" for name in names} | {f"overlays/{Path(name).stem}.jpg" for name in names}
+    for path in folder.rglob("*"):
+        place = path.relative_to(folder)
+        if (
+            not path.is_dir()
+            and place.as_posix() not in made
+            and not any(fnmatch(place.as_posix(), each) for each in DEMO_FILES)
+        ):
+            raise ValueError(f"{path} is in {folder}, and no demo made it; name a new folder with -o.")
+
+
+def _name(number: int) -> str:
+    return f"scene{number:02d}.png"
 
 
 class _Scene:

@@ -12,7 +12,14 @@ from PIL import Image
 
 from stego import Stego
 from stego_parts.drawing import overlay, with_legend
-from stego_parts.images import IGNORE, cluster_shares, coco_annotations, read_image, run_lengths, voc_palette
+from stego_parts.images import (
+    IGNORE,
+    cluster_shares,
+    coco_annotations,
+    distinct_colors,
+    read_image,
+    run_lengths,
+)
 
 FAST = ["--no-crf", "--resolution", 96]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -79,7 +86,7 @@ def test_only_some_clusters(here, scenes, named):
 
 def test_pictures_stay_as_they_are_where_nothing_is_kept():
     image, mask = Image.new("RGB", (40, 30), "white"), np.full((30, 40), IGNORE, np.uint8)
-    assert np.array_equal(np.asarray(overlay(image, mask, voc_palette())), np.asarray(image))
+    assert np.array_equal(np.asarray(overlay(image, mask, distinct_colors())), np.asarray(image))
 
 
 @pytest.mark.parametrize("width", [20, 300, 4000])

@@ -99,3 +99,26 @@ def test_zero_rows_get_some_cluster():
     x, _, _ = blobs()
     labels = CosineKMeans(6).fit(x).predict(torch.cat([x, torch.zeros(3, 16)]))
     assert len(labels) == len(x) + 3
+
+
+def test_the_last_round_moves_no_starved_centre(monkeypatch):
+    """A centre put on a row in the last batch would stay that one row: nothing refines it any more."""
+    repaired, repair = [], CosineKMeans._repair
+
+    def record(self, x, cosine):
+        repaired.append(self._batches)
+        repair(self, x, cosine)
+
+    monkeypatch.setattr(CosineKMeans, "_repair", record)
+    CosineKMeans(20, n_init=1, max_iter=40, batch_size=64).fit(torch.randn(500, 8))
+    assert repaired == [10, 20, 30]
+
+
+def test_sums_do_not_depend_on_the_order_of_additions(monkeypatch):
+    """index_add_ adds in any order on CUDA; sums are a matrix product instead."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("index_add_ is not deterministic on CUDA")
+
+    monkeypatch.setattr(torch.Tensor, "index_add_", refuse)
+    CosineKMeans(3, n_init=1, max_iter=12).fit(torch.randn(200, 5))

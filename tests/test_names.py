@@ -8,7 +8,7 @@ from PIL import Image
 
 from stego import Stego, match_clusters_to
 from stego_parts.drawing import region_sheet
-from stego_parts.images import voc_palette
+from stego_parts.images import distinct_colors
 from stego_parts.tokens import TokenCache, encode
 
 
@@ -116,7 +116,7 @@ def test_sheet_and_images_belong_together(copy, scenes):
 def test_regions_of_other_clusters_are_pale():
     picture, mask = Image.new("RGB", (20, 20), "black"), np.zeros((20, 20), np.uint8)
     mask[:, 10:] = 1
-    sheet = np.asarray(region_sheet([[(picture, mask)], []], voc_palette(2), ["a\n1 %", "b"]))
+    sheet = np.asarray(region_sheet([[(picture, mask)], []], distinct_colors(2), ["a\n1 %", "b"]))
     cell = sheet[8:128, -128:-8]
     assert cell[60, 20].max() < 10 and cell[60, 100].min() > 180
 
