@@ -162,7 +162,7 @@ def open_image(path, what: str, *, name=None) -> Iterator[Image.Image]:
 
 
 def read_mat(path, key: str) -> np.ndarray:
-    """The array of whole numbers 0..255 under `key` in a MATLAB file, as Potsdam-3 comes: uint8, whatever its type there.
+    """The whole numbers 0..255 under `key` in a MATLAB file, as Potsdam-3 comes: uint8, whatever their type there.
 
     ValueError for anything else.
     """

@@ -184,7 +184,8 @@ def agreement_line(agreement: dict[int, list[float]]) -> str:
     """In words: the number of clusters that -k auto took, and how sure it is."""
     first, *others = plausible_counts(agreement)
     near = f"{', '.join(map(str, others))} cannot be told from it" if others else "no other comes near"
-    return f"{first} clusters: halves of the images agree on them to {np.mean(agreement[first]):.2f} (1 is best); {near}."
+    score = f"{np.mean(agreement[first]):.2f} (1 is best)"
+    return f"{first} clusters: halves of the images agree on them to {score}; {near}."
 
 
 def history_charts(history: list[dict]) -> dict[str, Image.Image]:

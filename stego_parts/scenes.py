@@ -164,14 +164,12 @@ class _Scene:
         """A block from x (towards the road) to other, z to end, low to high; its top shows if below the camera."""
         self.shade(x, other, z, end, high if low == 0 else 0)
         self.paint(self.region([self.flat(x, other, z, end, high)] if high < EYE else []), label, colour, z)
-        light = 0.95 if not self.sun else 0.85 + 0.3 * np.sign(self.sun * x)
-        for x1, z1, light in ((other, z, 0.9), (x, end, light)):  # the front; the side along the road
+        side_light = 0.95 if not self.sun else 0.85 + 0.3 * np.sign(self.sun * x)
+        for x1, z1, light in ((other, z, 0.9), (x, end, side_light)):  # the front; the side along the road
 
-            def quad(u, w, a, b):
-                return [
-                    self.at(x + t * (x1 - x), y, z + t * (z1 - z))
-                    for t, y in ((u, a), (w, a), (w, b), (u, b))
-                ]
+            def quad(u, w, a, b, x1=x1, z1=z1):
+                corners = ((u, a), (w, a), (w, b), (u, b))
+                return [self.at(x + t * (x1 - x), y, z + t * (z1 - z)) for t, y in corners]
 
             self.paint(self.region([quad(0, 1, low, high)]), label, np.asarray(colour) * light, z)
             count = max(int(max(abs(x1 - x), z1 - z) / 2.4), 1) if windows else 0
