@@ -1,6 +1,6 @@
 """CosineKMeans against scikit-learn's MiniBatchKMeans on a million codes of a model fitted for it: time and inertia.
 
-    python bench/kmeans_speed.py --images ../shared/data/unlabelled [--limit 600] [--classes 27] [--rows 1000000] [--seeds 3]
+    python bench/kmeans_speed.py --images DATA/unlabelled [--limit 600] [--classes 27] [--rows 1000000] [--seeds 3]
 
 Both get the same codes, already of length one, and as many threads. scikit-learn runs with its defaults, with our batch
 and with our batch and number of starts. "cosine": mean of 1 - cosine to the nearest centre, brought to length one.

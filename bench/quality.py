@@ -45,7 +45,9 @@ VITS8_COCOSTUFF = dict(b_self=0.08, b_knn=0.02, b_rand=0.66)  # FACTS section 2,
 def val_features(network, folder):
     """Mirror pairs of features (2, C, h, w), pictures and label maps of a set's val images."""
     found = []
-    for image, label in (read_pair(*pair) for pair in folder_pairs(folder / "images/val", folder / "labels/val")):
+    for image, label in (
+        read_pair(*pair) for pair in folder_pairs(folder / "images/val", folder / "labels/val")
+    ):
         x = to_tensor(image)[None]
         found.append((network(torch.cat([x, x.flip(-1)])), image, label))
     return found
@@ -65,7 +67,7 @@ def score(code_map, centers, val, classes, crf):
 
 def fit_head(cache, config):
     """A head trained as `Stego.fit` does it."""
-    neighbors = nearest_neighbors(cache.means[:len(cache)])
+    neighbors = nearest_neighbors(cache.means[: len(cache)])
     if config["balance"] == "auto":
         config = config | balanced_shifts(cache, neighbors, centering=config["centering"])
     return train_head(cache, neighbors, config)
@@ -73,8 +75,10 @@ def fit_head(cache, config):
 
 def scored(code_map, centers, val, classes, crf):
     """[(suffix of the method's name, (mIoU, accuracy))], without and perhaps with the CRF."""
-    return [(" + CRF" if with_crf else "", score(code_map, centers, val, classes, with_crf))
-            for with_crf in ([False, True] if crf else [False])]
+    return [
+        (" + CRF" if with_crf else "", score(code_map, centers, val, classes, with_crf))
+        for with_crf in ([False, True] if crf else [False])
+    ]
 
 
 def raw_rows(cache, val, classes, evenness, seed, crf):
@@ -97,11 +101,13 @@ def stego_rows(name, cache, val, classes, config, seed, crf):
 def run_set(network, folder, classes, variants, seeds, crf):
     """{method: [(mIoU, accuracy) for each seed]}; variants: {method: config}."""
     caches, val, rows = {}, val_features(network, folder), {}
-    torch.manual_seed(0)                                                     # encode keeps random positions
+    torch.manual_seed(0)  # encode keeps random positions
     for name, config in variants.items():
         views = config["views"]
         if views not in caches:
-            caches[views] = encode(network, [path for path, _ in find_images(folder / "images/train")], views=views)
+            caches[views] = encode(
+                network, [path for path, _ in find_images(folder / "images/train")], views=views
+            )
     for seed in range(seeds):
         found = []
         if "stego" in variants:
@@ -125,7 +131,9 @@ def chosen(presets: bool, classes: int, overrides: dict) -> dict:
 @click.option("--data", default="../shared/data", type=Path)
 @click.option("--sets", default="camvid,aerial,natural")
 @click.option("--seeds", default=3)
-@click.option("--backbone", default="tiny", help="A backbone's name, or the learned patch dictionary: dictionary.")
+@click.option(
+    "--backbone", default="tiny", help="A backbone's name, or the learned patch dictionary: dictionary."
+)
 @click.option("--crf", is_flag=True, help="Score with the CRF as well.")
 @click.option("--presets", is_flag=True, help="The published hyper-parameters in place of the default.")
 @click.option("--steps", type=int)
@@ -141,8 +149,11 @@ def main(data, sets, seeds, backbone, crf, presets, **overrides):
             miou, accuracy = np.array(results).T
             base = np.mean(rows["raw k-means"], 0)[0] if "raw k-means" in rows else np.nan
             ratios.setdefault(method, []).append((miou.mean(), miou.mean() / base))
-            print(f"{name:8} {method:16} {miou.mean():6.2f} {miou.std():5.2f} {accuracy.mean():6.2f}  "
-                  f"{np.round(miou, 1)}  x {miou.mean() / base:.3f}", flush=True)
+            print(
+                f"{name:8} {method:16} {miou.mean():6.2f} {miou.std():5.2f} {accuracy.mean():6.2f}  "
+                f"{np.round(miou, 1)}  x {miou.mean() / base:.3f}",
+                flush=True,
+            )
         print(f"{name:8} {time.monotonic() - began:.0f} s", flush=True)
     for method, found in ratios.items():
         print(f"mean     {method:16} {np.mean(found, 0)[0]:6.2f}  x {np.mean(found, 0)[1]:.3f}")

@@ -93,7 +93,8 @@ class FitCheckpoint:
 
     def close(self):
         """Give the folder back; it is removed if there is nothing in it to go on from."""
-        begun = self.cache is not None and bool((self.cache.state == USED).any())
+        tokens = self.folder / "tokens"  # of an earlier fit, if this one never came to them
+        begun = bool((self.cache.state == USED).any()) if self.cache else tokens.exists()
         if rank() == 0 and not begun and not (self.folder / "training.pt").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.close()

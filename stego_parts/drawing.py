@@ -27,7 +27,7 @@ Color = tuple[int, int, int]
 font = cache(ImageFont.load_default)
 
 
-# ---- text and layout ---------------------------------------------------------------------------------------
+# ---- text and layout -------------------------------------------------------------------------------------------
 
 
 def text_picture(text: str, em: int = EM, *, width: int = 1) -> Image.Image:
@@ -80,7 +80,7 @@ def legend(entries: Iterable[tuple[str, Color]], width: int, *, em: int = EM) ->
     return flow((stack(pair, across=True, gap=em // 2) for pair in pairs), width, gap=em)
 
 
-# ---- segments ----------------------------------------------------------------------------------------------
+# ---- segments --------------------------------------------------------------------------------------------------
 
 
 def cluster_name(k: int, labels: Sequence[str]) -> str:
@@ -216,7 +216,7 @@ def image_rows(
     return framed(sheet)
 
 
-# ---- correspondences ---------------------------------------------------------------------------------------
+# ---- correspondences -------------------------------------------------------------------------------------------
 
 
 def spotlight(image: Image.Image, weight: np.ndarray, color: Color, *, opacity: float = 0.8) -> Image.Image:
@@ -233,7 +233,7 @@ def mark(image: Image.Image, x: float, y: float, color: Color, *, radius: int = 
         draw.ellipse([x - r, y - r, x + r, y + r], fill=fill)
 
 
-# ---- charts ------------------------------------------------------------------------------------------------
+# ---- charts ----------------------------------------------------------------------------------------------------
 
 
 class _Axes:

@@ -40,7 +40,7 @@ XYZ_OF_RGB = np.array(  # of linear sRGB (IEC 61966-2-1)
 LIGHTNESS, CHROMA = (35, 90), (25, 85)  # CIELAB: neither near-black nor near-white, neither grey nor neon
 
 
-# ---- the door in -------------------------------------------------------------------------------------------
+# ---- the door in -----------------------------------------------------------------------------------------------
 
 
 def find_images(sources: Sources, *, exclude: Iterable = ()) -> list[tuple[Path, Path]]:
@@ -162,7 +162,10 @@ def open_image(path, what: str, *, name=None) -> Iterator[Image.Image]:
 
 
 def read_mat(path, key: str) -> np.ndarray:
-    """The uint8 array under `key` in a MATLAB file, as Potsdam-3 comes; ValueError for anything else."""
+    """The whole numbers 0..255 under `key` in a MATLAB file, as Potsdam-3 comes: uint8, whatever their type there.
+
+    ValueError for anything else.
+    """
     from scipy.io import loadmat  # here: an eighth of a second that only Potsdam needs
 
     try:
@@ -170,10 +173,12 @@ def read_mat(path, key: str) -> np.ndarray:
     except Exception as error:  # scipy documents no errors of its own: struct, zlib, Type-, MatReadError, ...
         raise ValueError(f"Cannot read {path} as a MATLAB file ({error}).") from error
     dims = {"img": 3, "gt": 2}[key]
-    sound = isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == dims and array.size
+    sound = isinstance(array, np.ndarray) and array.dtype.kind in "iu" and array.ndim == dims and array.size
     if not sound or (dims == 3 and array.shape[2] < 3):
-        raise ValueError(f"{path} has no uint8 array of {dims} dimensions under the key {key!r}.")
-    return array
+        raise ValueError(f"{path} has no array of {dims} dimensions of whole numbers under the key {key!r}.")
+    if array.min() < 0 or array.max() > 255:
+        raise ValueError(f"{path} has values {array.min()}..{array.max()} under {key!r}; 0..255 are needed.")
+    return array.astype(np.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -239,7 +244,7 @@ def square(image: Image.Image, side: int) -> Image.Image:
     return ImageOps.fit(image, (side, side), method=Image.Resampling.BILINEAR)
 
 
-# ---- the door out ------------------------------------------------------------------------------------------
+# ---- the door out ----------------------------------------------------------------------------------------------
 
 
 def distinct_colors(count: int = IGNORE + 1) -> np.ndarray:
@@ -322,7 +327,7 @@ def write_image(image: Image.Image, path: Path | str):
         image.save(part, format=form, **({"quality": 90} if form == "JPEG" else {}))
 
 
-# ---- segments as JSON: shares and COCO ---------------------------------------------------------------------
+# ---- segments as JSON: shares and COCO -------------------------------------------------------------------------
 
 
 def cluster_shares(mask: np.ndarray, labels: Sequence[str]) -> list[dict]:

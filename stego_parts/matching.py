@@ -58,7 +58,9 @@ def inherit_ids(model, earlier, same: dict[int, int]):
     model.centers, model.share = model.centers[order], model.share[order]
     used = set(map(tuple, earlier.palette.tolist()))
     kept = [earlier.palette[m] for m in range(len(earlier.palette)) if m not in same.values()]
-    unused = iter([color for color in distinct_colors(MAX_CLASSES) if tuple(color.tolist()) not in used] + kept)
+    unused = iter(
+        [color for color in distinct_colors(MAX_CLASSES) if tuple(color.tolist()) not in used] + kept
+    )
     model.palette = np.array(
         [earlier.palette[same[k]] if k in same else next(unused) for k in order], np.uint8
     )

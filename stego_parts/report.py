@@ -1,4 +1,4 @@
-"""Pictures and words about a model: what a fit did, its clusters, what corresponds, how an evaluation went."""
+"""Pictures and words about a model: what a fit did, what its clusters are, what corresponds, how an evaluation went."""
 
 import itertools
 import logging
@@ -41,7 +41,7 @@ CROP_HEIGHT = 112  # pixels: height of the crops that show nearest neighbours
 log = logging.getLogger("stego")
 
 
-# ---- a fit -------------------------------------------------------------------------------------------------
+# ---- a fit -----------------------------------------------------------------------------------------------------
 
 
 def contact_sheet(
@@ -107,7 +107,7 @@ def best_regions(
 
 
 def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image.Image, np.ndarray]]:
-    """The square of a picture that fits each cluster best, and how well; only of clusters that occur."""
+    """The square of a picture that fits each cluster best, and how well; clusters that are nowhere are left out."""
     codes, patch = model.codes(to_tensor(picture)[None]), model.backbone.patch
     cosines = dot_products(F.normalize(codes, dim=1), model.centers)[0]  # (K, h, w)
     mask = model.merged[upsampled_argmax(cosines, picture.height, picture.width)]
@@ -184,8 +184,8 @@ def agreement_line(agreement: dict[int, list[float]]) -> str:
     """In words: the number of clusters that -k auto took, and how sure it is."""
     first, *others = plausible_counts(agreement)
     near = f"{', '.join(map(str, others))} cannot be told from it" if others else "no other comes near"
-    mean = np.mean(agreement[first])
-    return f"{first} clusters: halves of the images agree on them to {mean:.2f} (1 is best); {near}."
+    score = f"{np.mean(agreement[first]):.2f} (1 is best)"
+    return f"{first} clusters: halves of the images agree on them to {score}; {near}."
 
 
 def history_charts(history: list[dict]) -> dict[str, Image.Image]:
@@ -227,7 +227,7 @@ def _of_height(picture: Image.Image, height: int) -> Image.Image:
     return picture.resize((max(round(picture.width * height / picture.height), 1), height), BILINEAR)
 
 
-# ---- correspondences of marked points (Fig. 2) -------------------------------------------------------------
+# ---- correspondences of marked points (Fig. 2) -----------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -314,7 +314,7 @@ def heatmap(
     return drawing.spotlight(picture, weight[0, 0].clamp(0, 1).cpu().numpy(), color)
 
 
-# ---- an evaluation -----------------------------------------------------------------------------------------
+# ---- an evaluation ---------------------------------------------------------------------------------------------
 
 
 def write_figures(report: dict, model: Stego, labelled: LabelledSet, folder: Path | str) -> list[Path]:
@@ -347,7 +347,8 @@ def _examples(best: dict, model: Stego, labelled: LabelledSet) -> Image.Image:
         image, label = labelled.read(i, side=protocol_side(model.backbone.patch))
         codes, picture = both_features(model, image)["stego"], pixels(image).to(model.device)
         clusters = cluster_map(codes, model.centers, label.shape, pixels=picture if best["crf"] else None)
-        masks = [mask_image(mask, palette).convert("RGB") for mask in (label, classes[clusters])]
+        predicted = classes[model.merged[clusters]]
+        masks = [mask_image(mask, palette).convert("RGB") for mask in (label, predicted)]
         name, share = labelled.pairs[i][0].name, accuracy[i]
         rows.append((f"{what}: {name}, accuracy {share:.1%}", [image, *masks]))
     names = dict(zip(labelled.classes, palette.tolist()))

@@ -1,11 +1,18 @@
 """Drawn scenes: labelled images without a download, for `stego demo` and the tests."""
 
+from fnmatch import fnmatch
+from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from stego_parts.images import replacing, write_image
 
 SCENE_CLASSES = ("sky", "hills", "grass", "road", "building", "tree", "car")
 SKY, HILLS, GRASS, ROAD, BUILDING, TREE, CAR = range(7)
 EYE = 2.2  # metres from the ground to the camera
+# What a demo leaves in its folder, beside the names of scenes, as patterns
+DEMO_FILES = ("classes.txt", "stego.pt", "stego-fit.png", "clusters.png", "scores.json", "figures/*.png")
 HAZE = 120  # metres after which two thirds of a colour are that of the horizon
 
 
@@ -42,6 +49,39 @@ def draw_scene(seed: int, height: int = 240, width: int = 320) -> tuple[Image.Im
     return image.filter(ImageFilter.GaussianBlur(0.5)), scene.labels
 
 
+def draw_scenes(folder: Path, counts: dict[str, int], *, seed: int, progress):
+    """images/ and labels/ with so many scenes in each split, and classes.txt, as `stego eval` reads them."""
+    number, total = 0, sum(counts.values())
+    for split, count in counts.items():
+        for _ in range(count):
+            image, labels = draw_scene(1000 * seed + number)
+            write_image(image, folder / "images" / split / _name(number))
+            write_image(Image.fromarray(labels), folder / "labels" / split / _name(number))
+            number += 1
+            progress("drawing", number, total)
+    with replacing(folder / "classes.txt") as part:
+        part.write_text("\n".join(SCENE_CLASSES) + "\n")
+
+
+def check_demo_folder(folder: Path, counts: dict[str, int]):
+    """ValueError unless the folder is new, empty, or has nothing in it that a demo does not make."""
+    names = [_name(number) for number in range(sum(counts.values()))]
+    made = {f"{kind}/{split}/{name}" for kind in ("images", "labels") for split in counts for name in names}
+    made |= {f"masks/{name}" for name in names} | {f"overlays/{Path(name).stem}.jpg" for name in names}
+    for path in folder.rglob("*"):
+        place = path.relative_to(folder)
+        if (
+            not path.is_dir()
+            and place.as_posix() not in made
+            and not any(fnmatch(place.as_posix(), each) for each in DEMO_FILES)
+        ):
+            raise ValueError(f"{path} is in {folder}, and no demo made it; name a new folder with -o.")
+
+
+def _name(number: int) -> str:
+    return f"scene{number:02d}.png"
+
+
 class _Scene:
     """A picture under way: pixels (H, W, 3) float 0..255 and labels (H, W); x right, y up, z ahead, in metres."""
 
@@ -75,12 +115,6 @@ class _Scene:
         """A level rectangle."""
         return [self.at(left, y, z), self.at(right, y, z), self.at(right, y, end), self.at(left, y, end)]
 
-    def upright(self, start: tuple, end: tuple, part: tuple, heights: tuple) -> list:
-        """A part (from, to; shares) of the wall between two points (x, z) of the ground, from height to height."""
-        (x, z), (dx, dz), (low, high) = start, np.subtract(end, start), heights
-        corners = ((part[0], low), (part[1], low), (part[1], high), (part[0], high))
-        return [self.at(x + t * dx, y, z + t * dz) for t, y in corners]
-
     def region(self, shapes, draw: str = "polygon") -> np.ndarray:
         mask = Image.new("1", self.size)
         fill = getattr(ImageDraw.Draw(mask), draw)
@@ -96,10 +130,10 @@ class _Scene:
         self.pixels[region] = clear * np.asarray(colour) * texture[region][:, None] + (1 - clear) * self.pale
         self.labels[region] = label
 
-    def shade(self, left: float, right: float, z: float, end: float, high: float):
+    def shade(self, left: float, right: float, z: float, end: float, height: float):
         """Darken the ground where a thing of this outline and height keeps the sun off."""
-        ends = sorted((left, right, left + self.sun * high, right + self.sun * high))
-        dark = self.region([self.flat(ends[0], ends[-1], z, end)] if self.sun and high else [])
+        ends = sorted((left, right, left + self.sun * height, right + self.sun * height))
+        dark = self.region([self.flat(ends[0], ends[-1], z, end)] if self.sun and height else [])
         dark = dark & np.isin(self.labels, (GRASS, ROAD)) & ~self.shaded
         self.pixels[dark] *= (0.57, 0.6, 0.66)
         self.shaded |= dark
@@ -112,16 +146,16 @@ class _Scene:
         self.pixels[:] = top + (self.pale - top) * np.clip(rows / self.horizon, 0, 1)[..., None]
         clouds = np.clip(self.noise(60) - rng.uniform(0, 0.8), 0, 1)[..., None]
         self.pixels += (245 - self.pixels) * clouds * (0.9 if self.sun else 0.4)
-        high = height * rng.uniform(0.1, 0.3)
+        rise = height * rng.uniform(0.1, 0.3)
         for z in (90, 50, 25):
             waves = sum(np.sin(columns * rng.uniform(2, 5) * k + rng.uniform(0, 7)) / k for k in (1, 2, 4, 7))
-            ridge = rows > self.horizon - high * (0.45 + 0.35 * waves)
+            ridge = rows > self.horizon - rise * (0.45 + 0.35 * waves)
             self.paint(ridge, HILLS, (74, 104, 70) + rng.normal(0, 8, 3), z, patches=0.15)
-            high *= 0.7
+            rise *= 0.7
         z, ground = EYE * self.focus / np.maximum(rows - self.horizon, 1), rows > self.horizon
         self.paint(ground, GRASS, (96, 128, 58) + rng.normal(0, 12, 3), z, grain=0.12, patches=0.15)
-        for width, colour in ((half + 0.5, (150, 146, 140)), (half, np.full(3, rng.uniform(88, 118)))):
-            self.paint(self.region([self.flat(-width, width, 0, 300)]) & ground, ROAD, colour, z)
+        for half_width, colour in ((half + 0.5, (150, 146, 140)), (half, np.full(3, rng.uniform(88, 118)))):
+            self.paint(self.region([self.flat(-half_width, half_width, 0, 300)]) & ground, ROAD, colour, z)
         marks = [self.flat(-0.08, 0.08, start, start + 2.2) for start in np.arange(rng.uniform(0, 5), 80, 5)]
         marks += [self.flat(edge - 0.06, edge + 0.06, 0, 300) for edge in (-0.93 * half, 0.93 * half)]
         self.paint(self.region(marks) & ground, ROAD, (225, 225, 215), z)
@@ -131,16 +165,16 @@ class _Scene:
         self.shade(x, other, z, end, high if low == 0 else 0)
         self.paint(self.region([self.flat(x, other, z, end, high)] if high < EYE else []), label, colour, z)
         side_light = 0.95 if not self.sun else 0.85 + 0.3 * np.sign(self.sun * x)
-        for end_x, end_z, light in (
-            (other, z, 0.9),
-            (x, end, side_light),
-        ):  # the front; the side along the road
-            ground = ((x, z), (end_x, end_z))
-            wall = self.region([self.upright(*ground, (0, 1), (low, high))])
-            self.paint(wall, label, np.asarray(colour) * light, z)
-            count = max(int(max(abs(end_x - x), end_z - z) / 2.4), 1) if windows else 0
+        for x1, z1, light in ((other, z, 0.9), (x, end, side_light)):  # the front; the side along the road
+
+            def quad(u, w, a, b, x1=x1, z1=z1):
+                corners = ((u, a), (w, a), (w, b), (u, b))
+                return [self.at(x + t * (x1 - x), y, z + t * (z1 - z)) for t, y in corners]
+
+            self.paint(self.region([quad(0, 1, low, high)]), label, np.asarray(colour) * light, z)
+            count = max(int(max(abs(x1 - x), z1 - z) / 2.4), 1) if windows else 0
             panes = [
-                self.upright(*ground, ((i + 0.28) / count, (i + 0.74) / count), (y, y + 1.5))
+                quad((i + 0.28) / count, (i + 0.74) / count, y, y + 1.5)
                 for i in range(count)
                 for y in np.arange(0.9, high - 1.8, 2.9)
             ]
@@ -166,18 +200,23 @@ class _Scene:
             (0.7, 0.7, 3, 0.9, 1.4, (58, 66, 78)),
             (0.65, 0.8, 2.9, 1.4, 1.5, colour),
         )  # windows, roof
-        for width, start, end, low, high, shown in parts:
-            self.block(x + width * inner, x - width * inner, z + start, z + end, low, high, CAR, shown)
+        for half_width, start, end, low, high, shown in parts:
+            self.block(
+                x + half_width * inner, x - half_width * inner, z + start, z + end, low, high, CAR, shown
+            )
 
     def tree(self, x: float, z: float):
-        rng, high = self.rng, self.rng.uniform(3, 8)
-        self.shade(x - high / 4, x + high / 4, z, z + high / 3, high)
-        trunk = [self.at(x - 0.15, 0, z), self.at(x + 0.15, 0, z), self.at(x, 0.8 * high, z)]
+        rng, height = self.rng, self.rng.uniform(3, 8)
+        self.shade(x - height / 4, x + height / 4, z, z + height / 3, height)
+        trunk = [self.at(x - 0.15, 0, z), self.at(x + 0.15, 0, z), self.at(x, 0.8 * height, z)]
         self.paint(self.region([trunk]), TREE, (84, 66, 50), z)
         green = (58, 92, 42) + rng.normal(0, 10, 3)
         for sunny in np.linspace(-0.5, 0.5, 24):  # clumps of leaves, the sunny ones last
-            dx, dy = rng.normal(0, high / 8, 2).clip(-high / 6, high / 6)
-            dx, dy = dx - sunny * high / 5 * np.sign(self.sun), dy + sunny * high / 5
-            (u, v), r = self.at(x + dx, 0.66 * high + dy, z), self.focus * high * rng.uniform(0.06, 0.13) / z
+            dx, dy = rng.normal(0, height / 8, 2).clip(-height / 6, height / 6)
+            dx, dy = dx - sunny * height / 5 * np.sign(self.sun), dy + sunny * height / 5
+            (u, v), r = (
+                self.at(x + dx, 0.66 * height + dy, z),
+                self.focus * height * rng.uniform(0.06, 0.13) / z,
+            )
             leaves = self.region([(u - r, v - r, u + r, v + r)], "ellipse")
             self.paint(leaves, TREE, green * (0.95 + 0.6 * sunny), z, grain=0.22)

@@ -1,7 +1,9 @@
 """Features, once: what the backbone sees of an image, and the file of its tokens that training reads (Sec. 3.1, 4)."""
 
 import logging
+import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from stego_parts.backbones import BACKBONES
+from stego_parts.backbones import BACKBONES, NAMES
 from stego_parts.config import Config
 from stego_parts.distributed import barrier, process_count, rank
 from stego_parts.images import five_boxes, five_crops, read_image, square, to_tensor
 
 CROP_SIDE = 224  # pixels: crops the head is trained on (Sec. 4)
 RESOLUTION = 320  # pixels: shorter side at which images are segmented (Sec. 4)
+VALUE_BYTES = 136  # of memory for each value of a feature map while images pass through a backbone, at most
 MAX_ASPECT = 4  # longer side : shorter side up to which the shorter side gets its full resolution
 GPU_IMAGES = 8  # images of one size that a GPU sees at once
 GPU_SHARE = 0.5  # of its free memory that the token cache may take; else it stays in its file
@@ -83,6 +86,37 @@ def backbone_size(image, patch: int, *, resolution: int = RESOLUTION, name="The 
         )
     scale = min(resolution / min(image.size), MAX_ASPECT * resolution / max(image.size))
     return tuple(max(round(side * scale / patch), 1) * patch for side in image.size)
+
+
+def check_resolution(network, resolution: int, *, size=(1, 1), device="cpu"):
+    """ValueError for a resolution below a patch, or for one at which an image needs more memory than there is.
+
+    size: (width, height) of the image, in any unit; it passes together with its mirror image.
+    """
+    if resolution < network.patch:
+        raise ValueError(
+            f"Got resolution {resolution}; it is the shorter side in pixels, at least {network.patch}."
+        )
+    aspect = min(max(size) / min(size), MAX_ASPECT)
+    square = 2 * aspect * network.channels * VALUE_BYTES / network.patch**2  # bytes for resolution 1
+    room = available_memory(device)
+    if network.name in NAMES and square * resolution**2 > room:
+        most = int(math.sqrt(room / square)) // network.patch * network.patch
+        raise ValueError(
+            f"Resolution {resolution} needs about {square * resolution**2 / 1e9:.1f} GB with {network.name}, "
+            f"{room / 1e9:.1f} GB are available; at most {most} fits."
+        )
+
+
+def available_memory(device="cpu") -> float:
+    """Bytes that nobody uses, on a GPU or here; infinite where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, free
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        return int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return math.inf
 
 
 def image_views(path, views: str, patch: int) -> Tensor | None:

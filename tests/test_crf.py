@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import crf
-from crf import dense_crf, potts_codes, upsample_along_edges, working_size
+from crf import dense_crf, upsample_along_edges, working_size
 
 H, W, C = 12, 16, 5
 
@@ -85,7 +85,7 @@ def test_colour_kernel_is_close(sxy, srgb):
 
 @pytest.mark.parametrize("scale, same", [(0.3, 0.93), (3.0, 0.97)], ids=["soft", "sharp"])
 def test_both_kernels_are_close(scale, same):
-    """White noise for scores is the hardest case there is; bench/crf.py measures real ones."""
+    """White noise for scores is the hardest case there is; bench/crf_speed.py measures real ones."""
     ours, exact = zip(
         *(
             (dense_crf(scene(i), s), oracle(scene(i), s))
@@ -421,7 +421,7 @@ def test_crf_imports_nothing_of_ours():
     tree = ast.parse(Path(crf.__file__).read_text())
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert {name.split(".")[0] for name in names} == {"math", "numpy", "torch"}
+    assert {name.split(".")[0] for name in names} == {"collections", "math", "numpy", "torch"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -433,84 +433,3 @@ def test_cuda_agrees_with_the_cpu():
     probs = cuda[0, :, ::4, ::4]
     labels = upsample_along_edges(images[0].cuda(), probs.cuda()).cpu()
     assert torch.equal(labels, upsample_along_edges(images[0], probs))
-
-
-# ---- the Potts model without scores -------------------------------------------------------------------------------
-
-
-def flat_regions():
-    """Four regions of one colour each (3, 24, 32) uint8, a band above and one below, a disk, a box; which is which."""
-    y, x = torch.meshgrid(torch.arange(24), torch.arange(32), indexing="ij")
-    region = (y > 12).long()
-    region[(x - 21) ** 2 + (y - 10) ** 2 < 40], region[(x < 8) & (y > 15)] = 2, 3
-    colour = torch.tensor([[120, 160, 220], [90, 140, 60], [200, 60, 50], [240, 240, 235]], dtype=torch.uint8)
-    return colour[region].permute(2, 0, 1), region
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_superpixels_are_the_regions_of_a_flat_image(seed):
-    image, region = flat_regions()
-    q = potts_codes(image, 12, steps=60, seed=seed)
-    assert q.shape == (12, 24, 32) and torch.allclose(q.sum(0), torch.ones(24, 32), atol=1e-5)
-    shares = torch.stack(
-        [F.one_hot(q.argmax(0)[region == r], 12).float().mean(0) for r in range(4)]
-    )  # (region, class)
-    assert (shares.amax(1) > 0.99).all() and len(set(shares.argmax(1).tolist())) == 4
-
-
-def test_continuous_codes_are_alike_within_a_region_and_not_between():
-    image, region = flat_regions()
-    codes = potts_codes(torch.stack([image, image.flip(2)]), 5, discrete=False, steps=60)
-    assert codes.shape == (2, 5, 24, 32) and torch.allclose(
-        codes.norm(dim=1), torch.ones(2, 24, 32), atol=1e-5
-    )
-    for code, here in zip(codes, (region, region.flip(1))):
-        means = torch.stack([code[:, here == r].mean(1) for r in range(4)])  # (region, code)
-        assert (means.norm(dim=1) > 0.95).all() and (
-            means @ means.T - torch.diag(means.norm(dim=1) ** 2)
-        ).max() < 0.5
-
-
-def test_potts_codes_minimise_the_energy_over_all_pairs():
-    """The documented energy in float64: as low as that of the true regions, or of one class where all pairs attract."""
-    image, region = flat_regions()
-    colour, place = (
-        image.double().flatten(1).T,
-        torch.cartesian_prod(torch.arange(24.0), torch.arange(32.0)).double(),
-    )
-    far, unlike = torch.cdist(place, place) ** 2, torch.cdist(colour, colour) ** 2
-    kernel = 4 * torch.exp(-far / (2 * 30**2) - unlike / (2 * 20**2)) + 3 * torch.exp(-far / 2)
-
-    def energy(q, shift):
-        q = q.double().flatten(1).T
-        return -((kernel - shift) * (q @ q.T)).mean().item()
-
-    for shift, labels in ((2, region), (-2, torch.zeros_like(region))):
-        best = energy(F.one_hot(labels, 8).permute(2, 0, 1), shift)
-        assert best < energy(F.one_hot(region.roll(4, 1), 8).permute(2, 0, 1), shift) - 0.05
-        assert energy(potts_codes(image, 8, steps=60, shift=shift), shift) <= best + 1e-3
-
-
-def test_potts_codes_of_strips_and_of_one_seed():
-    image = noise_image(H=1, W=9)
-    one, same, other = (potts_codes(image, 3, steps=3, seed=seed) for seed in (4, 4, 5))
-    assert torch.equal(one, same) and not torch.equal(one, other) and one.shape == (3, 1, 9)
-    assert potts_codes(noise_image(H=7, W=1), 1, steps=2, discrete=False).shape == (1, 7, 1)
-
-
-@pytest.mark.parametrize(
-    "image, size, options, message",
-    [
-        ("photo.png", 3, {}, "torch.from_numpy"),
-        (torch.zeros(3, 4, 4), 3, {}, "uint8"),
-        (noise_image(), 0, {}, "size=0"),
-        (noise_image(), 3, dict(steps=0), "steps=0"),
-        (noise_image(), 3, dict(shift=math.nan), "shift=nan"),
-        (noise_image()[:2], 3, {}, "3, H, W"),
-        (noise_image(), 3, dict(sxy=0), "sxy=0"),
-        (noise_image(), 2.5, {}, "2.5"),
-    ],
-)
-def test_potts_codes_refuse(image, size, options, message):
-    with pytest.raises(ValueError, match=message):
-        potts_codes(image, size, **options)

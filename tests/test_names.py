@@ -189,7 +189,7 @@ def test_take_over(model, classes, same, shares, names):
     assert new.share.tolist() == shares and new.centers.argmax(1).tolist() == shares
     colours = {tuple(colour) for colour in new.palette.tolist()}
     assert len(colours) == classes
-    for k, m in same.items():
+    for m in same.values():
         assert tuple(earlier.palette[m]) in colours
     assert len(colours & {tuple(colour) for colour in earlier.palette.tolist()}) == len(same)
 

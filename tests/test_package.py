@@ -95,7 +95,7 @@ def test_an_environment_of_its_own(dist, tmp_path):
         [tool, "--version"], cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=60
     )
     assert shown.stdout.startswith("stego, version"), shown.stderr
-    code = "import stego, sys; print(stego.__file__); from stego_parts.backbones import load_backbone; load_backbone('tiny')"
+    code = "import stego, sys; print(stego.__file__); stego.load_backbone('tiny')"
     shown = subprocess.run(
         [python, "-I", "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=120
     )

@@ -8,7 +8,18 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from stego_parts.datasets import LAYOUTS, folder_set, labelled_set, read_pair
+from stego_parts.config import PRESETS
+from stego_parts.datasets import (
+    LAYOUTS,
+    PRESET_OF,
+    PUBLISHED,
+    folder_set,
+    image_set,
+    labelled_set,
+    published_line,
+    published_row,
+    read_pair,
+)
 from stego_parts.images import IGNORE, read_image
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -52,7 +63,10 @@ def cocostuff(tmp_path):
 def potsdam(tmp_path):
     for stem in ("2_10_0_0", "2_10_0_1"):
         label = every_id(6)
-        for folder, key, value in (("imgs", "img", np.dstack([rgb(label), label])), ("gt", "gt", label)):
+        for folder, key, value in (
+            ("imgs", "img", np.dstack([rgb(label), label])),
+            ("gt", "gt", label.astype(np.int32)),
+        ):
             (tmp_path / folder).mkdir(exist_ok=True)
             savemat(tmp_path / folder / f"{stem}.mat", {key: value})
     (tmp_path / "labelled_train.txt").write_text("2_10_0_0\n")
@@ -104,12 +118,12 @@ def test_every_cocostuff_id(cocostuff):
         0: "person",
         1: "vehicle",
         15: "animal",
-        46: "food",
+        46: "kitchen",
         61: "furniture",
         71: "electronic",
         156: "sky",
         168: "plant",
-        181: "plant",
+        181: "solid",
         177: "water",
         148: "ground",
     }
@@ -196,7 +210,7 @@ def test_two_labels_for_one_image(own):
 def test_labels_of_another_size_value_or_kind(own):
     labelled = folder_set(own / "images", own / "labels")
     picture(own / "labels/a.png", np.full((40, 60), 7, np.uint8))
-    with pytest.raises(ValueError, match=r"a.png holds the label 7; labels lie in 0..1, or are 255"):
+    with pytest.raises(ValueError, match=r"a.png has the label 7; labels lie in 0..1, or are 255"):
         labelled.read(0)
     picture(own / "labels/a.png", np.zeros((40, 61), np.uint8))
     with pytest.raises(ValueError, match="61 x 40 pixels and its image 60 x 40"):
@@ -214,11 +228,9 @@ def test_pair_is_the_central_square_with_untouched_label_values(own):
     label[:, 30:50], label[:, :20] = 9, 200  # 200 lies outside the central square
     picture(own / "labels/a.png", label)
     picture(own / "images/a.jpg", rgb(label))
-    image, found = read_pair(own / "images/a.jpg", own / "labels/a.png", side=320)
-    assert image.size == (320, 320) and found.shape == (320, 320)
-    assert (
-        np.unique(found).tolist() == [0, 9] and (found[:, 80:240] == 9).all() and (found == 9).mean() == 0.5
-    )
+    image, ids = read_pair(own / "images/a.jpg", own / "labels/a.png", side=320)
+    assert image.size == (320, 320) and ids.shape == (320, 320)
+    assert np.unique(ids).tolist() == [0, 9] and (ids[:, 80:240] == 9).all() and (ids == 9).mean() == 0.5
 
 
 def test_broken_matlab_file(potsdam):
@@ -226,5 +238,49 @@ def test_broken_matlab_file(potsdam):
     with pytest.raises(ValueError, match="2_10_0_1.mat"):
         labelled_set("potsdam3", potsdam, "val").read(0)
     savemat(potsdam / "imgs/2_10_0_1.mat", {"other": np.zeros(3)})
-    with pytest.raises(ValueError, match="no uint8 array of 3 dimensions under the key 'img'"):
+    with pytest.raises(ValueError, match="no array of 3 dimensions of whole numbers under the key 'img'"):
         labelled_set("potsdam3", potsdam, "val").read(0)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int32, np.int64, np.uint16])
+def test_matlab_labels_of_any_integer_type(potsdam, kind):
+    savemat(potsdam / "gt/2_10_0_1.mat", {"gt": every_id(6).astype(kind)})
+    assert class_of_id(labelled_set("potsdam3", potsdam, "val"))[255] == {IGNORE}
+
+
+@pytest.mark.parametrize(
+    "value, message", [(-1, "values -1..0"), (256, "values 0..256"), (0.5, "no array of 2 dimensions")]
+)
+def test_matlab_labels_that_are_none(potsdam, value, message):
+    label = np.zeros((128, 128), type(value) if isinstance(value, float) else np.int32)
+    label[3, 5] = value
+    savemat(potsdam / "gt/2_10_0_1.mat", {"gt": label})
+    with pytest.raises(ValueError, match=f"2_10_0_1.mat has {message}"):
+        labelled_set("potsdam3", potsdam, "val").read(0)
+
+
+def test_images_without_labels(own):
+    unlabelled = image_set(own / "images")
+    picture, label = unlabelled.read(0)
+    assert picture.size == (320, 320) and label is None and unlabelled.classes == []
+    assert len(unlabelled.pairs) == 2 and str(own / "images") in unlabelled.source
+
+
+def test_published_rows():
+    """Table 2's MoCo v2, not Table 5's; each row that a preset repeats has that preset's backbone."""
+    rows = {row.name: row[3:] for row in PUBLISHED["cocostuff27"]}
+    assert rows["STEGO, MoCoV2"] == (48.4, 20.8, 70.7, 26.5)
+    assert any("released" in row.name and row.miou == 62.6 for row in PUBLISHED["potsdam3"])
+    repeated = [row for rows in PUBLISHED.values() for row in rows if row.preset]
+    assert len(repeated) == 4 and all(PRESETS[row.preset]["backbone"] == row.backbone for row in repeated)
+    for dataset, preset in PRESET_OF.items():  # what `fit --dataset` alone repeats
+        backbone = PRESETS[preset]["backbone"]
+        assert published_row(dataset, preset=preset, backbone=backbone).preset == preset
+        assert published_row(dataset, preset=preset, backbone="tiny") is None
+
+
+def test_published_line():
+    line = published_line("cityscapes", preset="cityscapes", backbone="dino_vitb8")
+    assert "dino_vitb8" in line and "'STEGO, DINO ViT-B/8', accuracy 73.2, mIoU 21.0" in line
+    line = published_line("cocostuff27", preset="cocostuff", backbone="tiny")
+    assert "no published row" in line and "dino_vits8_300ep with cocostuff-small" in line

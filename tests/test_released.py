@@ -105,7 +105,7 @@ def test_codes_and_clusters_of_the_reference(checkpoint, spec):
     path, reference, vit = checkpoint
     x = torch.randn(1, 3, 40, 56)
     expected = (
-        reference((plain_vit(x, vit, spec))) / 2 + reference(plain_vit(x.flip(-1), vit, spec)).flip(-1) / 2
+        reference(plain_vit(x, vit, spec)) / 2 + reference(plain_vit(x.flip(-1), vit, spec)).flip(-1) / 2
     )
     model = Stego.load(path)
     codes = model.codes(x)
