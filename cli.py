@@ -22,6 +22,7 @@ WRITTEN = dict(mask="masks", overlay="overlays", npz="probabilities", json="shar
 NOTICE = logging.INFO + 5  # level of messages that are said unless --quiet
 PIPE = "-"  # stdin as an image, stdout as an output
 MODEL_SUFFIXES = (".pt", ".pth", ".ckpt")
+OUTPUTS = "stego-out"  # folder of what predict writes, which fit leaves out
 FEATURES = "stego-features"  # folder, beside the model, of features that are kept for other fits
 DEMO_SCENES, DEMO_STEPS = {"train": 30, "val": 10}, 300  # two minutes on two cores; steps as `fit` takes them
 REFRESH = 0.2  # seconds between two updates of the progress line
@@ -283,7 +284,9 @@ def fit(progress, images, dataset, root, classes, output, preset, settings, over
         preset = preset or PRESET_OF[dataset]
     options |= dict(preset=preset or "default", classes=classes or 27)
     config = fit_config(options["preset"], backbone=options["backbone"])
-    paths, sheet = [path for path, _ in find_images(images)], output.with_name(f"{output.stem}-fit.png")
+    sheet = output.with_name(f"{output.stem}-fit.png")
+    options["exclude"] = [sheet, output.with_name(OUTPUTS), *filter(None, [report])]
+    paths = [path for path, _ in find_images(images, exclude=options["exclude"])]
     inputs = [*paths, *filter(None, [options["weights"]])]
     check_outputs([(output, ()), (sheet, PICTURE)], inputs=inputs, folders=[report])
     check_replacing(output, options["match"], overwrite)
@@ -348,7 +351,7 @@ def log_config(model):
 @main.command(short_help="Segment images with a fitted model.")
 @click.argument("images", nargs=-1, required=True)
 @model_option
-@option("-o", "--output", default="stego-out", type=PATH, help="A file, a folder, or - for stdout.")
+@option("-o", "--output", default=OUTPUTS, type=PATH, help="A file, a folder, or - for stdout.")
 @option("--format", "kind", default="mask", type=click.Choice(list(WRITTEN)), help="What is written.")
 @option("--overlay", is_flag=True, help="Beside each mask, the picture with its segments and a legend.")
 @option("--only", multiple=True, callback=split_names, metavar="NAMES", help="Clusters to keep: road,7.")
@@ -378,7 +381,8 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
     from stego_parts.images import find_images
     from stego_parts.tokens import check_resolution
 
-    sources = [(sys.stdin.buffer, Path("stdin"))] if images == (PIPE,) else find_images(images)
+    stdin, sheet = [(sys.stdin.buffer, Path("stdin"))], model.with_name(f"{model.stem}-fit.png")
+    sources = stdin if images == (PIPE,) else find_images(images, exclude=[output, sheet])
     jobs, document = outputs.plan_outputs(sources, output, formats), outputs.document_path(output, kind)
     if skip_existing and (document or piped):
         raise click.UsageError("--skip-existing is for outputs of each image; choose another format or -o.")
@@ -600,6 +604,7 @@ def show_points(progress: Progress, images, at, model, output: Path, backbone: s
     from stego_parts.backbones import load_backbone
     from stego_parts.images import find_images, write_image
     from stego_parts.outputs import PICTURE, check_outputs
+    from stego_parts.protocol import images_of
     from stego_parts.report import correspondence_sheet
 
     image, others = Path(images[0]), [path for path, _ in find_images(images[1:])]
@@ -609,24 +614,12 @@ def show_points(progress: Progress, images, at, model, output: Path, backbone: s
     fitted = Stego.load(model, device=device, weights=weights) if model else None
     device = pick_device(device)
     network = fitted.backbone if fitted else load_backbone(backbone, weights=weights, device=device)
-    others = [path for path in others or images_of(fitted) if not path.samefile(image)]
+    own = images_of(fitted) if fitted else []
+    others = [path for path in others or own if not path.samefile(image)]
     options = dict(others=others, model=fitted, device=device, progress=progress)
     picture = correspondence_sheet(network, image, at, **options)
     write_image(picture, output)
     progress.summary(f"{len(at)} points, {len(others)} other images to choose from", f"picture {output}")
-
-
-def images_of(model) -> list[Path]:
-    """The images a model was fitted on, as far as it tells and they are there; without a model none."""
-    from stego_parts.images import find_images
-
-    if not model or not model.config.images:
-        return []
-    try:
-        return [path for path, _ in find_images(model.config.images)]
-    except FileNotFoundError:
-        log.warning("The images that the model was fitted on are not here; name others to see them too.")
-        return []
 
 
 def description(model) -> list[str]:
