@@ -11,7 +11,7 @@ matter of minutes: the backbone is frozen and nothing is augmented, so every cro
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -408,7 +408,6 @@ class Stego:
         cls,
         images,
         *,
-        exclude: Iterable = (),
         preset: str = "default",
         backbone=None,
         weights: str | Path | None = None,
@@ -417,11 +416,11 @@ class Stego:
         progress: Progress = no_progress,
         checkpoint: str | Path | None = None,
         resume: bool = False,
+        exclude=(),
         **settings,
     ) -> "Stego":
         """Find what recurs in images: files, folders (recursive) or glob patterns, one or several.
 
-        exclude: files and folders among them that are left out, such as outputs.
         preset: the options to start from, one of PRESETS; each option of `Config` can be a keyword beside it, like
             classes=27 (1..255, or "auto"), steps, seed (same images, seed, machine and threads: same model).
         backbone: a name from `backbones.NAMES`, or "auto"; default: the preset's; weights: a local file for it. Or any
@@ -431,11 +430,14 @@ class Stego:
         progress: called as progress(stage, done, total).
         checkpoint: a folder for the features and the state of the fit, so that little is lost with the process;
             features that are in it already are not computed again. resume: go on with its training too.
+        exclude: files and folders to leave out, such as outputs of an earlier fit.
 
         Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
         """
         named = None if callable(backbone) else backbone
-        config = fit_config(preset, backbone=named, **settings)  # what is wrong shows before the work
+        config = fit_config(
+            preset, backbone=named, **settings
+        )  # whatever is wrong shows before the work begins
         sources = [images] if isinstance(images, (str, os.PathLike)) else list(images)
         paths, device = [path for path, _ in find_images(sources, exclude=exclude)], pick_device(device)
         load = partial(load_backbone, weights=weights, device=device, progress=progress is not no_progress)

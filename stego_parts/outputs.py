@@ -132,11 +132,12 @@ def plan_outputs(sources, output: Path, formats) -> list[Job]:
             )
         targets = {formats[0]: output} | {each: output.with_suffix(OVERLAY_SUFFIX) for each in formats[1:]}
         return [Job(*sources[0], targets)]
-    suffixes = {each: OVERLAY_SUFFIX if each == "overlay" else SUFFIXES[each][0] for each in formats}
-    names = [output_names([place for _, place in sources], suffix) for suffix in suffixes.values()]
+    places = [place for _, place in sources]
+    suffixes = [OVERLAY_SUFFIX if each == "overlay" else SUFFIXES[each][0] for each in formats]
+    names = [output_names(places, suffix) for suffix in suffixes]
     return [
-        Job(source, place, {each: output / name for each, name in zip(formats, own)})
-        for (source, place), *own in zip(sources, *names)
+        Job(source, place, {each: output / name for each, name in zip(formats, row)})
+        for (source, place), *row in zip(sources, *names)
     ]
 
 
@@ -199,7 +200,7 @@ class Writer(NamedTuple):
         for kind, target in job.targets.items():
             colors = self.model.colors
             picture = mask_image(mask, colors) if kind == "mask" else legend_overlay(self.model, image, mask)
-            self._write_picture(picture, target)
+            write_picture(picture, target, self.note)
         if job.targets:
             return {}
         entry = {"file_name": job.place.as_posix(), "height": image.height, "width": image.width}
@@ -236,15 +237,6 @@ class Writer(NamedTuple):
         with opened(target) as file:
             file.write(packed.getvalue())
 
-    def _write_picture(self, picture: Image.Image, target: Path):
-        """In the format of the target's suffix, PNG on stdout."""
-        text = PngInfo()
-        text.add_text("stego", self.note)
-        jpeg = dict(format="JPEG", quality=90, comment=self.note)
-        is_jpeg = target.suffix.lower() in (".jpg", ".jpeg")
-        with opened(target) as file:
-            picture.save(file, **(jpeg if is_jpeg else dict(format="PNG", pnginfo=text)))
-
 
 def _attempt(function, *args):
     """What a function returns, or the error that it or one before it ended with."""
@@ -257,9 +249,20 @@ def _attempt(function, *args):
         return error
 
 
+def write_picture(picture: Image.Image, target: Path, note: str):
+    """A picture with a note in it, in the format of the target's suffix, PNG on stdout."""
+    text = PngInfo()
+    text.add_text("stego", note)
+    jpeg = target.suffix.lower() in (".jpg", ".jpeg")
+    options = dict(format="JPEG", quality=90, comment=note) if jpeg else dict(format="PNG", pnginfo=text)
+    with opened(target) as file:
+        picture.save(file, **options)
+
+
 def legend_overlay(model, image: Image.Image, mask: np.ndarray) -> Image.Image:
     """The picture with its segments over it and a legend below."""
-    return with_legend(overlay(image, mask, model.colors), mask, model.colors, model.labels)
+    picture = overlay(image, mask, model.colors, model.labels)
+    return with_legend(picture, mask, model.colors, model.labels)
 
 
 @contextmanager
