@@ -1,73 +1,99 @@
-"""The command line: parses, calls the library, prints. Results go to stdout, progress and warnings to stderr.
+"""The command line: parses, calls the library, prints. Results go to stdout, all else to stderr.
 
-Exit codes: 0 all done, 1 something failed (the rest is still written), 2 usage. torch is imported inside the
-commands, so that --help and --version answer at once.
+Exit codes: 0 all done; 1 something failed while working, the rest is written; 2 an argument or an input
+cannot be used, found before any work; 130 interrupted with Ctrl-C. torch is imported inside the commands, so
+that --help and --version answer at once.
 """
 
 import ctypes
-import io
-import json
+import functools
 import logging
 import os
-import shutil
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
-PRESET_NAMES = ("small", "cityscapes", "cocostuff", "potsdam")  # stego.PRESETS, known here without importing torch
-VIEWS = ("five", "whole", "windows")                            # stego.VIEWS, likewise
-DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")       # stego_protocol.LAYOUTS, likewise
+# Known here without importing torch: config.PRESETS, datasets.LAYOUTS, outputs.SUFFIXES, tokens.NOTICE
+PRESET_NAMES = ("default", "small", "cocostuff-small", "potsdam", "cityscapes", "cocostuff")
+DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")
+WRITTEN = dict(mask="masks", overlay="overlays", npz="probabilities", json="shares", coco="segments")
+NOTICE = logging.INFO + 5  # level of messages that are said unless --quiet
 PIPE = "-"  # stdin as an image, stdout as an output
-SUFFIXES = {"mask": (".png",), "overlay": (".jpg", ".jpeg", ".png"), "both": (".png",), "npz": (".npz",),
-            "json": (".json",), "coco": (".json",)}  # formats of predict and the file names they take
-WRITTEN = {"mask": "masks", "overlay": "overlays", "both": "masks and overlays", "npz": "probabilities",
-           "json": "shares", "coco": "segments"}  # what the summary calls them
-ONE_FILE = ("json", "coco")  # formats with one file for all images
-RELEASED = "released"  # the preset of models that the reference implementation made
-OVERLAY_SUFFIX = ".overlay.jpg"
+MODEL_SUFFIXES = (".pt", ".pth", ".ckpt")
+FEATURES = "stego-features"  # folder, beside the model, of features that are kept for other fits
 DEMO_SCENES, DEMO_STEPS = {"train": 30, "val": 10}, 300  # two minutes on two cores; steps as `fit` takes them
-READ_AHEAD, WRITE_BEHIND = 3, 2  # images that predict decodes before, and writes after, the one it works on
 REFRESH = 0.2  # seconds between two updates of the progress line
 
+PATH, POSITIVE = click.Path(path_type=Path), click.FloatRange(0, min_open=True)
+option = functools.partial(click.option, show_default=True)
 log = logging.getLogger("stego")
 
 
-# ---- what the commands share -----------------------------------------------------------------------------------
-
-@contextmanager
-def clear_errors():
-    """The library's ValueError and FileNotFoundError as one sentence and exit code 1."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise click.ClickException(str(error)) from error
-    except BrokenPipeError:  # the reader has seen enough: click ends in silence
-        raise
-    except OSError as error:  # full disk, no permission
-        raise click.ClickException(f"{error.strerror or error}: {error.filename or 'output'}") from error
+# ---- what is said, and the exit codes ----------------------------------------------------------------------
 
 
 class Progress:
-    """progress(stage, done, total) as one line on stderr with the time left; silent where stderr is no terminal."""
+    """progress(stage, done, total) as one line on stderr with the time left; silent where it is no terminal.
+
+    stage: None before the work begins; go_on: what to do after an interruption.
+    """
 
     def __init__(self):
-        self.stage, self.began, self.shown = None, 0.0, 0.0
+        self.stage, self.done, self.total, self.began, self.shown = None, 0, 0, 0.0, 0.0
+        self.started, self.go_on = time.monotonic(), "the same command starts afresh"
 
     def __call__(self, stage: str, done: int, total: int):
         now = time.monotonic()
         if stage != self.stage:
-            self.stage, self.began = stage, now
+            self.began, self.shown = now, 0.0
+        self.stage, self.done, self.total = stage, done, total
         if not sys.stderr.isatty() or is_quiet() or (now - self.shown < REFRESH and done < total):
             return
         self.shown = now
         left = (now - self.began) * (total - done) / max(done, 1)
-        end = "\n" if done == total else ""
-        click.echo(f"\r{stage:>9} {done}/{total}  {int(left // 60)}:{int(left % 60):02d} left ", err=True, nl=False)
-        click.echo(end, err=True, nl=False)
+        clock = f"{int(left // 60)}:{int(left % 60):02d} left " if done else ""
+        click.echo(f"\r{stage:>9} {done}/{total}  {clock:10}" + "\n" * (done == total), err=True, nl=False)
+
+    def summary(self, what: str, outputs: str = "", *, err: bool = False):
+        """The last line of a command: what was done, how long it took, where the outputs are."""
+        if not is_quiet():
+            seconds = f"{time.monotonic() - self.started:.0f} s"
+            click.echo(f"{what}, {seconds}" + (f": {outputs}" if outputs else ""), err=err)
+
+    def interruption(self) -> str:
+        """What was under way, and how to go on."""
+        place = f" at {self.stage} {self.done}/{self.total}" if self.stage else ""
+        return f"Interrupted{place}; {self.go_on}."
+
+
+class Commands(click.Group):
+    """The commands; whatever one ends with becomes one sentence and an exit code, by one rule."""
+
+    def invoke(self, context):
+        progress = context.obj = Progress()
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            click.echo(f"\n{progress.interruption()}", err=True)
+            context.exit(130)
+        except BrokenPipeError:  # the reader has seen enough: click ends in silence
+            raise
+        except (ValueError, OSError) as error:
+            failure = click.ClickException(sentence(error))
+            failure.exit_code = 1 if progress.stage else 2
+            raise failure from error
+
+
+def sentence(error: Exception) -> str:
+    """An error for people; one of the system without its number and our temporary names."""
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    place = Path(os.fsdecode(error.filename or "the output"))
+    if place.suffix == ".part":
+        return f"Cannot write into {place.parent}: {error.strerror}."
+    return f"Cannot use {place}: {error.strerror}."
 
 
 class StderrHandler(logging.Handler):
@@ -82,71 +108,117 @@ def is_quiet() -> bool:
     return not log.isEnabledFor(logging.WARNING)
 
 
-def summary(text: str, *, err: bool = False):
-    """The last line of a command: what was done, how long it took, where the outputs are."""
-    if not is_quiet():
-        click.echo(text, err=err)
+def print_usage(model, changed=None):
+    """One line a cluster, those of one name in one: numbers, name, share of the training images, colour.
+
+    changed: a set of clusters, to say no more than their lines.
+    """
+    merged, width = model.merged.tolist(), max(map(len, model.names))
+    for k in sorted(set(merged)):
+        members = [m for m, first in enumerate(merged) if first == k]
+        if changed is None or changed & set(members):
+            share, color = float(model.share[members].sum()), tuple(model.palette[k].tolist())
+            bar = click.style("#" * max(round(60 * share), 1), fg=color)
+            name, numbers = f"{model.names[k]:{width}} " if width else "", "+".join(map(str, members))
+            click.echo(f"cluster {numbers:>3} {name}{share:6.1%} #{bytes(color).hex()} {bar}")
 
 
-def talk_options(command):
+# ---- options that commands share ---------------------------------------------------------------------------
+
+
+def verbosity_options(command):
     """-q and -v: how much is said."""
-    def set_level(context, option, given):
+
+    def set_level(context, parameter, given):
+        if given and log.level in (logging.ERROR, logging.INFO):
+            raise click.UsageError("-q and -v are opposites; give one of them.")
         if given:
-            log.setLevel(logging.ERROR if option.name == "quiet" else logging.INFO)
-    quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=set_level,
-                         help="No progress, warnings and summary; errors only.")
-    verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=set_level,
-                           help="Also say what was chosen, and each file that was written.")
-    return quiet(verbose(command))
+            log.setLevel(logging.ERROR if parameter.name == "quiet" else logging.INFO)
+
+    flag = functools.partial(option, is_flag=True, expose_value=False, callback=set_level)
+    command = flag("-v", "--verbose", help="Also say what was chosen, and each file written.")(command)
+    return flag("-q", "--quiet", help="Errors only.")(command)
 
 
-def model_option(command):
-    return click.option("-m", "--model", default="stego.pt", show_default=True, type=click.Path(),
-                        help="The fitted model.")(command)
-
-
-def limit_pixels(context, option, megapixels):
+def limit_pixels(context, parameter, megapixels):
     """Pillow refuses to decode pictures above twice its limit, which may be bombs: move that limit."""
     if megapixels:
         from PIL import Image
+
         Image.MAX_IMAGE_PIXELS = round(megapixels * 1e6 / 2)
 
 
 def network_options(command):
-    """Options of everything that runs the backbone."""
-    command = click.option("--max-megapixels", type=float, callback=limit_pixels, expose_value=False,
-                           help="Refuse larger images.  [default: 179]")(command)
-    command = click.option("--weights", type=click.Path(), help="Local file with the backbone's weights.  "
-                           "[default: the torch cache's, or a download]")(command)
-    return click.option("--device", default="auto", show_default=True,
-                        help="cpu, cuda, cuda:1, mps; auto takes CUDA where there is one.")(command)
+    """Options of everything that runs the backbone; the hidden one is named by the error that it avoids."""
+    limit = dict(type=POSITIVE, callback=limit_pixels, expose_value=False, hidden=True)
+    device = "cpu, cuda, cuda:1, mps; auto takes CUDA where there is one."
+    command = option("--max-megapixels", help="Refuse larger images.  [default: 179]", **limit)(command)
+    command = option("--weights", type=PATH, help="The backbone's, as a file.  [default: cached]")(command)
+    return option("--device", default="auto", help=device)(command)
+
+
+model_option = option("-m", "--model", default="stego.pt", type=PATH, help="The fitted model.")
+model_or_first = option("-m", "--model", type=PATH, help="If not named first.  [default: stego.pt]")
+
+
+def model_and_rest(model, arguments: tuple, *, first: bool) -> tuple:
+    """The model, named with -m or as the first argument, and the other arguments."""
+    if not first:
+        return model, arguments
+    if model:
+        raise click.UsageError(f"Two models, {model} and {arguments[0]}; name one.")
+    return Path(arguments[0]), arguments[1:]
 
 
 def dataset_options(command):
-    command = click.option("--root", type=click.Path(),
-                           help="Its folder.  [default: $STEGO_DATA/DATASET, or ./data/DATASET]")(command)
-    return click.option("--dataset", type=click.Choice(DATASET_NAMES), help="A published dataset.")(command)
+    root = "Its folder.  [default: $STEGO_DATA/DATASET, or ./data/DATASET]"
+    command = option("--root", type=PATH, help=root)(command)
+    return option("--dataset", type=click.Choice(DATASET_NAMES), help="A published dataset.")(command)
 
 
 def dataset_root(dataset: str, root) -> Path:
     return Path(root) if root else Path(os.environ.get("STEGO_DATA", "data")) / dataset
 
 
+def class_count(text: str):
+    """A number of clusters, or auto."""
+    if text != "auto" and not (text.isdecimal() and 1 <= int(text) <= 255):
+        raise click.BadParameter(f"got {text}; give a number from 1 to 255, or auto.")
+    return text if text == "auto" else int(text)
+
+
+def split_names(context, parameter, texts) -> list[str]:
+    """("road,sky", "7") -> ["road", "sky", "7"]."""
+    names = [name.strip() for text in texts for name in text.split(",")]
+    if "" in names:
+        raise click.BadParameter("got an empty name; give names or numbers of clusters, like road,7.")
+    return names
+
+
+def points(context, parameter, texts) -> list[tuple[int, int]]:
+    """("120,80",) -> [(120, 80)]."""
+    pairs = [text.split(",") for text in texts]
+    for text, pair in zip(texts, pairs):
+        if len(pair) != 2 or not all(map(str.isdecimal, pair)):
+            raise click.BadParameter(f"got {text}; a point is two whole numbers, x and y, like 120,80.")
+    return [(int(x), int(y)) for x, y in pairs]
+
+
 def keep_memory():
-    """Let glibc reuse the memory of short-lived tensors, where it gives each back to the system and asks anew.
+    """Let glibc reuse the memory of short-lived tensors, where it gives each back and asks anew.
 
     dino_vits8 at 320 x 424 on a CPU core: 4.1 s in place of 5.2 s, for 0.1 to 0.3 GB more resident memory.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
-        return                                                               # another system, another allocator
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4                     # malloc.h
-    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20)):
-        mallopt(option, value)
+        return  # another system, another allocator
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20)):
+        mallopt(parameter, value)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="stego", prog_name="stego")
 def main():
     """Segment images without labels: find what recurs in a folder, then find it in any image.
@@ -159,392 +231,247 @@ def main():
     """
     keep_memory()
     log.handlers, log.propagate = [StderrHandler()], False
-    log.setLevel(logging.WARNING)
+    log.setLevel(NOTICE)
     if os.environ.get("NO_COLOR"):
         click.get_current_context().color = False
 
 
-def class_count(text: str):
-    """A number, or auto."""
-    if text != "auto" and not text.isdecimal():
-        raise click.BadParameter(f"got {text}; give a number from 1 to 255, or auto.")
-    return text if text == "auto" else int(text)
+# ---- fit ---------------------------------------------------------------------------------------------------
 
-
-# ---- fit -------------------------------------------------------------------------------------------------------
 
 @main.command(short_help="Find what recurs in images.")
-@click.argument("images", nargs=-1, type=click.Path())
+@click.argument("images", nargs=-1)
+@option("-k", "--classes", type=class_count, metavar="K", help="Clusters, 1 to 255, or auto.  [default: 27]")
+@option("-o", "--output", default="stego.pt", type=PATH, help="The model.")
 @dataset_options
-@click.option("-k", "--classes", default="27", type=class_count, metavar="K", show_default="27, or the dataset's",
-              help="Number of segments, 1 to 255; auto: as many as halves of the images agree on.")
-@click.option("-o", "--output", default="stego.pt", show_default=True, help="Where the model goes.")
-@click.option("--report", type=click.Path(file_okay=False),
-              help="Also write charts of the fit, neighbours and clusters into this folder.  [default: none]")
-@click.option("--backbone", default="auto", show_default=True,
-              help="dino_vits8, dinov2_vits14, dino_resnet50, ..., tiny; auto: dino_vits8, or tiny without network.")
-@click.option("--stride", type=int,
-              help="Of a ResNet, pixels from one feature to the next: 32, 16 or 8.  [default: 32]")
-@click.option("--preset", type=click.Choice(PRESET_NAMES),
-              help="Published hyper-parameters to start from.  [default: small, with --balance auto]")
-@click.option("--balance", type=click.Choice(["auto", "fixed"]),
-              help="b's from the data, or the preset's.  [default: fixed with a preset, else auto]")
-@click.option("--steps", type=int, help="Training steps.  [default: 300, or the named preset's]")
-@click.option("--batch-size", type=int, help="Crops per step.  [default: the preset's]")
-@click.option("--code-size", type=int, help="Length of a code.  [default: the preset's]")
-@click.option("--lambda-self", type=float, help="Weight of the image with itself.  [default: the preset's]")
-@click.option("--lambda-knn", type=float, help="Weight of nearest neighbours.  [default: the preset's]")
-@click.option("--lambda-rand", type=float, help="Weight of random pairs.  [default: the preset's]")
-@click.option("--b-self", type=float, help="Negative pressure within an image.  [default: from the data]")
-@click.option("--b-knn", type=float, help="Negative pressure with neighbours.  [default: from the data]")
-@click.option("--b-rand", type=float, help="Negative pressure with random images.  [default: from the data]")
-@click.option("--views", type=click.Choice(VIEWS),
-              help="five: crops that the backbone sees alone; whole: no crops; windows: five parts of what it sees of "
-                   "the whole image.  [default: windows, or the named preset's]")
-@click.option("--evenness", type=float,
-              help="0: clusters follow what is frequent, 1: also what is rare.  [default: 1, or 0 with a preset]")
-@click.option("--feature-weight", type=float,
-              help="Weight of the features themselves beside the codes in what is clustered.  [default: 0]")
-@click.option("--centering/--no-centering", default=None, help="Spatial centering.  [default: the preset's]")
-@click.option("--seed", default=0, show_default=True, help="Same seed, same images, same machine: same model.")
-@click.option("--match", type=click.Path(), metavar="MODEL",
-              help="An earlier model: clusters that are the same keep its numbers, names and colours.  [default: none]")
-@click.option("--cache-size", default=8.0, show_default=True, help="Scratch space for features, in GB.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted fit of the same images and options.")
-@click.option("--keep-features", is_flag=True, help="Leave the features in OUTPUT.scratch for the next fit.")
+@option("--preset", type=click.Choice(PRESET_NAMES), help="Hyper-parameters.  [default: default]")
+@option("--backbone", help="dino_vits8, dinov2_vits14, ..., tiny; or auto.  [default: the preset's]")
+@option("--steps", type=click.IntRange(min=1), help="Training steps.  [default: the preset's]")
+@option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any setting: --set b_rand=0.4.")
+@option("--seed", default=0, help="Same seed, images and machine: same model.")
+@option("--match", type=PATH, metavar="MODEL", help="Keep its numbers, names, colours.  [default: none]")
+@option("--overwrite", is_flag=True, help="Replace a model whose clusters have names.")
+@option("--report", type=PATH, help="A folder for charts of the fit.  [default: none]")
+@option("--resume", is_flag=True, help="Go on with an interrupted fit of the same images and options.")
+@option("--keep-features", is_flag=True, help=f"Keep the features in {FEATURES}/ for other fits.")
 @network_options
-@talk_options
-def fit(images, output, dataset, root, classes, preset, report, resume, keep_features, **options):
+@verbosity_options
+@click.pass_obj
+def fit(progress, images, dataset, root, classes, output, preset, settings, overwrite, report, **options):
     """Find the things that recur in IMAGES: files, folders (searched recursively) or "patterns/*.jpg".
 
-    With --dataset in their place: the train split of a published dataset and its published hyper-parameters.
+    With --dataset in their place: a published train split, with its number of classes, preset and backbone.
 
     \b
     Examples:
       stego fit ./images
-      stego fit a/ b/ "c/*.jpg" -k 27 -o model.pt --backbone dino_vits8 --steps 5000
+      stego fit a/ b/ "c/*.jpg" -k 12 -o model.pt --backbone dino_vits8 --steps 5000 --set b_rand=0.4
       stego fit --dataset cityscapes --root ~/data/cityscapes
       stego fit ./images --resume
     """
     if bool(images) == bool(dataset):
         raise click.UsageError("Give images to fit on, or a --dataset, one of the two.")
-    with clear_errors():
-        output = Path(output)
-        if output.is_dir():
-            raise click.UsageError(f"The output {output} is a folder; name a file, like {output / 'stego.pt'}.")
-        from stego import Stego, find_images, several_processes
-        began = time.monotonic()
-        if dataset:
-            from stego_protocol import PRESET_OF, labelled_set
-            labelled = labelled_set(dataset, dataset_root(dataset, root), "train")
-            paths, preset = [image for image, _ in labelled.pairs], preset or PRESET_OF[dataset]
-            if click.get_current_context().get_parameter_source("classes") == ParameterSource.DEFAULT:
-                classes = len(labelled.classes)
-        else:
-            paths = [path for path, _ in find_images(images)]
-        scratch = output.with_name(f"{output.name}.scratch")
-        with several_processes() as (number, count):
-            first, alone = number == 0, count == 1
-            if (resume or keep_features) and not alone:
-                raise click.UsageError("--resume and --keep-features are for one process; leave them out.")
-            if not first:
-                log.addFilter(lambda record: record.msg.startswith("Skipped"))  # the first process says the rest
-            try:
-                model = Stego.fit(paths if dataset else images, classes=classes, preset=preset,
-                                  progress=Progress() if first else None, scratch=scratch if alone else None,
-                                  resume=resume, **options)
-            except KeyboardInterrupt as interruption:
-                after = " with --resume goes on." if alone else ", of several processes, starts afresh."
-                raise click.ClickException(f"Interrupted; the same command{after}") from interruption
-        if not first:
-            return
-        model.save(output)
-        (scratch / "training.pt").unlink(missing_ok=True)
-        if not keep_features:
-            shutil.rmtree(scratch, ignore_errors=True)
-        from stego_images import write_image
-        sheet = output.with_name(f"{output.stem}-fit.png")
-        write_image(model.contact_sheet(paths), sheet)
-        if report:
-            model.report(report)
-    if model.agreement:
-        summary(model.sureness())
-    if not is_quiet():
+    from stego_parts.config import fit_config, parse_settings
+    from stego_parts.datasets import PRESET_OF, labelled_set, published_line
+    from stego_parts.images import find_images
+    from stego_parts.outputs import PICTURE, check_outputs, check_replacing
+
+    options |= parse_settings(settings)
+    if dataset:
+        train = labelled_set(dataset, dataset_root(dataset, root), "train")
+        images, classes = [image for image, _ in train.pairs], classes or len(train.classes)
+        preset = preset or PRESET_OF[dataset]
+    options |= dict(preset=preset or "default", classes=classes or 27)
+    config = fit_config(options["preset"], backbone=options["backbone"])
+    paths, sheet = [path for path, _ in find_images(images)], output.with_name(f"{output.stem}-fit.png")
+    inputs = [*paths, *filter(None, [options["weights"]])]
+    check_outputs([(output, ()), (sheet, PICTURE)], inputs=inputs, folders=[report])
+    check_replacing(output, options["match"], overwrite)
+    if dataset:
+        log.log(NOTICE, published_line(dataset, preset=config.preset, backbone=config.backbone))
+    if model := fit_and_save(progress, images, output, **options):
+        write_pictures(progress, model, paths, output, sheet, report)
+
+
+def fit_and_save(progress: Progress, images, output: Path, *, keep_features: bool, resume: bool, **options):
+    """The model, fitted alone or among torchrun's processes, of which only the first returns it."""
+    from stego import Stego
+    from stego_parts.checkpoint import end_fit
+    from stego_parts.distributed import process_group
+    from stego_parts.tokens import no_progress
+
+    scratch = output.with_name(f"{output.name}.scratch")
+    if keep_features and not (resume and scratch.exists()):
+        scratch = output.with_name(FEATURES)
+    with process_group() as (rank, count):
+        if resume and count > 1:
+            raise click.UsageError("--resume is for one process; leave it out.")
+        if count == 1:
+            progress.go_on = "the same command with --resume goes on"
+        if rank:  # the first process says the rest
+            log.addFilter(lambda record: record.msg.startswith("Skipped"))
+        shown = no_progress if rank else progress
+        model = Stego.fit(images, progress=shown, checkpoint=scratch, resume=resume, **options)
+    if rank:
+        return None
+    model.save(output)
+    progress.go_on = f"the model is in {output} already"
+    end_fit(scratch, keep_features=keep_features)
+    return model
+
+
+def write_pictures(progress: Progress, model, paths, output: Path, sheet: Path, report):
+    """The pictures of a fit, and what is said at its end."""
+    from stego_parts.images import write_image
+    from stego_parts.report import agreement_line, contact_sheet, write_report
+
+    write_image(contact_sheet(model, paths, progress=progress), sheet)
+    if report:
+        write_report(model, report)
+    if model.record.agreement and not is_quiet():
+        click.echo(agreement_line(model.record.agreement))
+    if log.isEnabledFor(logging.INFO):
         print_usage(model)
-    for key, value in model.config.items():
+    log_config(model)
+    outputs = f"model {output}, picture {sheet}" + (f", report {report}" if report else "")
+    progress.summary(f"{len(paths)} images, {model.config.backbone}", outputs)
+
+
+def log_config(model):
+    for key, value in vars(model.config).items():
         log.info("%s: %s", key, value)
-    summary(f"{len(paths)} images, {model.config['backbone']}, {time.monotonic() - began:.0f} s: "
-            f"model {output}, picture {sheet}" + (f", report {report}" if report else ""))
 
 
-def print_usage(model):
-    """One line a cluster: its number, name, share of the training images, colour."""
-    wide = max(map(len, model.names))
-    for k, (share, name, colour) in enumerate(zip(model.share.tolist(), model.names, model.palette.tolist())):
-        bar = click.style("#" * max(round(60 * share), 1), fg=tuple(colour))
-        code = "#%02x%02x%02x" % tuple(colour)
-        click.echo(f"cluster {k:3d} {f'{name:{wide}} ' if wide else ''}{share:6.1%} {code} {bar}")
+# ---- predict -----------------------------------------------------------------------------------------------
 
-
-# ---- predict ---------------------------------------------------------------------------------------------------
 
 @main.command(short_help="Segment images with a fitted model.")
-@click.argument("images", nargs=-1, required=True, type=click.Path())
+@click.argument("images", nargs=-1, required=True)
 @model_option
-@click.option("-o", "--output", default="stego-out", show_default=True, type=click.Path(),
-              help="A file for one image, a folder for several; - for stdout.")
-@click.option("--format", "kind", default="mask", show_default=True, type=click.Choice(list(SUFFIXES)),
-              help="mask: indexed PNG; overlay: the picture with its segments and a legend; both; npz: probabilities; "
-                   "json: the share of each cluster, one file; coco: RLE segments, one file.")
-@click.option("--overlay", is_flag=True, help="The same as --format both.")
-@click.option("--only", metavar="NAMES", help="Clusters to keep, by name or number: road,sky,7.  [default: all]")
-@click.option("--crf/--no-crf", default=True, show_default=True, help="Sharpen the segments with a dense CRF.")
-@click.option("--crf-size", default=0.5, show_default=True,
-              help="Megapixels at which the CRF works on larger photos, and most megapixels of probabilities.")
-@click.option("--resolution", default=320, show_default=True,
-              help="Pixels of the shorter side that the backbone sees; twice as many: finer, four times the work.")
-@click.option("--skip-existing", is_flag=True, help="Leave images alone whose output is there already.")
+@option("-o", "--output", default="stego-out", type=PATH, help="A file, a folder, or - for stdout.")
+@option("--format", "kind", default="mask", type=click.Choice(list(WRITTEN)), help="What is written.")
+@option("--overlay", is_flag=True, help="Beside each mask, the picture with its segments and a legend.")
+@option("--only", multiple=True, callback=split_names, metavar="NAMES", help="Clusters to keep: road,7.")
+@option("--crf/--no-crf", default=True, help="Sharpen the segments with a dense CRF.")
+@option("--crf-size", default=0.5, type=POSITIVE, help="Megapixels that the CRF works on, of larger photos.")
+@option("--resolution", default=320, help="Pixels of the shorter side that the backbone sees.")
+@option("--skip-existing", is_flag=True, help="Leave images alone whose outputs are there and up to date.")
 @network_options
-@talk_options
-def predict(images, model, output, kind, overlay, only, skip_existing, device, weights, **options):
-    """Segment IMAGES with a fitted model: files, folders (their tree is mirrored), "patterns/*.jpg", or - for stdin.
+@verbosity_options
+@click.pass_obj
+def predict(progress, images, model, output, kind, overlay, only, skip_existing, device, weights, **options):
+    """Segment IMAGES: files, folders (their tree is mirrored), "patterns/*.jpg", or - for stdin.
 
     Masks are indexed PNG: cluster numbers from 0, 255 for none.
 
     \b
     Examples:
       stego predict img.jpg -o mask.png
-      stego predict folder/ "more/*.png" -o out/ --format both
+      stego predict folder/ "more/*.png" -o out/ --overlay
       stego predict img.jpg -o road.png --only road,3 --resolution 480
       stego predict folder/ -o segments.json --format coco
       cat img.jpg | stego predict - -o - > mask.png
     """
-    kind = check_kind("both" if overlay else kind, output, only, skip_existing)
-    with clear_errors():
-        from stego import Stego, find_images
-        found = [(sys.stdin.buffer, Path("stdin"))] if images == (PIPE,) else find_images(images)
-        jobs = plan_outputs(found, Path(output), kind)
-        if skip_existing:
-            jobs = [job for job in jobs if not job[2].exists()]
-        fitted = Stego.load(model, device=device, weights=weights)
-        keep = fitted.select(only.split(",")) if only else None
-        fitted.backbone  # noqa: B018 - a wrong backbone is one error, not one for every image
-    began, progress, entries, failed = time.monotonic(), Progress(), [], 0
-    for done, (job, entry) in enumerate(zip(jobs, predicted(fitted, jobs, kind, keep, options)), 1):
+    formats, piped = check_formats(kind, images, output, overlay, only), str(output) == PIPE
+    from stego import Stego
+    from stego_parts import outputs
+    from stego_parts.images import find_images
+    from stego_parts.tokens import check_resolution
+
+    sources = [(sys.stdin.buffer, Path("stdin"))] if images == (PIPE,) else find_images(images)
+    jobs, document = outputs.plan_outputs(sources, output, formats), outputs.document_path(output, kind)
+    if skip_existing and (document or piped):
+        raise click.UsageError("--skip-existing is for outputs of each image; choose another format or -o.")
+    files = [(path, outputs.SUFFIXES[each]) for job in jobs for each, path in job.targets.items()]
+    inputs = [model, *(source for source, _ in sources if isinstance(source, Path))]
+    outputs.check_outputs([*files, (document, outputs.JSON)], inputs=inputs)
+    fitted = Stego.load(model, device=device, weights=weights)
+    keep = fitted.select(only) if only else None
+    check_resolution(fitted.backbone, options["resolution"], device=fitted.device)
+    writer = outputs.Writer(fitted, keep, outputs.note_of(fitted, keep, options))
+    todo, entries = [job for job in jobs if not (skip_existing and job.is_done(writer.note))], []
+    if not document:
+        progress.go_on = "the same command with --skip-existing goes on"
+    for done, (job, entry) in enumerate(writer.results(todo, kind, options), 1):
         if isinstance(entry, Exception):
-            failed += 1
-            who = job[0] if isinstance(job[0], Path) else "<stdin>"
-            log.error("%s", entry if str(who) in str(entry) else f"{who}: {entry}")
+            who, what = "<stdin>" if images == (PIPE,) else str(job.source), sentence(entry)
+            log.error("%s", what if who in what else f"{who}: {what}")
         else:
             entries.append(entry)
-        progress("predict", done, len(jobs))
-    if kind in ONE_FILE:
-        with clear_errors():
-            output = document_path(Path(output), kind)
-            write_document(fitted, entries, output, kind, keep)
-    summary(f"{len(jobs) - failed} of {len(jobs)} images, {time.monotonic() - began:.0f} s: "
-            f"{WRITTEN[kind]} in {'stdout' if str(output) == PIPE else output}", err=str(output) == PIPE)
-    sys.exit(1 if failed else 0)
+        progress("predict", done, len(todo))
+    if document:
+        writer.write_document(entries, kind, document)
+    skipped = f", {len(jobs) - len(todo)} skipped" if skip_existing else ""
+    where = "stdout" if piped else document or output
+    what = f"{' and '.join(WRITTEN[each] for each in formats)} in {where}"
+    progress.summary(f"{len(entries)} of {len(todo)} images{skipped}", what, err=piped)
+    sys.exit(0 if len(entries) == len(todo) else 1)
 
 
-def check_kind(kind: str, output: str, only: str | None, skip_existing: bool) -> str:
-    """The format asked for; refuses what does not go together."""
-    if output == PIPE and kind == "both":
+def check_formats(kind: str, images, output: Path, overlay: bool, only) -> list[str]:
+    """The formats asked for; refuses what does not go together."""
+    if PIPE in images and len(images) > 1:
+        raise click.UsageError("- stands for one image on stdin; give it alone, or give files.")
+    if overlay and kind not in ("mask", "overlay"):
+        raise click.UsageError(f"--overlay goes with masks; leave it or --format {kind} out.")
+    if overlay and kind == "mask" and str(output) == PIPE:
         raise click.UsageError("Two pictures do not go into one stdout; choose --format mask or overlay.")
-    if skip_existing and (output == PIPE or kind in ONE_FILE):
-        raise click.UsageError("--skip-existing looks for an output for each image; choose another format or -o.")
     if only and kind == "npz":
         raise click.UsageError("--format npz holds the probabilities of all clusters; leave --only out.")
-    return kind
+    return ["mask", "overlay"] if overlay and kind == "mask" else [kind]
 
 
-def plan_outputs(found, output: Path, kind: str) -> list[tuple]:
-    """(source, place, target) of each image; refuses to overwrite an input or to write two outputs to one place."""
-    suffixes = SUFFIXES[kind]
-    if kind in ONE_FILE or str(output) == PIPE:
-        if len(found) > 1 and kind not in ONE_FILE:
-            raise click.UsageError(f"{len(found)} images do not go into one stdout; name a folder with -o.")
-        jobs = [(source, place, document_path(output, kind)) for source, place in found]
-        check_overwriting(jobs[:1], [source for source, _ in found])
-        return jobs
-    if output.suffix and not output.is_dir():
-        if output.suffix.lower() not in suffixes:
-            raise click.UsageError(f"The output {output} is not a {' or '.join(suffixes)} file, which {kind} needs.")
-        if len(found) > 1:
-            raise click.UsageError(f"{len(found)} images cannot go into the one file {output}; name a folder with -o.")
-        jobs = [(*found[0], output)]
-    else:
-        suffix = OVERLAY_SUFFIX if kind == "overlay" else suffixes[0]
-        jobs = [(source, place, output / place.with_suffix(suffix)) for source, place in found]
-    check_overwriting(jobs, [source for source, _ in found])
-    return jobs
+# ---- name --------------------------------------------------------------------------------------------------
 
-
-def check_overwriting(jobs, sources):
-    """UsageError if an output would replace an image, or another output."""
-    sources, targets = {source.resolve() for source in sources if isinstance(source, Path)}, {}
-    for source, _, target in jobs:
-        if target.resolve() in sources:
-            raise click.UsageError(f"The output for {source} would overwrite the image {target}; choose another -o.")
-        if target in targets:
-            raise click.UsageError(f"{targets[target]} and {source} would both be written to {target}; "
-                                   "predict them into different folders.")
-        targets[target] = source
-
-
-def document_path(output: Path, kind: str) -> Path:
-    """Where JSON for all images goes: the file named, or a file in the folder named."""
-    if str(output) == PIPE or kind not in ONE_FILE:
-        return output
-    if output.suffix and not output.is_dir():
-        if output.suffix.lower() not in SUFFIXES[kind]:
-            raise click.UsageError(f"The output {output} is not a .json file, which {kind} needs.")
-        return output
-    return output / ("coco.json" if kind == "coco" else "shares.json")
-
-
-def predicted(model, jobs, kind: str, keep, options: dict):
-    """The entry of each job, or its error: the next image is decoded and the last result written in threads."""
-    from stego import ahead
-    from stego_images import read_image
-    images = ahead(lambda job: attempt(read_image, job[0]), jobs, window=READ_AHEAD)
-    found = ((job, image, attempt(segment, model, image, kind, options)) for job, image in zip(jobs, images))
-    return ahead(lambda each: attempt(write_result, model, *each, kind, keep), found, window=WRITE_BEHIND)
-
-
-def attempt(function, *args):
-    """What a function returns, or the error that it or one before it ended with."""
-    try:
-        for each in args:
-            if isinstance(each, Exception):
-                return each
-        return function(*args)
-    except (ValueError, OSError) as error:
-        return error
-
-
-def segment(model, image, kind: str, options: dict):
-    """The mask (H, W) of an image, for npz its probabilities (K, h, w)."""
-    return (model.probabilities if kind == "npz" else model.predict)(image, **options)
-
-
-def write_result(model, job: tuple, image, result, kind: str, keep) -> dict:
-    """Write what kind asks for of one image; returns its entry for the kinds with one file for all."""
-    import numpy as np
-    from stego_images import IGNORE, cluster_shares, coco_annotations, mask_image
-    _, place, target = job
-    if kind == "npz":
-        with opened(target) as file:
-            np.savez_compressed(file, probabilities=result.astype(np.float16), names=np.array(model.labels),
-                                size=np.array([image.height, image.width]))
-        return {}
-    mask = result
-    if keep is not None:
-        mask[~np.isin(mask, keep)] = IGNORE
-    if kind in ("overlay", "both"):  # first, so that a mask on disk says that the image is done
-        picture = legend_overlay(model, image, mask)
-        write_picture(picture, target.with_suffix(OVERLAY_SUFFIX) if kind == "both" else target)
-    if kind in ("mask", "both"):
-        write_picture(mask_image(mask, model.palette), target)
-    if kind not in ONE_FILE:
-        return {}
-    inside = {"clusters": cluster_shares(mask, model.labels)} if kind == "json" else {"found": coco_annotations(mask)}
-    return {"file_name": place.as_posix(), "height": image.height, "width": image.width, **inside}
-
-
-def legend_overlay(model, image, mask):
-    from stego_images import overlay, with_legend
-    return with_legend(overlay(image, mask, model.palette), mask, model.palette, model.labels)
-
-
-def write_document(model, entries: list[dict], target: Path, kind: str, keep):
-    """The one JSON file of the formats json and coco."""
-    clusters = range(len(model.labels)) if keep is None else keep
-    if kind == "json":
-        for entry in entries:
-            entry["clusters"] = [entry["clusters"][k] for k in clusters]
-        document = {"images": entries}
-    else:
-        found = [(number, each) for number, entry in enumerate(entries, 1) for each in entry.pop("found")]
-        document = {"info": {"description": "segments found by stego"},
-                    "images": [{"id": number, **entry} for number, entry in enumerate(entries, 1)],
-                    "categories": [{"id": k, "name": model.labels[k]} for k in clusters],
-                    "annotations": [{"id": i, "image_id": number, **each} for i, (number, each) in enumerate(found, 1)]}
-    with opened(target) as file:
-        file.write(json.dumps(document).encode() + b"\n")
-
-
-@contextmanager
-def opened(target: Path):
-    """A binary file that becomes the target, or goes to stdout, when the block ends well."""
-    if str(target) == PIPE:
-        whole = io.BytesIO()
-        yield whole
-        sys.stdout.buffer.write(whole.getvalue())
-        sys.stdout.buffer.flush()
-    else:
-        from stego_images import replacing
-        with replacing(target) as part, open(part, "wb") as file:
-            yield file
-
-
-def write_picture(picture, target: Path):
-    """A picture in the format of the target's suffix, PNG on stdout."""
-    form = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(target.suffix.lower(), "PNG")
-    with opened(target) as file:
-        picture.save(file, format=form, quality=90)
-
-
-# ---- name ------------------------------------------------------------------------------------------------------
 
 @main.command(short_help="Give clusters of a model names.")
-@click.argument("model", type=click.Path())
-@click.argument("names", nargs=-1, required=True, metavar="NUMBER=NAME...")
-@talk_options
-def name(model, names):
-    """Give clusters of MODEL names, kept in the model; `NUMBER=` takes one away.
+@click.argument("names", nargs=-1, required=True, metavar="[MODEL] NUMBER=NAME...")
+@model_or_first
+@verbosity_options
+def name(names, model):
+    """Give clusters of a model names, kept in the model; `NUMBER=` takes one away.
 
-    Names appear in legends, JSON, COCO categories and `stego show`, and --only understands them.
+    Clusters with one name are one: one colour, one entry in legends, JSON and COCO categories, and in masks
+    the lowest of their numbers. --only understands names.
 
     \b
     Example:
-      stego name stego.pt 3=road 5=sky
+      stego name 3=road 5=sky 8=road
     """
-    pairs = [pair.partition("=") for pair in names]
-    if wrong := [first for first, equals, _ in pairs if not (first.isdecimal() and equals)]:
-        raise click.UsageError(f"Got {wrong[0]!r}; name clusters by number, like 3=road.")
-    with clear_errors():
-        from stego import Stego
-        fitted = Stego.load(model, device="cpu")
-        if fitted.config["preset"] == RELEASED:
-            raise ValueError(f"{model} is a checkpoint of the reference implementation, which holds no names.")
-        fitted.rename({int(first): last.strip() for first, _, last in pairs})
-        fitted.save(model)
+    model, names = model_and_rest(model, names, first="=" not in names[0])
+    model, pairs = model or Path("stego.pt"), [pair.partition("=") for pair in names]
+    wrong = [number for number, equals, _ in pairs if not (number.isdecimal() and equals)]
+    if wrong or not pairs:
+        raise click.UsageError(f"Got {(*wrong, 'no names')[0]!r}; name clusters by number, like 3=road.")
+    from stego import Stego
+
+    fitted = Stego.load(model, device="cpu")
+    before = fitted.names.copy()
+    fitted.rename({int(number): text.strip() for number, _, text in pairs})
+    fitted.save(model)
     if not is_quiet():
-        print_usage(fitted)
+        print_usage(fitted, {k for k, text in enumerate(fitted.names) if text != before[k]})
 
 
-# ---- eval ------------------------------------------------------------------------------------------------------
+# ---- eval --------------------------------------------------------------------------------------------------
+
 
 @main.command("eval", short_help="Score a model against ground truth.")
 @dataset_options
-@click.option("--images", type=click.Path(), help="In place of --dataset: a folder of your own images,")
-@click.option("--labels", type=click.Path(), help="and one of their label maps, paired by stem; 255 is ignored.")
-@click.option("--names", type=click.Path(), help="Text file, the name of a class a line.  [default: class 0, ...]")
-@click.option("--train-images", type=click.Path(),
-              help="Train images, for the linear probe and the baseline,  [default: none]")
-@click.option("--train-labels", type=click.Path(), help="and their label maps.  [default: none]")
+@option("--images", type=PATH, help="In place of --dataset: a folder of your own images,")
+@option("--labels", type=PATH, help="and one of their label maps, paired by stem; 255 is ignored.")
+@option("--names", type=PATH, help="Text file, the name of a class a line.  [default: class 0, ...]")
+@option("--train-images", type=PATH, help="Train images, for the baseline,  [default: those of the fit]")
+@option("--train-labels", type=PATH, help="and their label maps, for the linear probe.  [default: none]")
 @model_option
-@click.option("--crf/--no-crf", default=True, show_default=True, help="Score with the dense CRF as well (slow).")
-@click.option("--diagnostics", is_flag=True, help="Also what correspondences know about labels (Sec. 3.1, A.6).")
-@click.option("--json", "json_file", type=click.Path(),
-              help="Write everything that was measured to this file.  [default: none]")
-@click.option("--figures", type=click.Path(),
-              help="Write the confusion matrix and example strips into this folder.  [default: none]")
-@click.option("--seed", default=0, show_default=True, help="For the probes and the baseline's k-means.")
+@option("--crf/--no-crf", default=True, help="Score with the dense CRF as well (slow).")
+@option("--json", "json_file", type=PATH, help="Write all that was measured here.  [default: none]")
+@option("--figures", type=PATH, help="Folder for confusion matrix and examples.  [default: none]")
+@option("--seed", default=0, help="For the probes and the baseline's k-means.")
 @network_options
-@talk_options
-def evaluate(model, crf, diagnostics, json_file, figures, seed, device, weights, **data):
+@verbosity_options
+@click.pass_obj
+def evaluate(progress, model, crf, json_file, figures, seed, device, weights, **data):
     """Score a model against ground truth by the published protocol, beside its backbone alone.
 
     \b
@@ -552,75 +479,82 @@ def evaluate(model, crf, diagnostics, json_file, figures, seed, device, weights,
       stego eval --dataset cityscapes --root ~/data/cityscapes
       stego eval --images val/ --labels val_labels/ --names classes.txt --json scores.json --figures figures/
     """
-    began = time.monotonic()
-    with clear_errors():
-        labelled, train = labelled_sets(**data)
-        import stego_protocol
-        from stego import Stego
-        fitted, progress = Stego.load(model, device=device, weights=weights), Progress()
-        report = stego_protocol.evaluate(fitted, labelled, train=train, crf=crf, seed=seed, progress=progress)
-        if diagnostics:
-            report["diagnostics"] = stego_protocol.diagnose(fitted, labelled, seed=seed, progress=progress)
-        click.echo(stego_protocol.table(report))
-        if json_file:
-            stego_protocol.write_json(report, json_file)
-        if figures:
-            stego_protocol.write_figures(report, fitted, labelled, figures)
+    labelled, train = labelled_sets(**data)
+    pairs = [pair for each in (labelled, train) if each for pair in each.pairs]
+    inputs = [model, *(path for pair in pairs for path in pair if path)]
+    from stego_parts.outputs import JSON, check_outputs
+
+    check_outputs([(json_file, JSON)], inputs=inputs, folders=[figures])
+    from stego import Stego
+    from stego_parts import protocol
+    from stego_parts import report as pictures
+
+    fitted = Stego.load(model, device=device, weights=weights)
+    report = protocol.evaluate(fitted, labelled, train=train, crf=crf, seed=seed, progress=progress)
+    click.echo(protocol.table(report))
+    if json_file:
+        protocol.write_json(report, json_file)
+    if figures:
+        pictures.write_figures(report, fitted, labelled, figures)
     outputs = " and ".join(str(each) for each in (json_file, figures) if each)
-    summary(f"{report['images']} images, {time.monotonic() - began:.0f} s" + (f": {outputs}" if outputs else ""))
+    progress.summary(f"{report['images']} images", outputs)
 
 
 def labelled_sets(dataset, root, images, labels, names, train_images, train_labels):
     """The set to score on, and the train split or None."""
     if bool(dataset) == bool(images):
         raise click.UsageError("Give a --dataset, or your own --images and --labels.")
-    if bool(images) != bool(labels) or bool(train_images) != bool(train_labels):
+    if dataset and (labels or names or train_images or train_labels):
+        raise click.UsageError("A --dataset brings its own labels, names and train images; leave them out.")
+    if bool(images) != bool(labels) or (train_labels and not train_images):
         raise click.UsageError("Images and labels belong together: give both folders.")
-    from stego_protocol import folder_set, labelled_set
+    from stego_parts.datasets import folder_set, image_set, labelled_set
+
     if dataset:
         root = dataset_root(dataset, root)
         return labelled_set(dataset, root, "val"), train_split(dataset, root)
     labelled = folder_set(images, labels, names=names)
-    if not train_images:
-        return labelled, None
+    if not train_labels:
+        return labelled, image_set(train_images) if train_images else None
     train = folder_set(train_images, train_labels, names=names)
-    larger = max(labelled, train, key=lambda each: len(each.classes))  # without names, a class may occur in one only
+    larger = max(
+        labelled, train, key=lambda each: len(each.classes)
+    )  # without names, a class may occur in one only
     for each in (labelled, train):
         each.classes, each.lookup = larger.classes, larger.lookup
     return labelled, train
 
 
 def train_split(dataset, root):
-    """The train split, for the linear probe and the baseline; None, with a warning, where only val was fetched."""
-    from stego_protocol import labelled_set
+    """The train split, for the linear probe and the baseline; None, with a warning, where only val is there."""
+    from stego_parts.datasets import labelled_set
+
     try:
         return labelled_set(dataset, root, "train")
     except FileNotFoundError as error:
-        log.warning("No linear probe, and the baseline's clusters from val itself: %s", error)
+        log.warning("No linear probe, and the baseline's clusters not from the train split: %s", error)
+        return None
 
 
-# ---- show ------------------------------------------------------------------------------------------------------
+# ---- show --------------------------------------------------------------------------------------------------
+
 
 @main.command(short_help="Say and show what is in a model, or what corresponds.")
-@click.argument("things", nargs=-1, type=click.Path(), metavar="[MODEL] [IMAGES]...")
-@click.option("-m", "--model", type=click.Path(),
-              help="The model, if not named first.  [default: stego.pt; none with --at]")
-@click.option("--sheet", type=click.Path(),
-              help="Write a picture of the regions of IMAGES that fit each cluster best.  [default: none]")
-@click.option("--at", multiple=True, metavar="X,Y", callback=lambda context, option, texts: [point(t) for t in texts],
-              help="A point of the first image, in pixels from its upper left corner: show what corresponds with it in "
-                   "all images; repeatable.  [default: none]")
-@click.option("-o", "--output", default="correspondences.png", show_default=True, type=click.Path(),
-              help="With --at: where the picture goes.")
-@click.option("--backbone", help="With --at and no model: whose features to show.  [default: auto, as in fit]")
+@click.argument("things", nargs=-1, metavar="[MODEL] [IMAGES]...")
+@model_or_first
+@option("--sheet", type=PATH, help="Picture of the regions that fit each cluster best.  [default: none]")
+@option("--at", multiple=True, metavar="X,Y", callback=points, help="Show what corresponds with a point.")
+@option("-o", "--output", default="correspondences.png", type=PATH, help="With --at: the picture.")
+@option("--backbone", help="With --at and no model: whose features to show.  [default: auto]")
 @network_options
-@talk_options
-def show(things, model, sheet, at, output, backbone, device, weights):
-    """Say what is in MODEL, and show on IMAGES what each cluster is, so that you can name it.
+@verbosity_options
+@click.pass_obj
+def show(progress, things, model, sheet, at, output, backbone, device, weights):
+    """Say what is in a model, and show on IMAGES what each cluster is, so that you can name it.
 
-    With --at no MODEL stands before the images: for each point its correspondences are shown as a coloured picture, in
-    the first image and the others (the nearest four, if more or a folder); of backbone features, with -m of codes too.
-    Others default to the images that the model was fitted on, if they are where they were.
+    With --at X,Y, in pixels from the upper left corner and repeatable: what corresponds with a point of the
+    first image, as a coloured picture, there and in the others (the nearest four, if more or a folder); of
+    backbone features, with a model of codes too. Others default to the images that the model was fitted on.
 
     \b
     Examples:
@@ -628,65 +562,68 @@ def show(things, model, sheet, at, output, backbone, device, weights):
       stego show stego.pt images/ --sheet sheet.png
       stego show img.jpg images/ --at 120,80 --at 300,40 -m stego.pt -o corr.png
     """
+    alone = len(things) == 1 and not (sheet or at)
+    first = alone or bool(things) and Path(things[0]).suffix in MODEL_SUFFIXES
+    model, images = model_and_rest(model, things, first=first)
     if at:
-        if not things or sheet or (model and backbone):
-            raise click.UsageError("With --at give an image, and -m or --backbone: `stego show img.jpg --at 120,80`.")
-        return show_points(things[0], things[1:], at, model, output, backbone or "auto", device, weights)
-    model, images = (model, things) if model else ((*things, "stego.pt")[0], things[1:])
+        if not images or sheet or (model and backbone):
+            raise click.UsageError(
+                "With --at give an image, and -m or --backbone: `stego show a.jpg --at 9,9`."
+            )
+        return show_points(progress, images, at, model, output, backbone or "auto", device, weights)
     if bool(images) != bool(sheet) or backbone:
-        raise click.UsageError("Give images and a sheet, or neither: `stego show stego.pt images/ --sheet sheet.png`.")
-    with clear_errors():
-        from stego import Stego, find_images
-        fitted = Stego.load(model, device=device, weights=weights)
-        for line in description(fitted):
-            click.echo(line)
-        for key, value in fitted.config.items():
-            log.info("%s: %s", key, value)
-        print_usage(fitted)
-        if sheet:
-            from stego_images import region_sheet, write_image
-            began, paths = time.monotonic(), [path for path, _ in find_images(images)]
-            captions = [f"{label}\n{share:.1%}" for label, share in zip(fitted.labels, fitted.share.tolist())]
-            regions = fitted.best_regions(paths, progress=Progress())
-            write_image(region_sheet(regions, fitted.palette, captions), sheet)
-            summary(f"{len(paths)} images, {time.monotonic() - began:.0f} s: sheet {sheet}")
+        raise click.UsageError("Give images and a sheet, or neither: `stego show images/ --sheet sheet.png`.")
+    from stego import Stego
+    from stego_parts.drawing import region_sheet
+    from stego_parts.images import find_images, write_image
+    from stego_parts.outputs import PICTURE, check_outputs
+    from stego_parts.report import best_regions
+
+    model = model or Path("stego.pt")
+    paths = [path for path, _ in find_images(images)] if images else []
+    check_outputs([(sheet, PICTURE)], inputs=[*paths, model])
+    fitted = Stego.load(model, device=device, weights=weights)
+    for line in description(fitted):
+        click.echo(line)
+    log_config(fitted)
+    print_usage(fitted)
+    if sheet:
+        captions = [f"{label}\n{share:.1%}" for label, share in zip(fitted.labels, fitted.share.tolist())]
+        regions = best_regions(fitted, paths, progress=progress)
+        write_image(region_sheet(regions, fitted.colors, captions), sheet)
+        progress.summary(f"{len(paths)} images", f"sheet {sheet}")
 
 
-def point(text: str) -> tuple[int, int]:
-    """120,80 -> (120, 80)."""
-    x, _, y = text.partition(",")
-    if not (x.isdecimal() and y.isdecimal()):
-        raise click.UsageError(f"Got --at {text}; a point is two whole numbers, x and y, like 120,80.")
-    return int(x), int(y)
-
-
-def show_points(image, others, at, model, output, backbone, device, weights):
+def show_points(progress: Progress, images, at, model, output: Path, backbone: str, device: str, weights):
     """Write the picture of what corresponds with points of an image."""
-    began = time.monotonic()
-    with clear_errors():
-        from stego import Stego, load_backbone, pick_device
-        from stego_images import find_images, write_image
-        from stego_protocol import correspondence_sheet
-        fitted = Stego.load(model, device=device, weights=weights) if model else None
-        device = pick_device(device)
-        network = fitted.backbone if model else load_backbone(backbone, weights=weights, device=device)
-        paths = [path for path, _ in find_images(others)] if others else images_of(fitted)
-        paths = [path for path in paths if not (path.exists() and path.samefile(image))] if Path(image).exists() else []
-        picture = correspondence_sheet(network, image, at, others=paths, model=fitted, device=device,
-                                       progress=Progress())
-        write_image(picture, output)
-    summary(f"{len(at)} points, {len(paths)} other images to choose from, {time.monotonic() - began:.0f} s: "
-            f"picture {output}")
+    from stego import Stego, pick_device
+    from stego_parts.backbones import load_backbone
+    from stego_parts.images import find_images, write_image
+    from stego_parts.outputs import PICTURE, check_outputs
+    from stego_parts.report import correspondence_sheet
+
+    image, others = Path(images[0]), [path for path, _ in find_images(images[1:])]
+    if not image.is_file():
+        raise ValueError(f"{image} is not an image file; --at is about points of one, name it first.")
+    check_outputs([(output, PICTURE)], inputs=[image, *others])
+    fitted = Stego.load(model, device=device, weights=weights) if model else None
+    device = pick_device(device)
+    network = fitted.backbone if fitted else load_backbone(backbone, weights=weights, device=device)
+    others = [path for path in others or images_of(fitted) if not path.samefile(image)]
+    options = dict(others=others, model=fitted, device=device, progress=progress)
+    picture = correspondence_sheet(network, image, at, **options)
+    write_image(picture, output)
+    progress.summary(f"{len(at)} points, {len(others)} other images to choose from", f"picture {output}")
 
 
 def images_of(model) -> list[Path]:
     """The images a model was fitted on, as far as it tells and they are there; without a model none."""
-    from stego_images import find_images
-    given = model.config.get("images") if model else None
-    if not isinstance(given, list) or not given:
+    from stego_parts.images import find_images
+
+    if not model or not model.config.images:
         return []
     try:
-        return [path for path, _ in find_images([str(name) for name in given])]
+        return [path for path, _ in find_images(model.config.images)]
     except FileNotFoundError:
         log.warning("The images that the model was fitted on are not here; name others to see them too.")
         return []
@@ -694,24 +631,34 @@ def images_of(model) -> list[Path]:
 
 def description(model) -> list[str]:
     """How a model was made, for people."""
-    c, backbone = model.config, f"backbone  {model.config['backbone']}, weights {model.backbone_sha256[:12]}"
-    if c["preset"] == RELEASED:
-        return [backbone, "training  a checkpoint of the reference implementation; it does not tell its options"]
-    weights = " ".join(f"{key} {c[key]:.2f}" for key in ("lambda_self", "lambda_knn", "lambda_rand"))
-    shifts = " ".join(f"{key} {c[key]:.2f}" for key in ("b_self", "b_knn", "b_rand"))
-    return [backbone,
-            f"data      {c['crops'] // (1 if c.get('views') == 'whole' else 5)} images, {c['crops']} crops",
-            f"training  {c['steps']} steps of {c['batch_size']} crops, codes of {c['code_size']}, seed {c['seed']}",
-            f"balance   {c['balance']}, preset {c['preset']}: {weights} {shifts}"]
+    from stego_parts.config import RELEASED, SETTINGS
+
+    c, backbone = model.config, f"backbone  {model.config.backbone}, weights {model.backbone_sha256[:12]}"
+    if c.preset == RELEASED:
+        return [
+            backbone,
+            "training  a checkpoint of the reference implementation, which has no options in it",
+        ]
+    settings = [(name, getattr(c, name)) for name in SETTINGS]
+    values = [f"{name}={x:.3g}" if isinstance(x, float) else f"{name}={x}" for name, x in settings]
+    images = c.crops if c.views == "whole" else c.crops // 5
+    return [
+        backbone,
+        f"data      {images} images, {c.crops} crops",
+        f"training  {c.steps} steps, preset {c.preset}, seed {c.seed}",
+        f"settings  {' '.join(values)}",
+    ]
 
 
-# ---- demo ------------------------------------------------------------------------------------------------------
+# ---- demo --------------------------------------------------------------------------------------------------
+
 
 @main.command(short_help="Try everything on drawn scenes, without data and network.")
-@click.option("-o", "--output", default="stego-demo", show_default=True, type=click.Path(), help="The folder it makes.")
-@click.option("--seed", default=0, show_default=True, help="Other seeds draw other scenes.")
-@talk_options
-def demo(output, seed):
+@option("-o", "--output", default="stego-demo", type=PATH, help="The folder it makes.")
+@option("--seed", default=0, help="Other seeds draw other scenes.")
+@verbosity_options
+@click.pass_obj
+def demo(progress, output, seed):
     """Try everything on drawn scenes, without data and network: fit, predict and score. About two minutes.
 
     Leaves images, labels, the model, masks, overlays, sheets and scores in a folder.
@@ -721,51 +668,44 @@ def demo(output, seed):
       stego demo
       stego demo -o /tmp/demo --seed 7
     """
-    began, output, progress = time.monotonic(), Path(output), Progress()
-    with clear_errors():
-        import numpy as np
-        from stego import Stego, find_images
-        from stego_images import SCENE_CLASSES, mask_image, read_image, region_sheet, write_image
-        from stego_protocol import evaluate, folder_set, headline, table, write_figures, write_json
-        draw_scenes(output, seed, progress)
-        paths = [path for path, _ in find_images(output / "images" / "train")]
-        model = Stego.fit(paths, classes=len(SCENE_CLASSES), backbone="tiny", steps=DEMO_STEPS, seed=seed,
-                          progress=progress)
-        train, val = (folder_set(output / "images" / split, output / "labels" / split, names=output / "classes.txt")
-                      for split in ("train", "val"))
-        report = evaluate(model, val, train=train, seed=seed, progress=progress)
-        most = np.argmax(headline(report)["confusion"], 0)                   # the class that most of a cluster is
-        model.rename({k: SCENE_CLASSES[c] for k, c in enumerate(most)})
-        model.save(output / "stego.pt")
-        write_json(report, output / "scores.json")
-        write_figures(report, model, val, output / "figures")
-        write_image(model.contact_sheet(paths), output / "stego-fit.png")
-        regions = model.best_regions(paths, progress=progress)
-        write_image(region_sheet(regions, model.palette, model.labels), output / "clusters.png")
-        for done, (path, _) in enumerate(val.pairs, 1):
-            image = read_image(path)
-            mask = model.predict(image)
-            write_image(mask_image(mask, model.palette), output / "masks" / path.name)
-            write_image(legend_overlay(model, image, mask), output / "overlays" / path.with_suffix(".jpg").name)
-            progress("predict", done, len(val.pairs))
+    import numpy as np
+
+    from stego import Stego
+    from stego_parts.datasets import folder_set
+    from stego_parts.drawing import region_sheet
+    from stego_parts.images import find_images, mask_image, read_image, write_image
+    from stego_parts.outputs import check_folder, legend_overlay
+    from stego_parts.protocol import evaluate, headline, table, write_json
+    from stego_parts.report import best_regions, contact_sheet, write_figures
+    from stego_parts.scenes import SCENE_CLASSES, check_demo_folder, draw_scenes
+
+    check_folder(output)
+    check_demo_folder(output, DEMO_SCENES)
+    draw_scenes(output, DEMO_SCENES, seed=seed, progress=progress)
+    paths = [path for path, _ in find_images(output / "images" / "train")]
+    options = dict(classes=len(SCENE_CLASSES), backbone="tiny", steps=DEMO_STEPS, seed=seed)
+    model = Stego.fit(paths, **options, progress=progress)
+    folders, names = ("images", "labels"), output / "classes.txt"
+    train, val = (
+        folder_set(*(output / each / split for each in folders), names=names) for split in DEMO_SCENES
+    )
+    report = evaluate(model, val, train=train, seed=seed, progress=progress)
+    most = np.argmax(headline(report)["confusion"], 0)  # the class that most of a cluster is
+    model.rename({k: SCENE_CLASSES[c] for k, c in enumerate(most)})
+    model.save(output / "stego.pt")
+    write_json(report, output / "scores.json")
+    write_figures(report, model, val, output / "figures")
+    write_image(contact_sheet(model, paths, progress=progress), output / "stego-fit.png")
+    regions = best_regions(model, paths, progress=progress)
+    write_image(region_sheet(regions, model.colors, model.labels), output / "clusters.png")
+    for done, (path, _) in enumerate(val.pairs, 1):
+        image = read_image(path)
+        mask = model.predict(image)
+        write_image(mask_image(mask, model.colors), output / "masks" / path.name)
+        write_image(legend_overlay(model, image, mask), output / "overlays" / path.with_suffix(".jpg").name)
+        progress("predict", done, len(val.pairs))
     click.echo(table(report))
-    summary(f"{sum(DEMO_SCENES.values())} drawn scenes, {time.monotonic() - began:.0f} s: everything in {output}")
-
-
-def draw_scenes(folder: Path, seed: int, progress):
-    """images/ and labels/ with train/ and val/, and classes.txt, as `stego eval` reads them."""
-    from PIL import Image
-    from stego_images import SCENE_CLASSES, draw_scene, replacing, write_image
-    number = 0
-    for split, count in DEMO_SCENES.items():
-        for i in range(count):
-            image, labels = draw_scene(1000 * seed + number)
-            write_image(image, folder / "images" / split / f"scene{number:02d}.png")
-            write_image(Image.fromarray(labels), folder / "labels" / split / f"scene{number:02d}.png")
-            number += 1
-            progress("drawing", number, sum(DEMO_SCENES.values()))
-    with replacing(folder / "classes.txt") as part:
-        part.write_text("\n".join(SCENE_CLASSES) + "\n")
+    progress.summary(f"{sum(DEMO_SCENES.values())} drawn scenes", f"everything in {output}")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ After Krähenbühl & Koltun, "Efficient Inference in Fully Connected CRFs with G
 Using the Permutohedral Lattice" (Eurographics 2010).
 
     dense_crf             image + class scores -> class probabilities that follow the image
-    potts_codes           image alone -> superpixels, or a continuous code of each pixel
     working_size          the size at which to run it on a large photo
     upsample_along_edges  its result at that size -> labels at the size of the photo
 """
 
 import math
+from collections import deque
 
 import numpy as np
 import torch
@@ -22,12 +22,6 @@ from torch import Tensor
 ITERATIONS = 10
 SXY, SRGB, COMPAT = 67.0, 3.0, 4.0  # pixels, levels of 0..255, weight
 SMOOTH_SXY, SMOOTH_COMPAT = 1.0, 3.0  # pixels, weight
-
-POTTS_STEPS, POTTS_RATE = 400, 0.2  # steps of Adam, and its learning rate
-POTTS_SXY, POTTS_SRGB = 30.0, 20.0  # pixels, levels: by eye; 67 and 3 leave textured pixels without partners
-POTTS_SQUARES, POTTS_BATCH = 512, 128  # squares of 2 x 2 pixels that get codes first; of them in a step
-POTTS_NOISE = 0.1  # standard deviation of the first codes
-POTTS_STRIP = 4096  # pixels compared with those at once
 
 NORM_EPS = 1e-20  # added to the kernel's row sums, as the authors' library does
 TRUNCATE = 4.0  # sigmas at which the small Gaussian ends; what is left out is 6e-5 of its mass
@@ -44,10 +38,19 @@ UPSAMPLE_PIXELS = 1 << 18  # full-size pixels in work at once
 
 # ------------------------------------------------------------------------------------------ mean field
 
+
 @torch.no_grad()
-def dense_crf(image: Tensor, scores: Tensor, *, iterations: int = ITERATIONS,
-              sxy: float = SXY, srgb: float = SRGB, compat: float = COMPAT,
-              smooth_sxy: float = SMOOTH_SXY, smooth_compat: float = SMOOTH_COMPAT) -> Tensor:
+def dense_crf(
+    image: Tensor,
+    scores: Tensor,
+    *,
+    iterations: int = ITERATIONS,
+    sxy: float = SXY,
+    srgb: float = SRGB,
+    compat: float = COMPAT,
+    smooth_sxy: float = SMOOTH_SXY,
+    smooth_compat: float = SMOOTH_COMPAT,
+) -> Tensor:
     """Mean-field inference in a fully connected CRF with Potts compatibility.
 
     image   (3, H, W) or (B, 3, H, W) uint8, RGB 0..255.
@@ -64,35 +67,42 @@ def dense_crf(image: Tensor, scores: Tensor, *, iterations: int = ITERATIONS,
     _check_settings(iterations, compat, smooth_compat, sxy=sxy, srgb=srgb, smooth_sxy=smooth_sxy)
     B, C, H, W = (1, *scores.shape)[-4:]
     image = image.reshape(B, 3, H, W)
-    logits = scores.reshape(B, C, H, W).permute(0, 2, 3, 1).reshape(-1, C).float()  # (N, C), N = B H W
     kernels = []
     if compat:
         kernels.append(_colour_kernel(image, sxy, srgb, compat))
     if smooth_compat:
         kernels.append(_smooth_kernel(B, H, W, smooth_sxy, smooth_compat, image.device))
-    strip = W * _rows_at_once(B * H, W, image.device)
-    q = _mean_field(logits, kernels, iterations if kernels else 0, strip)
+    rows = _rows_at_once(B * H, W, image.device)
+    delay = math.ceil(_radius(H, smooth_sxy) / rows)
+    logits = scores.reshape(B, C, H, W).permute(0, 2, 3, 1).reshape(-1, C)  # (N, C), N = B H W
+    logits = logits.float().contiguous()  # rows of classes: reading across planes costs a fifth of the time
+    q = _mean_field(logits, kernels, iterations if kernels else 0, rows * W, delay)
     return q.view(B, H, W, C).permute(0, 3, 1, 2).reshape(scores.shape)
 
 
-def _mean_field(logits: Tensor, kernels: list, iterations: int, strip: int) -> Tensor:
+def _mean_field(logits: Tensor, kernels: list, iterations: int, strip: int, delay: int) -> Tensor:
     """Q <- softmax(scores + sum of K Q) (paper, Algorithm 1), strip by strip; a kernel turns Q into a
-    function that gives the messages to pixels a..b."""
+    function that gives the messages to pixels a..b. The small Gaussian reads Q of the `delay` strips before
+    its own: a strip is overwritten that much later."""
     q = logits.softmax(1)  # (N, C)
-    if not torch.isfinite(q).all():
-        raise ValueError("scores hold NaN or +inf, or only -inf at some pixel; need a finite score for at "
-                         "least one class at each pixel: replace them first")
-    new = torch.empty_like(q)
+    if not torch.isfinite(q.sum()):  # one NaN spoils the sum; a test of each would need more memory
+        raise ValueError(
+            "scores hold NaN or +inf, or only -inf at some pixel; need a finite score for at "
+            "least one class at each pixel: replace them first"
+        )
     for _ in range(iterations):
         messages = [kernel(q) for kernel in kernels]
+        waiting = deque()
         for a in range(0, len(q), strip):
             b = min(a + strip, len(q))
             first, *others = (message(a, b) for message in messages)
             energy = first.add_(logits[a:b])  # (b - a, C)
             for other in others:
                 energy += other
-            torch.softmax(energy, 1, out=new[a:b])
-        q, new = new, q
+            waiting.append((energy, q[a:b]))
+            while len(waiting) > (delay if b < len(q) else 0):
+                energy, old = waiting.popleft()
+                torch.softmax(energy, 1, out=old)
     return q
 
 
@@ -113,6 +123,7 @@ def _colour_kernel(image: Tensor, sxy: float, srgb: float, weight: float):
     def kernel(q):
         table = lattice.blur(q)
         return lambda a, b: lattice.slice(table, a, b)
+
     return kernel
 
 
@@ -128,14 +139,16 @@ def _smooth_kernel(B: int, H: int, W: int, sigma: float, weight: float, device):
             top, bottom, n = a // W, b // W, b - a
             x = _gather(q.view(B * H, -1), above[top:bottom], vertical[top:bottom])  # (rows, W C)
             return _gather(x.view(n, -1), beside[:n], horizontal[:n])  # (n, C)
+
         return message
+
     return kernel
 
 
 def _taps(n: int, copies: int, sigma: float) -> tuple[Tensor, Tensor]:
     """The symmetrically normalised n x n Gaussian, `copies` times down the diagonal: columns and values of
     what its rows hold, both (copies n, 2 radius + 1)."""
-    radius = min(math.ceil(TRUNCATE * sigma), n - 1)
+    radius = _radius(n, sigma)
     step = torch.arange(-radius, radius + 1)
     other = torch.arange(n)[:, None] + step  # (n, 2 radius + 1)
     tap = torch.exp(-0.5 * (step / sigma) ** 2) * ((other >= 0) & (other < n))
@@ -146,9 +159,24 @@ def _taps(n: int, copies: int, sigma: float) -> tuple[Tensor, Tensor]:
     return other.view(copies * n, -1).int(), tap.repeat(copies, 1)
 
 
+def _radius(n: int, sigma: float) -> int:
+    """How far the small Gaussian reaches along an axis of n pixels."""
+    return min(math.ceil(TRUNCATE * sigma), n - 1)
+
+
 def _gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """Sum over k of weight[i, k] table[index[i, k]]: (M, C), (n, T), (n, T) -> (n, C), in one fused pass."""
-    return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight)
+    n, taps = index.shape
+    # explicit starts: for bags given as rows torch makes int64 ones, then copies them
+    start = torch.arange(0, n * taps + 1, taps, dtype=index.dtype, device=index.device)  # (n + 1,)
+    return _bags(table, index.view(-1), start, weight.view(-1))
+
+
+def _bags(table: Tensor, index: Tensor, start: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums of rows of the table; the i-th is of index[start[i]:start[i + 1]]."""
+    return F.embedding_bag(
+        index, table, start, mode="sum", per_sample_weights=weight, include_last_offset=True
+    )
 
 
 def _rows_at_once(rows: int, W: int, device) -> int:
@@ -156,90 +184,8 @@ def _rows_at_once(rows: int, W: int, device) -> int:
     return rows if device.type == "cuda" else min(rows, max(1, STRIP // W))
 
 
-# ------------------------------------------------------------------------------------------ without scores
-
-@torch.no_grad()
-def potts_codes(image: Tensor, size: int, *, discrete: bool = True, steps: int = POTTS_STEPS,
-                shift: float | None = None, sxy: float = POTTS_SXY, srgb: float = POTTS_SRGB,
-                compat: float = COMPAT, smooth_sxy: float = SMOOTH_SXY, smooth_compat: float = SMOOTH_COMPAT,
-                seed: int = 0) -> Tensor:
-    """The CRF's kernel as a Potts model of its own: codes of pixels, learned from the image alone (STEGO, A.8, A.9).
-
-    Minimises the energy - sum over pairs of (kernel - shift) * alike; alike is q_i . q_j for the probabilities of
-    discrete codes, max(cosine, 0) for continuous ones, the kernel that of `dense_crf` before normalisation. First by
-    Adam for a few thousand pixels, on mini-batches of their pairs; then each pixel of the image takes the code of
-    least energy towards them (continuous ones: but for the clamp). Without the shift all pixels would end up in one
-    code.
-
-    image     (3, H, W) or (B, 3, H, W) uint8, RGB 0..255; the images of a batch have nothing to do with each other.
-    size      number of classes, or the length of a continuous code. With classes to spare, regions that differ
-              rarely end up in one.
-    discrete  superpixels: probabilities of classes, which add up to 1; else unit vectors, alike where pixels belong
-              together.
-    shift     pixels whose kernel value, 0 to 7, is less push apart; larger: more and smaller segments. The default is
-              the kernel's mean over the pixels drawn: as much push as pull.
-
-    Returns (size, H, W) or (B, size, H, W) float32; same seed and device, same codes.
-    """
-    _check_potts(image, size, steps, shift)
-    _check_settings(steps, compat, smooth_compat, sxy=sxy, srgb=srgb, smooth_sxy=smooth_sxy)
-    settings = dict(sxy=sxy, srgb=srgb, compat=compat, smooth_sxy=smooth_sxy, smooth_compat=smooth_compat)
-    if image.dim() == 4:
-        return torch.stack([potts_codes(one, size, discrete=discrete, steps=steps, shift=shift, seed=seed, **settings)
-                            for one in image])
-    _, H, W = image.shape
-    colour = image.permute(1, 2, 0).reshape(-1, 3).float()  # (N, 3)
-    place = torch.cartesian_prod(torch.arange(H), torch.arange(W)).to(colour)  # (N, 2)
-    generator, scaled = torch.Generator().manual_seed(seed), F.softmax if discrete else F.normalize
-    drawn = _squares(H, W, generator).to(image.device)  # (n, 4)
-
-    def kernel(some, others):
-        return _pair_kernel(place[some], colour[some], place[others], colour[others], **settings)
-    if shift is None:
-        shift = kernel(drawn.flatten(), drawn.flatten()).mean()
-
-    def coupling(some, others):
-        return kernel(some, others) - shift
-    codes = scaled(_potts_minimum(drawn, coupling, size, scaled, steps, generator), dim=1)  # (4 n, size)
-    fields = [coupling(some, drawn.flatten()) @ codes for some in torch.arange(H * W).split(POTTS_STRIP)]
-    return scaled(torch.cat(fields), dim=1).T.reshape(size, H, W)
-
-
-def _squares(H: int, W: int, generator) -> Tensor:
-    """Indices of random squares of 2 x 2 pixels, in which neighbours meet, about which the small kernel is: (n, 4)."""
-    count = min(POTTS_SQUARES, H * W)
-    y, x = (torch.randint(max(n - 1, 1), (count, 1), generator=generator) for n in (H, W))
-    step = torch.arange(2)
-    y, x = (y + step).clamp(max=H - 1), (x + step).clamp(max=W - 1)  # (n, 2) each
-    return (y[:, :, None] * W + x[:, None]).flatten(1)
-
-
-@torch.enable_grad()
-def _potts_minimum(drawn: Tensor, coupling, size: int, scaled, steps: int, generator) -> Tensor:
-    """Codes before scaling of the pixels drawn (n, 4), as rows (4 n, size)."""
-    codes = POTTS_NOISE * torch.randn(*drawn.shape, size, generator=generator)
-    codes = codes.to(drawn.device).requires_grad_()  # (n, 4, size)
-    optimizer = torch.optim.Adam([codes], lr=POTTS_RATE)
-    for _ in range(steps):
-        batch = torch.randperm(len(drawn), generator=generator)[:POTTS_BATCH].to(drawn.device)
-        pixel, s = drawn[batch].flatten(), scaled(codes[batch].flatten(0, 1), dim=1)
-        energy = -(coupling(pixel, pixel) * (s @ s.T).relu()).mean()
-        optimizer.zero_grad()
-        energy.backward()
-        optimizer.step()
-    return codes.detach().flatten(0, 1)
-
-
-def _pair_kernel(place: Tensor, colour: Tensor, places: Tensor, colours: Tensor, *, sxy: float, srgb: float,
-                 compat: float, smooth_sxy: float, smooth_compat: float) -> Tensor:
-    """Both kernels of pixels with others, not normalised: places (n, 2), (m, 2), colours (n, 3), (m, 3) -> (n, m)."""
-    both = torch.cdist(torch.cat([place / sxy, colour / srgb], 1), torch.cat([places / sxy, colours / srgb], 1))
-    near = torch.cdist(place / smooth_sxy, places / smooth_sxy)
-    return sum(distance.square_().mul_(-0.5).exp_().mul_(weight)
-               for distance, weight in ((both, compat), (near, smooth_compat)))
-
-
 # ------------------------------------------------------------------------------- permutohedral lattice
+
 
 class Lattice:
     """Gaussian filter with unit standard deviation over points in d dimensions (Adams et al. 2010, Sec. 3).
@@ -273,14 +219,13 @@ class Lattice:
         self.splat_start = F.pad(start, (0, 2), value=len(key)).int()  # (M + 2,)
         key = key[start]
         self.neighbours = [_neighbours(key, step) for step in (*stride, stride.sum())]  # (M + 1, 3) each
+        self.blur_weight = torch.tensor([1.0, 0.5, 0.5], device=key.device).repeat(len(key) + 1, 1)
 
     def blur(self, q: Tensor) -> Tensor:
         """Values of points (N, C) -> blurred values of vertices (M + 1, C); the last is a dummy, always 0."""
-        table = F.embedding_bag(self.splat_pixel, q, self.splat_start, mode="sum",
-                                per_sample_weights=self.splat_weight, include_last_offset=True)
-        weight = torch.tensor([1.0, 0.5, 0.5], device=q.device).repeat(len(table), 1)
+        table = _bags(q, self.splat_pixel, self.splat_start, self.splat_weight)
         for neighbours in self.neighbours:
-            table = _gather(table, neighbours, weight)
+            table = _gather(table, neighbours, self.blur_weight)
         return table
 
     def slice(self, table: Tensor, a: int, b: int) -> Tensor:
@@ -299,9 +244,11 @@ def _pack(floor: Tensor, index: Tensor, images: int) -> tuple[Tensor, Tensor, in
         stride.append(size)
         size *= span
     if size * images > MAX_KEY:
-        raise ValueError(f"{len(floor)} pixels are too many for sigmas this small: the lattice needs "
-                         f"{size * images:.1e} keys and has {MAX_KEY:.1e}; use larger sxy or srgb, a smaller "
-                         "image or a smaller batch")
+        raise ValueError(
+            f"{len(floor)} pixels are too many for sigmas this small: the lattice needs "
+            f"{size * images:.1e} keys and has {MAX_KEY:.1e}; use larger sxy or srgb, a smaller "
+            "image or a smaller batch"
+        )
     stride = torch.tensor(stride, device=floor.device)
     return ((floor - low) * stride).sum(1) + index * size, stride, size * images
 
@@ -320,24 +267,29 @@ def _sort(key: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _neighbours(key: Tensor, step: Tensor) -> Tensor:
     """Rows (itself, next, previous) along one direction; M, the dummy, where there is none: (M + 1, 3)."""
     M = len(key)
-    after = torch.searchsorted(key, key + step).clamp_(max=M - 1)
-    after = F.pad(torch.where(key[after] == key + step, after, M), (0, 1), value=M)  # (M + 1,)
-    itself = torch.arange(M + 1, device=key.device)
-    before = torch.full_like(after, M)
-    before[after[:-1]] = itself[:-1]
-    before[M] = M
-    return torch.stack([itself, after, before], 1).int()
+    target = key + step
+    after = torch.searchsorted(key, target, out_int32=True).clamp_(max=M - 1)
+    vertex = (key[after] == target).nonzero().view(-1)  # those that have a next one
+    after = after[vertex]
+    rows = torch.full((M + 1, 3), M, dtype=torch.int32, device=key.device)
+    rows[:, 0] = torch.arange(M + 1, device=key.device)
+    rows[vertex, 1] = after
+    rows[after, 2] = vertex.int()
+    return rows
 
 
 # ------------------------------------------------------------------------------------------ large photos
+
 
 def working_size(size: tuple[int, int], *, megapixels: float = MEGAPIXELS) -> tuple[int, int]:
     """Size (H, W) of a photo -> the size (h, w) at which to run the CRF: same proportions, at most about
     `megapixels` million pixels, never larger than the photo. Raises ValueError unless all are positive."""
     H, W = size
     if H < 1 or W < 1 or not 0 < megapixels < math.inf:
-        raise ValueError(f"got size {H} x {W} and {megapixels} megapixels; need a size of at least 1 x 1 and "
-                         "a positive number of megapixels")
+        raise ValueError(
+            f"got size {H} x {W} and {megapixels} megapixels; need a size of at least 1 x 1 and "
+            "a positive number of megapixels"
+        )
     scale = min(1.0, math.sqrt(megapixels * 1e6 / (H * W)))
     return max(1, round(H * scale)), max(1, round(W * scale))
 
@@ -398,6 +350,7 @@ def _disagree(labels: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------ checks
 
+
 def _check_inputs(image: Tensor, scores: Tensor) -> None:
     for name, x in (("image", image), ("scores", scores)):
         if not isinstance(x, Tensor):
@@ -408,8 +361,10 @@ def _check_inputs(image: Tensor, scores: Tensor) -> None:
         raise ValueError(f"scores have dtype {scores.dtype}; need floating point logits")
     shape, want = tuple(image.shape), (*scores.shape[:-3], 3, *scores.shape[-2:])
     if scores.dim() not in (3, 4) or shape != want or 0 in scores.shape:
-        raise ValueError(f"got image {shape} and scores {tuple(scores.shape)}; need (3, H, W) and (C, H, W), "
-                         "or (B, 3, H, W) and (B, C, H, W), of the same size and not empty")
+        raise ValueError(
+            f"got image {shape} and scores {tuple(scores.shape)}; need (3, H, W) and (C, H, W), "
+            "or (B, 3, H, W) and (B, C, H, W), of the same size and not empty"
+        )
     if image[..., :1, :, :].numel() > MAX_PIXELS:
         raise ValueError(f"got image {shape}, over {MAX_PIXELS} pixels in one call; use smaller batches")
     if image.device != scores.device:
@@ -421,22 +376,13 @@ def _check_settings(iterations: int, compat: float, smooth_compat: float, **sigm
         raise ValueError(f"got iterations={iterations!r}; need a whole number, 0 or more")
     for name, value in sigmas.items():
         if not 0 < value < math.inf:
-            raise ValueError(f"got {name}={value}; need a standard deviation above 0 (to leave a kernel out, "
-                             "set its compat to 0)")
+            raise ValueError(
+                f"got {name}={value}; need a standard deviation above 0 (to leave a kernel out, "
+                "set its compat to 0)"
+            )
     for name, value in (("compat", compat), ("smooth_compat", smooth_compat)):
         if not 0 <= value < math.inf:
             raise ValueError(f"got {name}={value}; need a weight of 0 or more")
-
-
-def _check_potts(image: Tensor, size: int, steps: int, shift: float | None) -> None:
-    if not isinstance(image, Tensor):
-        raise ValueError(f"image is a {type(image).__name__}; need a torch tensor: use torch.from_numpy")
-    if image.dtype != torch.uint8 or image.dim() not in (3, 4) or image.shape[-3] != 3 or 0 in image.shape:
-        raise ValueError(f"got image {tuple(image.shape)} {image.dtype}; need (3, H, W) or (B, 3, H, W) uint8")
-    if not isinstance(size, int) or size < 1 or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"got size={size!r} and steps={steps!r}; need whole numbers, 1 or more")
-    if shift is not None and not -math.inf < shift < math.inf:
-        raise ValueError(f"got shift={shift}; need a finite number")
 
 
 def _check_upsampling(image: Tensor, probs: Tensor, srgb: float) -> None:
@@ -446,12 +392,16 @@ def _check_upsampling(image: Tensor, probs: Tensor, srgb: float) -> None:
     if image.dtype != torch.uint8 or image.dim() != 3 or len(image) != 3:
         raise ValueError(f"got image {tuple(image.shape)} {image.dtype}; need (3, H, W) uint8")
     if not probs.is_floating_point() or probs.dim() != 3 or not 1 <= len(probs) <= 256:
-        raise ValueError(f"got probs {tuple(probs.shape)} {probs.dtype}; need (C, h, w) floating point with "
-                         "1 to 256 classes")
+        raise ValueError(
+            f"got probs {tuple(probs.shape)} {probs.dtype}; need (C, h, w) floating point with "
+            "1 to 256 classes"
+        )
     (h, w), (H, W) = probs.shape[1:], image.shape[1:]
     if not (1 <= h <= H and 1 <= w <= W):
-        raise ValueError(f"got probs of size {h} x {w} for an image of {H} x {W}; need them no larger than "
-                         "the image and not empty")
+        raise ValueError(
+            f"got probs of size {h} x {w} for an image of {H} x {W}; need them no larger than "
+            "the image and not empty"
+        )
     if torch.isnan(probs).any():
         raise ValueError("probs hold NaN; need a number for every class and pixel")
     if not 0 < srgb < math.inf:

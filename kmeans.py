@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 65_536        # rows compared with the centres at once: 7 MB of cosines for 27 centres
-SEEDING_ROWS = 200    # rows per cluster that take part in the k-means++ seeding
-FORGET = 0.9          # weight of the past in the running sums: about the last ten batches set a centre
-STARVED = 0.02        # a centre with less than this share of a fair part (1 / K) is seeded anew
-REPAIR_EVERY = 10     # batches between two looks for starved centres
+CHUNK = 65_536  # rows compared with the centres at once: 7 MB of cosines for 27 centres
+SEEDING_ROWS = 200  # rows per cluster that take part in the k-means++ seeding
+FORGET = 0.9  # weight of the past in the running sums: about the last ten batches set a centre
+STARVED = 0.02  # a centre with less than this share of a fair part (1 / K) is seeded anew
+REPAIR_EVERY = 10  # batches between two looks for starved centres
 
 
 class CosineKMeans:
@@ -30,7 +30,9 @@ class CosineKMeans:
     Learned: `cluster_centers_` (K, d) unit rows, `inertia_` mean of 1 - cosine over the rows last fitted.
     """
 
-    def __init__(self, n_clusters: int, *, n_init: int = 3, max_iter: int = 100, batch_size: int = 8192, seed: int = 0):
+    def __init__(
+        self, n_clusters: int, *, n_init: int = 3, max_iter: int = 100, batch_size: int = 8192, seed: int = 0
+    ):
         if n_clusters < 1:
             raise ValueError(f"n_clusters is {n_clusters}; k-means needs at least 1 cluster.")
         self.n_clusters, self.n_init, self.max_iter = n_clusters, n_init, max_iter
@@ -48,15 +50,17 @@ class CosineKMeans:
         """
         x = _unit_rows(x)
         if not (kept := x.norm(dim=1) > 0).all():
-            x = x[kept]                                                      # (N, d)
+            x = x[kept]  # (N, d)
         if len(x) < self.n_clusters:
-            raise ValueError(f"Got {len(x)} non-zero rows for {self.n_clusters} clusters; "
-                             "k-means needs at least one row a cluster: give more rows or ask for fewer clusters.")
+            raise ValueError(
+                f"Got {len(x)} non-zero rows for {self.n_clusters} clusters; "
+                "k-means needs at least one row a cluster: give more rows or ask for fewer clusters."
+            )
         best = (math.inf, None)
         for _ in range(self.n_init):
             self._reset()
-            for _ in range(self.max_iter):
-                self._step(self._draw(x, self.batch_size))
+            for i in range(self.max_iter):
+                self._step(self._draw(x, self.batch_size), last=i + 1 == self.max_iter)
             best = min(best, (self._mean_distance(x), self.cluster_centers_), key=lambda run: run[0])
         self.inertia_, self.cluster_centers_ = best
         return self
@@ -65,19 +69,20 @@ class CosineKMeans:
         """Move the centres by one mini-batch x (B, d); the first batch also seeds them, so it needs B >= K rows."""
         return self._step(_unit_rows(x))
 
-    def _step(self, x: Tensor) -> "CosineKMeans":
-        """`partial_fit` on rows of unit length."""
+    def _step(self, x: Tensor, *, last: bool = False) -> "CosineKMeans":
+        """`partial_fit` on rows of unit length; after the last batch nothing would refine a centre that is moved."""
         if self.cluster_centers_ is None:
             self.cluster_centers_ = self._seed_centers(self._draw(x, SEEDING_ROWS * self.n_clusters))
             self._sums = torch.zeros_like(self.cluster_centers_)
             self._counts = x.new_zeros(self.n_clusters)
         cosine, label = _nearest(x, self.cluster_centers_)
-        self._sums.mul_(FORGET).index_add_(0, label, x)                      # (K, d)
-        self._counts.mul_(FORGET).index_add_(0, label, torch.ones_like(cosine))
+        member = F.one_hot(label, self.n_clusters).to(x.dtype)  # (B, K)
+        self._sums.mul_(FORGET).add_(member.T @ x)  # (K, d); index_add_ is not deterministic on CUDA
+        self._counts.mul_(FORGET).add_(member.sum(0))
         alive = (self._counts > 1e-6) & (self._sums.norm(dim=1) > 1e-6)
         self.cluster_centers_[alive] = F.normalize(self._sums[alive], dim=1)
         self._batches += 1
-        if self._batches % REPAIR_EVERY == 0:
+        if self._batches % REPAIR_EVERY == 0 and not last:
             self._repair(x, cosine)
         return self
 
@@ -90,23 +95,27 @@ class CosineKMeans:
     def _seed_centers(self, x: Tensor) -> Tensor:
         """k-means++ on rows x (n, d): each new centre is the best of a few drawn by distance to those we have."""
         if len(x) < self.n_clusters:
-            raise ValueError(f"The first batch has {len(x)} rows; seeding {self.n_clusters} clusters needs as many.")
-        trials = 2 + int(math.log(self.n_clusters))                          # the usual greedy variant
+            raise ValueError(
+                f"The first batch has {len(x)} rows; seeding {self.n_clusters} clusters needs as many."
+            )
+        trials = 2 + int(math.log(self.n_clusters))  # the usual greedy variant
         centers = [x[torch.randint(len(x), (), generator=self._generator)]]
-        distance = 1 - x @ centers[0]                                        # (n,) half the squared chord
+        distance = 1 - x @ centers[0]  # (n,) half the squared chord
         while len(centers) < self.n_clusters:
             weight = distance.clamp(min=1e-12)
-            drawn = torch.multinomial(weight.cpu(), trials, generator=self._generator, replacement=True).to(x.device)
+            drawn = torch.multinomial(weight.cpu(), trials, generator=self._generator, replacement=True).to(
+                x.device
+            )
             candidate = torch.minimum(distance[:, None], 1 - x @ x[drawn].T)  # (n, trials)
             best = candidate.sum(0).argmin()
             centers.append(x[drawn[best]])
             distance = candidate[:, best]
-        return torch.stack(centers)                                          # (K, d)
+        return torch.stack(centers)  # (K, d)
 
     def _repair(self, x: Tensor, cosine: Tensor):
         """Put starved centres on the rows of this batch that are served worst."""
         starved = (self._counts < STARVED * self._counts.sum() / self.n_clusters).nonzero()[:, 0]
-        worst = cosine.argsort()[:max(len(x) // 20, 1)]                      # the worst twentieth
+        worst = cosine.argsort()[: max(len(x) // 20, 1)]  # the worst twentieth
         for k in starved.tolist():
             row = x[worst[torch.randint(len(worst), (), generator=self._generator)]]
             self.cluster_centers_[k], self._sums[k], self._counts[k] = row, row, 1.0
@@ -116,7 +125,7 @@ class CosineKMeans:
         if len(x) <= count:
             return x
         rows = torch.randint(len(x), (count,), generator=self._generator)
-        return x.index_select(0, rows.to(x.device))                          # five times as fast as x[rows]
+        return x.index_select(0, rows.to(x.device))  # five times as fast as x[rows]
 
     def _mean_distance(self, x: Tensor) -> float:
         total = sum(float((1 - _nearest(part, self.cluster_centers_)[0]).sum()) for part in x.split(CHUNK))
@@ -125,9 +134,11 @@ class CosineKMeans:
 
 def _unit_rows(x: Tensor) -> Tensor:
     if x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(f"Got {x.dtype} of shape {tuple(x.shape)}; k-means needs floating point rows (N, d).")
+        raise ValueError(
+            f"Got {x.dtype} of shape {tuple(x.shape)}; k-means needs floating point rows (N, d)."
+        )
     x = F.normalize(x.float(), dim=1)
-    if not torch.isfinite(x.sum()):                                          # 40 times as fast as looking at each
+    if not torch.isfinite(x.sum()):  # 40 times as fast as looking at each
         raise ValueError("Got NaN or infinite values; k-means needs finite rows.")
     return x
 

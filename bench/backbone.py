@@ -24,30 +24,46 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from kmeans import CosineKMeans  # noqa: E402
 from pretrain import IMAGE_SIDE, find_images, learn_dictionary  # noqa: E402
 from pretrain import square as square_tensor  # noqa: E402
-from stego import mirror_averaged  # noqa: E402
-from stego_backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone  # noqa: E402
-from stego_backbones.tiny import Dictionary, Tiny  # noqa: E402
-from stego_images import to_tensor  # noqa: E402
-from stego_protocol import (PROBE_ROWS, SIDE, class_shares, cluster_map, confusion_matrix, folder_pairs,  # noqa: E402
-                            linear_probe, match_clusters, read_pair, scores)
 
-UNLABELLED = ("unlabelled", "camvid/images/train", "aerial/images/train", "natural/images/train",
-              "natural_coco/images/train")  # what tiny and the dictionary are learned from
-DICTIONARY_IMAGES = 2000     # a dictionary of 256 atoms needs no more
-KMEANS_ROWS = 200_000        # positions of the train images that k-means is fitted on
+from kmeans import CosineKMeans  # noqa: E402
+from stego import mirror_averaged  # noqa: E402
+from stego_parts.backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone  # noqa: E402
+from stego_parts.datasets import SIDE, folder_pairs, read_pair  # noqa: E402
+from stego_parts.images import to_tensor  # noqa: E402
+from stego_parts.protocol import (  # noqa: E402
+    PROBE_ROWS,
+    class_shares,
+    cluster_map,
+    confusion_matrix,
+    linear_probe,
+    match_clusters,
+    scores,
+)
+from stego_parts.tiny import Dictionary, Tiny  # noqa: E402
+
+UNLABELLED = (
+    "unlabelled",
+    "camvid/images/train",
+    "aerial/images/train",
+    "natural/images/train",
+    "natural_coco/images/train",
+)  # what tiny and the dictionary are learned from
+DICTIONARY_IMAGES = 2000  # a dictionary of 256 atoms needs no more
+KMEANS_ROWS = 200_000  # positions of the train images that k-means is fitted on
 
 
 # ---- baselines -------------------------------------------------------------------------------------------------
 
+
 class ColourAndPosition(nn.Module):
     """Mean colour of a square of 8 x 8 pixels, and where it lies in the image."""
+
     patch, channels = 8, 5
 
     def forward(self, x: Tensor) -> Tensor:
-        colour = F.avg_pool2d(x, self.patch)                                 # (B, 3, h, w)
+        colour = F.avg_pool2d(x, self.patch)  # (B, 3, h, w)
         y, x = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in colour.shape[2:]), indexing="ij")
         return torch.cat([colour, torch.stack([y, x]).expand(len(colour), -1, -1, -1)], 1)  # (B, 5, h, w)
 
@@ -71,6 +87,7 @@ def dictionary_backbone(data: Path, *, seed: int = 0) -> Dictionary:
 
 
 # ---- probes ----------------------------------------------------------------------------------------------------
+
 
 @torch.inference_mode()
 def features(network, folder: Path, split: str, *, mirror: bool):
@@ -116,11 +133,12 @@ def measure(network, folder: Path, seeds: int):
 
 # ---- speed -----------------------------------------------------------------------------------------------------
 
+
 @torch.inference_mode()
 def milliseconds(networks: dict, rounds: int = 5) -> dict:
     """Median time of one 320 x 320 image for each network, taken in turn so that a busy spell hits all alike."""
     times = {name: [] for name in networks}
-    for _ in range(rounds + 1):                                              # the first round warms up
+    for _ in range(rounds + 1):  # the first round warms up
         for name, network in networks.items():
             side = SIDE // network.patch * network.patch
             x, began = torch.randn(1, 3, side, side), time.perf_counter()
@@ -142,24 +160,34 @@ def print_quality(networks: dict, data: Path, sets, seeds: int):
     for name, network in networks.items():
         found = np.array([measure(network, data / folder, seeds) for folder in sets])  # (sets, 2, 2)
         cells = [f"{accuracy:.1f} / {miou:.1f}" for accuracy, miou in found.reshape(-1, 2)]
-        print(f"| {name} | " + " | ".join(cells) + " | {:.1f}, {:.1f} |".format(*found[:, :, 1].mean(0)), flush=True)
+        print(
+            f"| {name} | " + " | ".join(cells) + " | {:.1f}, {:.1f} |".format(*found[:, :, 1].mean(0)),
+            flush=True,
+        )
 
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option("--data", default="../shared/data", show_default=True, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--data", default="../shared/data", show_default=True, type=click.Path(exists=True, path_type=Path)
+)
 @click.option("--sets", default="camvid,aerial,natural", show_default=True)
 @click.option("--seeds", default=3, show_default=True, help="Runs of k-means that are averaged.")
 @click.option("--no-baselines", is_flag=True)
 @click.option("--only", type=click.Choice(["quality", "speed"]))
 def main(names, data, sets, seeds, no_baselines, only):
     """Table of the backbones NAMES (default tiny) and the baselines."""
-    networks = {name: load_backbone(*name.split("=")[:1], weights=name.partition("=")[2] or None)
-                for name in names or ("tiny",)}
+    networks = {
+        name: load_backbone(*name.split("=")[:1], weights=name.partition("=")[2] or None)
+        for name in names or ("tiny",)
+    }
     reference = ViT(BACKBONES["dino_vits8"]).eval()
     if not no_baselines:
-        networks |= {"tiny, untrained": untrained(), "dictionary": dictionary_backbone(data),
-                     "colour and position": ColourAndPosition()}
+        networks |= {
+            "tiny, untrained": untrained(),
+            "dictionary": dictionary_backbone(data),
+            "colour and position": ColourAndPosition(),
+        }
     if only != "speed":
         print_quality(networks, data, sets.split(","), seeds)
     if only != "quality":

@@ -18,9 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from stego import Head, Stego, fit_config, unit  # noqa: E402
-from stego_backbones import load_backbone  # noqa: E402
-from stego_images import to_tensor  # noqa: E402
-from stego_protocol import Probe, confusions, folder_set  # noqa: E402
+from stego_parts.backbones import load_backbone  # noqa: E402
+from stego_parts.datasets import folder_set  # noqa: E402
+from stego_parts.images import to_tensor  # noqa: E402
+from stego_parts.protocol import Probe, confusions  # noqa: E402
 
 
 def random_model(network, classes: int) -> Stego:
@@ -33,10 +34,13 @@ def random_model(network, classes: int) -> Stego:
 
 
 def random_probes(model, classes: int) -> dict:
-    sizes = {"stego": model.config["code_size"], "backbone": model.backbone.channels}
+    sizes = {"stego": model.config.code_size, "backbone": model.backbone.channels}
     biases = {"cluster": None, "linear": torch.zeros(classes)}
-    return {(features, probe): Probe(unit(torch.randn(classes, size)), bias)
-            for features, size in sizes.items() for probe, bias in biases.items()}
+    return {
+        (features, probe): Probe(unit(torch.randn(classes, size)), bias)
+        for features, size in sizes.items()
+        for probe, bias in biases.items()
+    }
 
 
 @click.command()

@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stego_images import find_images  # noqa: E402
+from stego_parts.images import find_images  # noqa: E402
 
 
 def megabytes(pid: int) -> dict:
@@ -61,13 +61,17 @@ def main(images, counts, cache_size, steps, views):
             for number, path in enumerate(paths[:count]):
                 os.symlink(path, f"{folder}/images/{number:06d}{path.suffix}")
             began = time.perf_counter()
-            anonymous, mapped = peaks([
-                sys.executable, "-m", "cli", "fit", f"{folder}/images", "--backbone", "tiny", "--steps", str(steps),
-                "--cache-size", str(cache_size), "--views", views, "-o", f"{folder}/stego.pt"])
+            command = [sys.executable, "-m", "cli", "fit", f"{folder}/images", "--backbone", "tiny"]
+            command += ["--steps", str(steps), "-o", f"{folder}/stego.pt"]
+            command += ["--set", f"cache_size={cache_size}", "--set", f"views={views}"]
+            anonymous, mapped = peaks(command)
             first = first or anonymous
             seconds = time.perf_counter() - began
-            print(f"{min(count, len(paths)):7d} {seconds:8.0f} {anonymous:13.0f} {anonymous / first:6.2f} "
-                  f"{mapped:10.0f}", flush=True)
+            print(
+                f"{min(count, len(paths)):7d} {seconds:8.0f} {anonymous:13.0f} {anonymous / first:6.2f} "
+                f"{mapped:10.0f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,9 @@
-"""The table of nearest neighbours: time, memory and recall@7, against scikit-learn and a matrix product.
+"""The table of nearest neighbours: time and memory, against scikit-learn and a matrix product.
 
-    python bench/neighbors.py [--rows 100000] [--channels 384] [--threads 2]               exact search
-    python bench/neighbors.py --rows 1100000 --channels 256 --lists [--images FOLDER]      inverted lists
-    python bench/neighbors.py --features OUTPUT.scratch/features.pt --lists                inverted lists, real crops
+    python bench/neighbors.py [--rows 100000] [--channels 384] [--threads 2]
 
-Rows are drawn around centres with noise; with --images they are tokens that `tiny` makes of so many images, with
---features the crops' averaged features that `stego fit --keep-features` left. Exact search runs beside scikit-learn's
-on --compare of the rows. The recall of the lists is measured on 2,000 rows, whose true neighbours are found by brute
-force among all. Memory is the peak of the whole process, PyTorch and the rows included.
+Rows are drawn around centres with noise. The search runs beside scikit-learn's on --compare of the rows. Memory is the
+peak of the whole process, PyTorch and the rows included.
 """
 
 import resource
@@ -20,11 +16,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stego import KNN_PROBES, NEIGHBORS, encode, listed_neighbors, nearest_neighbors  # noqa: E402
-from stego_backbones import load_backbone  # noqa: E402
-from stego_images import find_images  # noqa: E402
-
-QUERIES = 2000
+from stego import NEIGHBORS, nearest_neighbors  # noqa: E402
 
 
 def timed(function) -> tuple[float, float, object]:
@@ -48,29 +40,13 @@ def drawn(rows: int, channels: int):
     return x
 
 
-def tokens(rows: int, images):
-    """Tokens of `tiny`, 400 positions at most of each of the five windows of as many images as that takes."""
-    paths = [path for path, _ in find_images(images)][:-(-rows // 2000)]
-    cache = encode(load_backbone("tiny"), paths, views="windows")
-    return F.normalize(cache.tokens[:len(cache)].flatten(0, 1)[:rows].float(), dim=1)
-
-
-def recall(x, found) -> float:
-    """Share of the true neighbours of QUERIES rows that were found; rows as similar as the last true one count."""
-    rows = torch.randperm(len(x))[:QUERIES]
-    hits = 0
-    for some in rows.split(50):
-        similarity = x[some] @ x.T
-        similarity[torch.arange(len(some)), some] = -torch.inf
-        least = similarity.topk(NEIGHBORS).values[:, -1:]
-        hits += int((similarity.gather(1, found[some]) >= least).sum())
-    return hits / (QUERIES * NEIGHBORS)
-
-
 def compare(x, ours):
     """scikit-learn's brute force on the same rows, and whether both find the same."""
     from sklearn.neighbors import NearestNeighbors
-    search = NearestNeighbors(n_neighbors=NEIGHBORS + 1, algorithm="brute").fit(x.numpy())  # euclidean: its fast route
+
+    search = NearestNeighbors(n_neighbors=NEIGHBORS + 1, algorithm="brute").fit(
+        x.numpy()
+    )  # euclidean: its fast route
     clock, cpu, theirs = timed(lambda: search.kneighbors(return_distance=False, n_neighbors=NEIGHBORS))
     theirs = torch.from_numpy(theirs)
     return clock, cpu, float((ours[:, :, None] == theirs[:, None]).any(2).float().mean())
@@ -81,34 +57,27 @@ def compare(x, ours):
 @click.option("--channels", default=384)
 @click.option("--compare", "compared", default=20_000)
 @click.option("--threads", default=2)
-@click.option("--lists", is_flag=True)
-@click.option("--probes", default=[KNN_PROBES], multiple=True)
-@click.option("--images", type=click.Path())
-@click.option("--features", type=click.Path())
 @torch.inference_mode()
-def main(rows, channels, compared, threads, lists, probes, images, features):
+def main(rows, channels, compared, threads):
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    x = (torch.load(features)["means"] if features else tokens(rows, images) if images else drawn(rows, channels))
+    x = drawn(rows, channels)
     a = torch.randn(2048, 2048)
-    rate = 2 * 2048 ** 3 / min(timed(lambda: a @ a)[1] for _ in range(5))     # operations a second of CPU
+    rate = 2 * 2048**3 / min(timed(lambda: a @ a)[1] for _ in range(5))  # operations a second of CPU
     print(f"{len(x)} x {x.shape[1]} rows ({x.nbytes / 1e9:.2f} GB), {threads} thread(s)")
-    if lists:
-        for each in probes:
-            clock, cpu, found = timed(lambda: listed_neighbors(x, probes=each))
-            exact = 2 * len(x) ** 2 * x.shape[1] / rate
-            print(f"{each:3d} lists each: {clock:6.0f} s, CPU {cpu:6.0f} s, {cpu / exact:6.1%} of the matrix products "
-                  f"of exact search, {peak():.2f} GB at the peak, recall@{NEIGHBORS} {recall(x, found):.4f}")
-        return
     clock, cpu, _ = timed(lambda: nearest_neighbors(x))
     products = 2 * len(x) ** 2 * x.shape[1] / rate
-    print(f"exact: {clock:.0f} s, CPU {cpu:.0f} s, {cpu / products:.2f} of the bare matrix products ({rate / 1e9:.0f} "
-          f"Gflop/s and thread), {peak():.2f} GB at the peak")
+    print(
+        f"exact: {clock:.0f} s, CPU {cpu:.0f} s, {cpu / products:.2f} of the bare matrix products ({rate / 1e9:.0f} "
+        f"Gflop/s and thread), {peak():.2f} GB at the peak"
+    )
     part = x[:compared]
     clock, cpu, found = timed(lambda: nearest_neighbors(part))
     their_clock, their_cpu, same = compare(part, found)
-    print(f"{len(part)} rows: {clock:.1f} s (CPU {cpu:.1f}), scikit-learn {their_clock:.1f} s (CPU {their_cpu:.1f}), "
-          f"ratio of CPU {their_cpu / cpu:.2f}; {same:.2%} of the neighbours are the same")
+    print(
+        f"{len(part)} rows: {clock:.1f} s (CPU {cpu:.1f}), scikit-learn {their_clock:.1f} s (CPU {their_cpu:.1f}), "
+        f"ratio of CPU {their_cpu / cpu:.2f}; {same:.2%} of the neighbours are the same"
+    )
 
 
 if __name__ == "__main__":

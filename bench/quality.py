@@ -13,6 +13,7 @@ k-means, CRF against CRF. --presets trains the published hyper-parameters with t
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,19 +24,21 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from backbone import dictionary_backbone  # noqa: E402
 
-from stego import (PRESETS, balanced_shifts, cluster_codes, encode, fit_config, nearest_neighbors, pixels,  # noqa: E402
-                   train_head, unit, unmirror)
-from stego_backbones import load_backbone  # noqa: E402
-from stego_images import to_tensor  # noqa: E402
-from stego_protocol import (cluster_map, confusion_matrix, folder_pairs, match_clusters, read_pair,  # noqa: E402
-                            scores)
+from stego import cluster_codes, nearest_neighbors, shifts_from_data, train_head, unit  # noqa: E402
+from stego_parts.backbones import load_backbone  # noqa: E402
+from stego_parts.config import PRESETS, Config, fit_config  # noqa: E402
+from stego_parts.datasets import folder_pairs, read_pair  # noqa: E402
+from stego_parts.images import to_tensor  # noqa: E402
+from stego_parts.maps import adapted_centers, pixels, unmirror  # noqa: E402
+from stego_parts.protocol import cluster_map, confusion_matrix, match_clusters, scores  # noqa: E402
+from stego_parts.tokens import encode  # noqa: E402
 
 HELD_OUT = {"camvid": "0001TP", "aerial": "dubai_t6_"}  # stems of train that are scored in place of val
-VITS8_COCOSTUFF = dict(b_self=0.08, b_knn=0.02, b_rand=0.66)  # published, beside the presets
 
 
 class Split(NamedTuple):
     """A labelled set: the number of classes, images to fit on, (image, label) pairs to score."""
+
     classes: int
     images: list
     scored: list
@@ -63,66 +66,75 @@ def scored_images(network, pairs):
     return found
 
 
+class Method(NamedTuple):
+    """What is clustered, features (B, C, h, w) to (B, D, h, w), and by which centres (K, D)."""
+
+    on_map: object
+    centers: torch.Tensor
+    adaptation: float = 0.0
+
+
 @torch.inference_mode()
-def score(code_map, centers, images, classes: int, crf: bool) -> tuple[float, float]:
-    """mIoU and accuracy in percent of clusters; code_map: features (B, C, h, w) to what is clustered, (B, D, h, w)."""
-    confusion = np.zeros((classes, len(centers)), np.int64)
+def score(method: Method, images, classes: int, crf: bool) -> tuple[float, float]:
+    """mIoU and accuracy in percent."""
+    confusion = np.zeros((classes, len(method.centers)), np.int64)
     for features, picture, label in images:
-        codes = unmirror(code_map(features.float()))
-        found = cluster_map(codes, centers, label.shape, pixels=picture if crf else None)
-        confusion += confusion_matrix(label, found, n_classes=classes, n_clusters=len(centers))
+        codes = unmirror(method.on_map(features.float()))
+        centers = adapted_centers(codes, method.centers, method.adaptation)
+        clusters = cluster_map(codes, centers, label.shape, pixels=picture if crf else None)
+        confusion += confusion_matrix(label, clusters, n_classes=classes, n_clusters=len(centers))
     result = scores(confusion, match_clusters(confusion))
     return 100 * result["miou"], 100 * result["accuracy"]
 
 
-def raw_kmeans(cache, classes: int, seed: int):
-    """The baseline: (code_map, centers) of k-means on the backbone's features."""
+def raw_kmeans(cache, classes: int, seed: int) -> Method:
+    """The baseline: k-means on the backbone's features."""
     torch.manual_seed(seed)
-    centers, _ = cluster_codes(unit, cache, classes, seed=seed)
-    return (lambda features: features), centers
+    return Method(lambda features: features, cluster_codes(unit, cache, classes, seed=seed)[0])
 
 
-def method(cache, classes: int, config: dict, seed: int):
-    """(code_map, centers) of a head that is trained and clustered as `Stego.fit` does it."""
+def fitted(cache, config: Config, seed: int) -> Method:
+    """A head trained and clustered as `Stego.fit` does it."""
     torch.manual_seed(seed)
-    neighbors = nearest_neighbors(cache.means[:len(cache)])
-    if config["balance"] == "auto":
-        config = config | balanced_shifts(cache, neighbors, centering=config["centering"])
-    head = train_head(cache, neighbors, config)
-    centers, _ = cluster_codes(head.describe, cache, classes, evenness=config["evenness"], seed=seed)
-    return head.on_map, centers
+    neighbors = nearest_neighbors(cache.means)
+    config = replace(config, seed=seed, **shifts_from_data(cache, neighbors, config))
+    head, _ = train_head(cache, neighbors, config)
+    centers, _ = cluster_codes(head.describe, cache, config.classes, evenness=config.evenness, seed=seed)
+    return Method(head.on_map, centers, config.adaptation)
 
 
 def run_set(network, split: Split, variants: dict, seeds: int, kinds) -> dict:
     """{(method, with CRF): (seeds, 2) mIoU and accuracy}; variants: {method: config}."""
     images, caches, rows = scored_images(network, split.scored), {}, {}
-    for views in {config["views"] for config in variants.values()} | {"windows"}:
-        torch.manual_seed(0)                                                 # a bounded cache keeps random positions
-        caches[views] = encode(network, split.images, views=views)
+    for config in variants.values():
+        torch.manual_seed(0)  # a bounded cache keeps random positions
+        if config.views not in caches:
+            caches[config.views] = encode(network, split.images, config)
     for seed in range(seeds):
-        models = {"k-means": raw_kmeans(caches["windows"], split.classes, seed)}
+        methods = {"k-means": raw_kmeans(next(iter(caches.values())), split.classes, seed)}
         for name, config in variants.items():
-            models[name] = method(caches[config["views"]], split.classes, config, seed)
-        for name, (code_map, centers) in models.items():
+            methods[name] = fitted(caches[config.views], config, seed)
+        for name, method in methods.items():
             for crf in kinds:
-                rows.setdefault((name, crf), []).append(score(code_map, centers, images, split.classes, crf))
+                rows.setdefault((name, crf), []).append(score(method, images, split.classes, crf))
     return {key: np.array(values) for key, values in rows.items()}
 
 
-def chosen(presets: bool, classes: int, overrides: dict) -> dict:
-    """{method: config}: the default, or every published set of hyper-parameters."""
+def chosen(presets: bool, **settings) -> dict:
+    """{method: config}: the default of the bundled backbone, or every published set of hyper-parameters."""
     if not presets:
-        return {"stego": fit_config(classes=classes, **overrides)}
-    named = {name: fit_config(classes=classes, preset=name, **overrides) for name in PRESETS}
-    return named | {"vits8-cocostuff": named["small"] | VITS8_COCOSTUFF}
+        return {"stego": fit_config(backbone="tiny", **settings)}
+    return {name: fit_config(name, **settings) for name in PRESETS if name != "default"}
 
 
 def print_rows(name: str, rows: dict):
     for (method, crf), values in rows.items():
         (miou, accuracy), spread = values.mean(0), values[:, 0].std()
         ratio = miou / rows["k-means", crf][:, 0].mean()
-        print(f"{name:12} {method + ' + CRF' * crf:22} {miou:6.2f} {spread:5.2f} {accuracy:9.2f} {ratio:6.3f}",
-              flush=True)
+        print(
+            f"{name:12} {method + ' + CRF' * crf:22} {miou:6.2f} {spread:5.2f} {accuracy:9.2f} {ratio:6.3f}",
+            flush=True,
+        )
 
 
 def print_means(tables: list):
@@ -131,32 +143,44 @@ def print_means(tables: list):
         values = [rows[method, crf] for rows in tables]
         ratios = [rows[method, crf][:, 0].mean() / rows["k-means", crf][:, 0].mean() for rows in tables]
         (miou, accuracy), spread = np.mean(values, (0, 1)), np.mean([each[:, 0].std() for each in values])
-        print(f"{'mean':12} {method + ' + CRF' * crf:22} {miou:6.2f} {spread:5.2f} {accuracy:9.2f} "
-              f"{np.mean(ratios):6.3f}, at least {min(ratios):.3f}")
+        print(
+            f"{'mean':12} {method + ' + CRF' * crf:22} {miou:6.2f} {spread:5.2f} {accuracy:9.2f} "
+            f"{np.mean(ratios):6.3f}, at least {min(ratios):.3f}"
+        )
 
 
 @click.command()
-@click.option("--data", default="../shared/data", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--data", default="../shared/data", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
 @click.option("--sets", default="camvid,aerial,natural")
 @click.option("--seeds", default=3)
-@click.option("--backbone", default="tiny", help="A backbone's name, NAME=FILE, or the patch dictionary: dictionary.")
+@click.option(
+    "--backbone", default="tiny", help="A backbone's name, NAME=FILE, or the patch dictionary: dictionary."
+)
 @click.option("--crf/--no-crf", default=True, help="Score with the CRF as well.")
 @click.option("--presets", is_flag=True, help="The published hyper-parameters in place of the default.")
 @click.option("--steps", type=int)
 @click.option("--batch-size", type=int)
 def main(data, sets, seeds, backbone, crf, presets, **overrides):
     name, _, weights = backbone.partition("=")
-    network = dictionary_backbone(data) if name == "dictionary" else load_backbone(name, weights=weights or None)
-    print(f"{backbone}, seeds 0 to {seeds - 1}, percent\n"
-          f"{'set':12} {'method':22} {'mIoU':>6} {'+-':>5} {'accuracy':>9} {'ratio':>6}")
+    network = (
+        dictionary_backbone(data) if name == "dictionary" else load_backbone(name, weights=weights or None)
+    )
+    print(
+        f"{backbone}, seeds 0 to {seeds - 1}, percent\n"
+        f"{'set':12} {'method':22} {'mIoU':>6} {'+-':>5} {'accuracy':>9} {'ratio':>6}"
+    )
     tables = []
     for folder in (data / each for each in sets.split(",")):
         began, split = time.monotonic(), split_of(folder)
-        variants = chosen(presets, split.classes, overrides)
+        variants = chosen(presets, classes=split.classes, **overrides)
         tables.append(run_set(network, split, variants, seeds, (False, True) if crf else (False,)))
         print_rows(folder.name, tables[-1])
-        print(f"{folder.name:12} fitted on {len(split.images)} images, scored on {len(split.scored)}; "
-              f"{time.monotonic() - began:.0f} s")
+        print(
+            f"{folder.name:12} fitted on {len(split.images)} images, scored on {len(split.scored)}; "
+            f"{time.monotonic() - began:.0f} s"
+        )
     print_means(tables)
 
 

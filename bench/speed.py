@@ -13,16 +13,18 @@ fit is measured on --limit images and their encoding scaled to all images of the
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stego import (CROP_SIDE, POSITIONS, Head, Stego, encode, fit_config, nearest_neighbors, train_head,  # noqa: E402
-                   training_loss)
-from stego_backbones import BACKBONES, ViT, load_backbone  # noqa: E402
-from stego_images import find_images  # noqa: E402
+from stego import POSITIONS, Head, Stego, nearest_neighbors, shifts_from_data, train_head, training_loss  # noqa: E402
+from stego_parts.backbones import BACKBONES, ViT, load_backbone  # noqa: E402
+from stego_parts.config import fit_config  # noqa: E402
+from stego_parts.images import find_images  # noqa: E402
+from stego_parts.tokens import CROP_SIDE, encode  # noqa: E402
 
 
 def timed(function, repeats: int) -> float:
@@ -37,12 +39,12 @@ def timed(function, repeats: int) -> float:
 
 def reference_step(network, head, optimizer, config):
     """The reference's step: two backbone passes of a batch, the head on whole maps, sampled positions, one update."""
-    batch = config["batch_size"]
+    batch = config.batch_size
     maps = []
     for _ in range(2):
         with torch.no_grad():
             maps.append(network(torch.randn(batch, 3, CROP_SIDE, CROP_SIDE)).flatten(2).transpose(1, 2))
-    whole = [head(tokens) for tokens in maps]                                # it codes every position, then samples
+    whole = [head(tokens) for tokens in maps]  # it codes every position, then samples
     positions = torch.randint(maps[0].shape[1], (3, POSITIONS))
     f, g, k = maps[0][:, positions[0]], maps[0][:, positions[1]], maps[1][:, positions[2]]
     loss = training_loss(head, f, g, k, config) + 0 * sum(codes.sum() for codes in whole)
@@ -54,7 +56,12 @@ def reference_step(network, head, optimizer, config):
 def whole_fit(network, images, **options):
     """{stage: seconds} of one fit as users run it, nothing scaled; neighbours count to the training."""
     ends = {"start": time.perf_counter()}
-    Stego.fit(images, backbone=network, progress=lambda stage, *_: ends.update({stage: time.perf_counter()}), **options)
+    Stego.fit(
+        images,
+        backbone=network,
+        progress=lambda stage, *_: ends.update({stage: time.perf_counter()}),
+        **options,
+    )
     ends["clusters"] = time.perf_counter()
     return {stage: end - before for (stage, end), before in zip(list(ends.items())[1:], ends.values())}
 
@@ -71,36 +78,45 @@ def whole_fit(network, images, **options):
 @click.option("--threads", default=2)
 def main(images, backbone, limit, batch_size, steps, views, reference, whole, threads):
     torch.set_num_threads(threads)
-    network = load_backbone("tiny") if backbone == "tiny" else ViT(BACKBONES[backbone]).eval().requires_grad_(False)
+    network = (
+        load_backbone("tiny") if backbone == "tiny" else ViT(BACKBONES[backbone]).eval().requires_grad_(False)
+    )
     paths = [path for path, _ in find_images(images)]
     options = dict(classes=27, batch_size=batch_size, steps=steps, views=views)
     config = fit_config(**options)
-    print(f"{backbone}, batch {batch_size}, {threads} threads, {len(paths)} images, views {views}, {steps} steps",
-          flush=True)
+    print(
+        f"{backbone}, batch {batch_size}, {threads} threads, {len(paths)} images, views {views}, {steps} steps",
+        flush=True,
+    )
     if whole:
         for stage, seconds in (stages := whole_fit(network, paths, **options)).items():
             print(f"{stage:9} {seconds:8.2f} s  {seconds / sum(stages.values()):4.0%}")
         return
 
     began = time.perf_counter()
-    cache = encode(network, paths[:limit], views=views)
+    cache = encode(network, paths[:limit], config)
     encoding = (time.perf_counter() - began) * len(paths) / min(limit, len(paths))
     began = time.perf_counter()
     neighbors = nearest_neighbors(cache.means)
     knn = time.perf_counter() - began
 
-    short = config | {"steps": 20}
-    train_head(cache, neighbors, config | {"steps": 3})                                 # warm up
-    ours = timed(lambda: train_head(cache, neighbors, short), 3) / short["steps"]
+    config = replace(config, **shifts_from_data(cache, neighbors, config))
+    short = replace(config, steps=20)
+    train_head(cache, neighbors, replace(config, steps=3))  # warm up
+    ours = timed(lambda: train_head(cache, neighbors, short), 3) / short.steps
     total = encoding + knn + ours * steps
-    print(f"ours: step {ours:7.4f} s, fit {total / 60:7.2f} min, {encoding / total:.0%} of it the backbone pass")
+    print(
+        f"ours: step {ours:7.4f} s, fit {total / 60:7.2f} min, {encoding / total:.0%} of it the backbone pass"
+    )
     if reference:
-        head = Head(network.channels, config["code_size"]).train()
+        head = Head(network.channels, config.code_size).train()
         optimizer = torch.optim.Adam(head.parameters())
         theirs = timed(lambda: reference_step(network, head, optimizer, config), 3)
-        scheduled = encoding + theirs * steps                            # its own neighbour table needs one pass too
-        print(f"reference: step {theirs:8.3f} s, ratio {theirs / ours:7.0f}; fit {scheduled / 60:8.1f} min, "
-              f"ratio {scheduled / total:7.0f}")
+        scheduled = encoding + theirs * steps  # its own neighbour table needs one pass too
+        print(
+            f"reference: step {theirs:8.3f} s, ratio {theirs / ours:7.0f}; fit {scheduled / 60:8.1f} min, "
+            f"ratio {scheduled / total:7.0f}"
+        )
 
 
 if __name__ == "__main__":

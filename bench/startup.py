@@ -30,19 +30,30 @@ def seconds(*args: str) -> float:
 
 def imports() -> list[tuple[int, str]]:
     """(own microseconds, module) of everything that `import cli` loads."""
-    done = subprocess.run([sys.executable, "-X", "importtime", "-c", "import cli"], cwd=ROOT, check=True,
-                          capture_output=True, text=True)
-    return [(int(own), name) for own, name in re.findall(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)", done.stderr)]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import cli"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return [
+        (int(own), name) for own, name in re.findall(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)", done.stderr)
+    ]
 
 
 def main():
     bare, full = seconds("-c", "pass"), seconds("cli.py", "--help")
     loaded = imports()
     heavy = sorted({name.split(".")[0] for _, name in loaded} & HEAVY)
-    print(f"python -c pass {bare:.3f} s, stego --help {full:.3f} s (medians of {RUNS}): {full - bare:.3f} s beyond it, "
-          f"bound {BOUND} s")
-    print(f"{len(loaded)} modules by `import cli`; heavy among them: {', '.join(heavy) or 'none'}; slowest: "
-          + ", ".join(f"{name} {own / 1000:.1f} ms" for own, name in sorted(loaded, reverse=True)[:5]))
+    print(
+        f"python -c pass {bare:.3f} s, stego --help {full:.3f} s (medians of {RUNS}): {full - bare:.3f} s beyond it, "
+        f"bound {BOUND} s"
+    )
+    print(
+        f"{len(loaded)} modules by `import cli`; heavy among them: {', '.join(heavy) or 'none'}; slowest: "
+        + ", ".join(f"{name} {own / 1000:.1f} ms" for own, name in sorted(loaded, reverse=True)[:5])
+    )
     sys.exit(1 if heavy or full - bare > BOUND else 0)
 
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-import stego_images
+from stego_parts.scenes import draw_scene as draw_demo_scene
 
 torch.set_num_threads(1)  # small problems: more threads only wait for each other
 
 
 def draw_scene(seed: int, height: int = 96, width: int = 128):
     """A picture (H, W, 3) uint8 and its labels (H, W) uint8: sky (0), land and road (1), what stands on it (2)."""
-    image, labels = stego_images.draw_scene(seed, height, width)
+    image, labels = draw_demo_scene(seed, height, width)
     return np.array(image), np.array([0, 1, 1, 1, 2, 2, 2], np.uint8)[labels]
 
 
@@ -41,6 +41,7 @@ def scenes(tmp_path_factory):
 def model(scenes):
     """A model fitted on the drawn scenes with the bundled backbone, in a second or two."""
     from stego import Stego
+
     return Stego.fit(scenes, classes=3, backbone="tiny", steps=60, batch_size=8)
 
 
@@ -62,6 +63,7 @@ def run(*args, code=0, **settings):
     from click.testing import CliRunner
 
     from cli import main
+
     result = CliRunner().invoke(main, [str(arg) for arg in args], **settings)
     assert result.exit_code == code, (result.output, result.exception)
     assert "Traceback" not in result.output

@@ -10,14 +10,17 @@ from conftest import run
 from PIL import Image
 
 from cli import main
+from stego_parts import tokens
 
 
 def test_help_loads_no_torch():
-    code = ("import sys, cli\n"
-            "for args in (['--help'], ['--version'], ['fit', '--help'], ['predict', '--help']):\n"
-            "    try: cli.main(args)\n"
-            "    except SystemExit as end: assert end.code == 0\n"
-            "assert not {'torch', 'numpy', 'PIL', 'scipy'} & sys.modules.keys()")
+    code = (
+        "import sys, cli\n"
+        "for args in (['--help'], ['--version'], ['fit', '--help'], ['predict', '--help']):\n"
+        "    try: cli.main(args)\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'numpy', 'PIL', 'scipy'} & sys.modules.keys()"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert "stego, version" in result.stdout and "Examples:" in result.stdout
@@ -26,7 +29,8 @@ def test_help_loads_no_torch():
 def test_presets_on_the_command_line_are_the_librarys():
     import cli
     import stego
-    assert set(cli.PRESET_NAMES) == set(stego.PRESETS) and cli.VIEWS == stego.VIEWS
+
+    assert set(cli.PRESET_NAMES) == set(stego.PRESETS) and cli.VIEWS == tokens.VIEWS
 
 
 def test_fit_options_are_those_of_the_library():
@@ -34,6 +38,7 @@ def test_fit_options_are_those_of_the_library():
     import inspect
 
     from stego import PRESETS, Stego
+
     signature = inspect.signature(Stego.fit).parameters
     options = main.commands["fit"].make_context("fit", ["images"]).params
     for name, default in options.items():
@@ -92,33 +97,48 @@ def test_one_bad_image_among_good_ones(here, scenes, saved):
     assert "Skipped: Cannot read in/broken.jpg" in result.stderr and Path("stego.pt").is_file()
 
 
-@pytest.mark.parametrize("args, code, message", [
-    (["fit"], 2, "Give images to fit on, or a --dataset"),
-    (["fit", "void"], 1, "No images in void"),
-    (["fit", "nowhere"], 1, "No such file or folder: nowhere"),
-    (["fit", "text.jpg", "--backbone", "tiny"], 1, "None of the 1 images"),
-    (["fit", "ok.png", "-k", "256", "--backbone", "tiny"], 1, "1 to 255"),
-    (["fit", "ok.png", "-k", "two"], 2, "a number from 1 to 255, or auto"),
-    (["fit", "ok.png", "--preset", "moon"], 2, "moon"),
-    (["fit", "ok.png", "--backbone", "vgg"], 1, "Unknown backbone 'vgg'"),
-    (["fit", "ok.png", "--backbone", "dino_vits8", "--weights", "none.pth"], 1, "No weight file at none.pth"),
-    (["fit", "ok.png", "--backbone", "dino_vits8", "--weights", "text.jpg"], 1, "loaded safely"),
-    (["fit", "ok.png", "--backbone", "tiny", "--device", "cuda:77"], 1, "--device cpu"),
-    (["fit", "ok.png", "-o", "void"], 2, "is a folder"),
-    (["predict", "ok.png"], 1, "No model at stego.pt; make one with `stego fit IMAGES`"),
-    (["predict", "ok.png", "-m", "text.jpg"], 1, "text.jpg is not a stego model"),
-    (["predict", "nowhere", "-m", "MODEL"], 1, "No such file or folder: nowhere"),
-    (["predict", "*.bmp", "-m", "MODEL"], 1, "matches no file"),
-    (["predict", "small.png", "-m", "MODEL"], 1, "smaller than one patch"),
-    (["predict", "ok.png", "-m", "MODEL", "-o", "mask.jpg"], 2, "not a .png"),
-    (["predict", "ok.png", "small.png", "-m", "MODEL", "-o", "mask.png"], 2, "cannot go into the one file"),
-    (["predict", "ok.png", "-m", "MODEL", "-o", "ok.png"], 2, "would overwrite the image"),
-    (["predict", "ok.png", "-m", "MODEL", "-o", "."], 2, "would overwrite the image"),
-    (["predict", "ok.png", "ok.bmp", "-m", "MODEL", "-o", "out"], 2, "would both be written to out/ok.png"),
-    (["predict", "ok.png", "-m", "MODEL", "--resolution", "0"], 1, "resolution"),
-    (["predict", "ok.png", "-m", "MODEL", "--crf-size", "-1"], 1, "positive number of megapixels"),
-    (["predict", "ok.png", "-m", "MODEL", "--weights", "text.jpg"], 1, "loaded safely"),
-])
+@pytest.mark.parametrize(
+    "args, code, message",
+    [
+        (["fit"], 2, "Give images to fit on, or a --dataset"),
+        (["fit", "void"], 1, "No images in void"),
+        (["fit", "nowhere"], 1, "No such file or folder: nowhere"),
+        (["fit", "text.jpg", "--backbone", "tiny"], 1, "None of the 1 images"),
+        (["fit", "ok.png", "-k", "256", "--backbone", "tiny"], 1, "1 to 255"),
+        (["fit", "ok.png", "-k", "two"], 2, "a number from 1 to 255, or auto"),
+        (["fit", "ok.png", "--preset", "moon"], 2, "moon"),
+        (["fit", "ok.png", "--backbone", "vgg"], 1, "Unknown backbone 'vgg'"),
+        (
+            ["fit", "ok.png", "--backbone", "dino_vits8", "--weights", "none.pth"],
+            1,
+            "No weight file at none.pth",
+        ),
+        (["fit", "ok.png", "--backbone", "dino_vits8", "--weights", "text.jpg"], 1, "loaded safely"),
+        (["fit", "ok.png", "--backbone", "tiny", "--device", "cuda:77"], 1, "--device cpu"),
+        (["fit", "ok.png", "-o", "void"], 2, "is a folder"),
+        (["predict", "ok.png"], 1, "No model at stego.pt; make one with `stego fit IMAGES`"),
+        (["predict", "ok.png", "-m", "text.jpg"], 1, "text.jpg is not a stego model"),
+        (["predict", "nowhere", "-m", "MODEL"], 1, "No such file or folder: nowhere"),
+        (["predict", "*.bmp", "-m", "MODEL"], 1, "matches no file"),
+        (["predict", "small.png", "-m", "MODEL"], 1, "smaller than one patch"),
+        (["predict", "ok.png", "-m", "MODEL", "-o", "mask.jpg"], 2, "not a .png"),
+        (
+            ["predict", "ok.png", "small.png", "-m", "MODEL", "-o", "mask.png"],
+            2,
+            "cannot go into the one file",
+        ),
+        (["predict", "ok.png", "-m", "MODEL", "-o", "ok.png"], 2, "would overwrite the image"),
+        (["predict", "ok.png", "-m", "MODEL", "-o", "."], 2, "would overwrite the image"),
+        (
+            ["predict", "ok.png", "ok.bmp", "-m", "MODEL", "-o", "out"],
+            2,
+            "would both be written to out/ok.png",
+        ),
+        (["predict", "ok.png", "-m", "MODEL", "--resolution", "0"], 1, "resolution"),
+        (["predict", "ok.png", "-m", "MODEL", "--crf-size", "-1"], 1, "positive number of megapixels"),
+        (["predict", "ok.png", "-m", "MODEL", "--weights", "text.jpg"], 1, "loaded safely"),
+    ],
+)
 def test_bad_input_is_one_sentence(here, scenes, saved, args, code, message):
     Path("void").mkdir()
     Path("text.jpg").write_text("hello")
@@ -141,6 +161,7 @@ def test_stdout_is_for_results(here, scenes, saved):
 
 def test_progress_on_a_terminal(monkeypatch, capsys):
     from cli import Progress
+
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     progress = Progress()
     for done in range(1, 4):

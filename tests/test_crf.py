@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import crf
-from crf import dense_crf, potts_codes, upsample_along_edges, working_size
+from crf import dense_crf, upsample_along_edges, working_size
 
 H, W, C = 12, 16, 5
 
@@ -50,8 +50,10 @@ def oracle(image, scores, *, iterations=10, sxy=67, srgb=3, compat=4, smooth_sxy
     def normalised(kernel):
         norm = kernel.sum(1)
         return kernel / (norm[:, None] * norm).sqrt()
-    kernel = (compat * normalised(torch.exp(-far / (2 * sxy**2) - unlike / (2 * srgb**2)))
-              + smooth_compat * normalised(torch.exp(-far / (2 * smooth_sxy**2))))
+
+    kernel = compat * normalised(
+        torch.exp(-far / (2 * sxy**2) - unlike / (2 * srgb**2))
+    ) + smooth_compat * normalised(torch.exp(-far / (2 * smooth_sxy**2)))
     logits = scores.view(C, -1).T.double()
     q = logits.softmax(1)
     for _ in range(iterations):
@@ -65,6 +67,7 @@ def gap(image, scores, **settings):
 
 
 # ------------------------------------------------------------------------------- against the definition
+
 
 def test_smooth_kernel_is_exact():
     assert gap(scene(), draw_scores(), compat=0) < 1e-4
@@ -82,9 +85,14 @@ def test_colour_kernel_is_close(sxy, srgb):
 
 @pytest.mark.parametrize("scale, same", [(0.3, 0.93), (3.0, 0.97)], ids=["soft", "sharp"])
 def test_both_kernels_are_close(scale, same):
-    """White noise for scores is the hardest case there is; bench/crf.py measures real ones."""
-    ours, exact = zip(*((dense_crf(scene(i), s), oracle(scene(i), s)) for i in range(8)
-                        for s in [draw_scores(i, scale=scale)]))
+    """White noise for scores is the hardest case there is; bench/crf_speed.py measures real ones."""
+    ours, exact = zip(
+        *(
+            (dense_crf(scene(i), s), oracle(scene(i), s))
+            for i in range(8)
+            for s in [draw_scores(i, scale=scale)]
+        )
+    )
     ours, exact = torch.stack(ours), torch.stack(exact)  # (8, C, H, W)
     assert (ours - exact).abs().mean() < 0.02
     assert (ours.argmax(1) == exact.argmax(1)).float().mean() >= same
@@ -92,13 +100,17 @@ def test_both_kernels_are_close(scale, same):
 
 def test_zero_weights_return_the_softmax():
     scores = draw_scores(scale=4.0)
-    assert torch.equal(dense_crf(scene(), scores, compat=0, smooth_compat=0),
-                       scores.permute(1, 2, 0).softmax(-1).permute(2, 0, 1))
-    assert torch.equal(dense_crf(scene(), scores, iterations=0),
-                       dense_crf(scene(), scores, compat=0, smooth_compat=0))
+    assert torch.equal(
+        dense_crf(scene(), scores, compat=0, smooth_compat=0),
+        scores.permute(1, 2, 0).softmax(-1).permute(2, 0, 1),
+    )
+    assert torch.equal(
+        dense_crf(scene(), scores, iterations=0), dense_crf(scene(), scores, compat=0, smooth_compat=0)
+    )
 
 
 # ------------------------------------------------------------------------------- symmetries
+
 
 @pytest.mark.parametrize("image", [scene(), noise_image()], ids=["scene", "noise"])
 def test_rows_sum_to_one(image):
@@ -121,8 +133,9 @@ def test_a_constant_added_to_a_pixel_changes_nothing():
 def test_mirroring_both_mirrors_the_smooth_result():
     """The lattice is not mirror symmetric, the Gaussian is."""
     scores = draw_scores()
-    torch.testing.assert_close(dense_crf(scene().flip(2), scores.flip(2), compat=0),
-                               dense_crf(scene(), scores, compat=0).flip(2))
+    torch.testing.assert_close(
+        dense_crf(scene().flip(2), scores.flip(2), compat=0), dense_crf(scene(), scores, compat=0).flip(2)
+    )
 
 
 def test_a_batch_is_its_images_one_by_one():
@@ -162,6 +175,7 @@ def test_inputs_are_left_alone_and_layout_does_not_matter():
 
 
 # ------------------------------------------------------------------------------- odd images
+
 
 def test_constant_image_pulls_all_pixels_together():
     scores = draw_scores()
@@ -238,6 +252,7 @@ def test_impossible_classes_and_large_scores():
 
 
 # ------------------------------------------------------------------------------- the lattice by itself
+
 
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_lattice_is_a_unit_gaussian(d):
@@ -316,9 +331,17 @@ def test_bad_iterations_are_refused(value):
 
 # ------------------------------------------------------------------------------- large photos
 
-@pytest.mark.parametrize("size, megapixels, want", [
-    ((3000, 4000), 0.5, (612, 816)), ((320, 320), 0.5, (320, 320)), ((1, 4_000_000), 0.5, (1, 1_414_214)),
-    ((1, 1), 0.5, (1, 1)), ((1000, 2000), 2.0, (1000, 2000))])
+
+@pytest.mark.parametrize(
+    "size, megapixels, want",
+    [
+        ((3000, 4000), 0.5, (612, 816)),
+        ((320, 320), 0.5, (320, 320)),
+        ((1, 4_000_000), 0.5, (1, 1_414_214)),
+        ((1, 1), 0.5, (1, 1)),
+        ((1000, 2000), 2.0, (1000, 2000)),
+    ],
+)
 def test_working_size(size, megapixels, want):
     assert working_size(size, megapixels=megapixels) == want
 
@@ -393,11 +416,12 @@ def test_bad_upsampling_is_refused(make, says):
 
 # ------------------------------------------------------------------------------- by itself, and on CUDA
 
+
 def test_crf_imports_nothing_of_ours():
     tree = ast.parse(Path(crf.__file__).read_text())
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert {name.split(".")[0] for name in names} == {"math", "numpy", "torch"}
+    assert {name.split(".")[0] for name in names} == {"collections", "math", "numpy", "torch"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -409,66 +433,3 @@ def test_cuda_agrees_with_the_cpu():
     probs = cuda[0, :, ::4, ::4]
     labels = upsample_along_edges(images[0].cuda(), probs.cuda()).cpu()
     assert torch.equal(labels, upsample_along_edges(images[0], probs))
-
-
-# ---- the Potts model without scores -------------------------------------------------------------------------------
-
-def flat_regions():
-    """Four regions of one colour each (3, 24, 32) uint8, a band above and one below, a disk, a box; which is which."""
-    y, x = torch.meshgrid(torch.arange(24), torch.arange(32), indexing="ij")
-    region = (y > 12).long()
-    region[(x - 21) ** 2 + (y - 10) ** 2 < 40], region[(x < 8) & (y > 15)] = 2, 3
-    colour = torch.tensor([[120, 160, 220], [90, 140, 60], [200, 60, 50], [240, 240, 235]], dtype=torch.uint8)
-    return colour[region].permute(2, 0, 1), region
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_superpixels_are_the_regions_of_a_flat_image(seed):
-    image, region = flat_regions()
-    q = potts_codes(image, 12, steps=60, seed=seed)
-    assert q.shape == (12, 24, 32) and torch.allclose(q.sum(0), torch.ones(24, 32), atol=1e-5)
-    shares = torch.stack([F.one_hot(q.argmax(0)[region == r], 12).float().mean(0) for r in range(4)])  # (region, class)
-    assert (shares.amax(1) > 0.99).all() and len(set(shares.argmax(1).tolist())) == 4
-
-
-def test_continuous_codes_are_alike_within_a_region_and_not_between():
-    image, region = flat_regions()
-    codes = potts_codes(torch.stack([image, image.flip(2)]), 5, discrete=False, steps=60)
-    assert codes.shape == (2, 5, 24, 32) and torch.allclose(codes.norm(dim=1), torch.ones(2, 24, 32), atol=1e-5)
-    for code, here in zip(codes, (region, region.flip(1))):
-        means = torch.stack([code[:, here == r].mean(1) for r in range(4)])  # (region, code)
-        assert (means.norm(dim=1) > 0.95).all() and (means @ means.T - torch.diag(means.norm(dim=1) ** 2)).max() < 0.5
-
-
-def test_potts_codes_minimise_the_energy_over_all_pairs():
-    """The documented energy in float64: as low as that of the true regions, or of one class where all pairs attract."""
-    image, region = flat_regions()
-    colour, place = image.double().flatten(1).T, torch.cartesian_prod(torch.arange(24.0), torch.arange(32.0)).double()
-    far, unlike = torch.cdist(place, place) ** 2, torch.cdist(colour, colour) ** 2
-    kernel = 4 * torch.exp(-far / (2 * 30**2) - unlike / (2 * 20**2)) + 3 * torch.exp(-far / 2)
-
-    def energy(q, shift):
-        q = q.double().flatten(1).T
-        return -((kernel - shift) * (q @ q.T)).mean().item()
-
-    for shift, labels in ((2, region), (-2, torch.zeros_like(region))):
-        best = energy(F.one_hot(labels, 8).permute(2, 0, 1), shift)
-        assert best < energy(F.one_hot(region.roll(4, 1), 8).permute(2, 0, 1), shift) - 0.05
-        assert energy(potts_codes(image, 8, steps=60, shift=shift), shift) <= best + 1e-3
-
-
-def test_potts_codes_of_strips_and_of_one_seed():
-    image = noise_image(H=1, W=9)
-    one, same, other = (potts_codes(image, 3, steps=3, seed=seed) for seed in (4, 4, 5))
-    assert torch.equal(one, same) and not torch.equal(one, other) and one.shape == (3, 1, 9)
-    assert potts_codes(noise_image(H=7, W=1), 1, steps=2, discrete=False).shape == (1, 7, 1)
-
-
-@pytest.mark.parametrize("image, size, options, message", [
-    ("photo.png", 3, {}, "torch.from_numpy"), (torch.zeros(3, 4, 4), 3, {}, "uint8"), (noise_image(), 0, {}, "size=0"),
-    (noise_image(), 3, dict(steps=0), "steps=0"), (noise_image(), 3, dict(shift=math.nan), "shift=nan"),
-    (noise_image()[:2], 3, {}, "3, H, W"), (noise_image(), 3, dict(sxy=0), "sxy=0"), (noise_image(), 2.5, {}, "2.5"),
-])
-def test_potts_codes_refuse(image, size, options, message):
-    with pytest.raises(ValueError, match=message):
-        potts_codes(image, size, **options)

@@ -11,8 +11,15 @@ from conftest import run
 from PIL import Image
 
 from stego import Stego
-from stego_images import (IGNORE, cluster_shares, coco_annotations, overlay, read_image, run_lengths, voc_palette,
-                          with_legend)
+from stego_parts.drawing import overlay, with_legend
+from stego_parts.images import (
+    IGNORE,
+    cluster_shares,
+    coco_annotations,
+    distinct_colors,
+    read_image,
+    run_lengths,
+)
 
 FAST = ["--no-crf", "--resolution", 96]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -33,10 +40,15 @@ def mask_of(path):
 
 # ---- stdin and stdout ------------------------------------------------------------------------------------------
 
+
 def test_a_picture_through_the_pipe_is_exactly_a_png(here, scenes, saved):
     source = scenes / "scene00.png"
-    done = subprocess.run([sys.executable, "-m", "cli", "predict", "-", "-m", str(saved), "-o", "-"],
-                          input=source.read_bytes(), capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", "predict", "-", "-m", str(saved), "-o", "-"],
+        input=source.read_bytes(),
+        capture_output=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and b"1 of 1 images" in done.stderr
     assert done.stdout.startswith(PNG) and done.stdout.endswith(b"IEND\xaeB`\x82")
     run("predict", source, "-m", saved, "-o", "mask.png")
@@ -54,10 +66,13 @@ def test_stdin_into_a_file_and_a_file_onto_stdout(here, scenes, saved):
 
 def test_what_is_no_picture_on_stdin(here, saved):
     result = run("predict", "-", "-m", saved, "-o", "-", input=b"hello", code=1)
-    assert result.stdout_bytes == b"" and "no known format" in result.stderr and "BytesIO" not in result.stderr
+    assert (
+        result.stdout_bytes == b"" and "no known format" in result.stderr and "BytesIO" not in result.stderr
+    )
 
 
 # ---- masks and overlays ----------------------------------------------------------------------------------------
+
 
 def test_only_some_clusters(here, scenes, named):
     source = scenes / "scene00.png"
@@ -71,7 +86,7 @@ def test_only_some_clusters(here, scenes, named):
 
 def test_pictures_stay_as_they_are_where_nothing_is_kept():
     image, mask = Image.new("RGB", (40, 30), "white"), np.full((30, 40), IGNORE, np.uint8)
-    assert np.array_equal(np.asarray(overlay(image, mask, voc_palette())), np.asarray(image))
+    assert np.array_equal(np.asarray(overlay(image, mask, distinct_colors())), np.asarray(image))
 
 
 @pytest.mark.parametrize("width", [20, 300, 4000])
@@ -79,11 +94,13 @@ def test_legend_shows_the_clusters_present(width):
     mask = np.zeros((50, width), np.uint8)
     mask[:, :3] = 2
     palette = np.array([[250, 0, 0], [0, 250, 0], [0, 0, 250]], np.uint8)
-    shown = np.asarray(with_legend(Image.new("RGB", (width, 50), "white"), mask, palette, ["road", "1", "sky"]))
+    shown = np.asarray(
+        with_legend(Image.new("RGB", (width, 50), "white"), mask, palette, ["road", "1", "sky"])
+    )
     strip = shown[50:].reshape(-1, 3)
     have = [(strip == colour).all(1).sum() for colour in palette]
     assert have[0] > 80 and have[1] == 0 and have[2] > 80
-    assert (strip.max(1) < 60).any() and shown.shape[1] >= width             # there is writing
+    assert (strip.max(1) < 60).any() and shown.shape[1] >= width  # there is writing
 
 
 def test_overlay_formats(here, scenes, saved):
@@ -99,20 +116,27 @@ def test_overlay_formats(here, scenes, saved):
 
 # ---- numbers ---------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("crf", [["--crf"], FAST])
 def test_probabilities(here, scenes, named, crf):
     run("predict", scenes / "scene00.png", "-o", "q.npz", "--format", "npz", *crf)
     run("predict", scenes / "scene00.png", "-o", "mask.png", *crf)
     with np.load("q.npz") as file:
         q, names, size = file["probabilities"], file["names"], file["size"]
-    assert q.shape == (3, 96, 128) and q.dtype == np.float16 and np.abs(q.astype(float).sum(0) - 1).max() < 2e-3
-    assert (q.argmax(0) == mask_of("mask.png")).mean() > 0.995               # float16 leaves a few ties
+    assert (
+        q.shape == (3, 96, 128) and q.dtype == np.float16 and np.abs(q.astype(float).sum(0) - 1).max() < 2e-3
+    )
+    assert (q.argmax(0) == mask_of("mask.png")).mean() > 0.995  # float16 leaves a few ties
     assert names.tolist() == ["sky", "1", "block"] and size.tolist() == [96, 128]
 
 
 def test_probabilities_of_a_large_photo_are_bounded(model):
     q = model.probabilities(np.zeros((600, 900, 3), np.uint8), crf_size=0.05, resolution=64, crf=False)
-    assert q.dtype == np.float32 and q[0].size <= 50_500 and q.shape[2] / q.shape[1] == pytest.approx(1.5, abs=0.02)
+    assert (
+        q.dtype == np.float32
+        and q[0].size <= 50_500
+        and q.shape[2] / q.shape[1] == pytest.approx(1.5, abs=0.02)
+    )
 
 
 def test_shares(here, scenes, named):
@@ -160,7 +184,11 @@ def test_coco_file_is_read_by_pycocotools(here, scenes, named):
     run("predict", scenes / "sub", "-o", "found.json", "--format", "coco", *FAST)
     run("predict", scenes / "sub", "-o", "masks", *FAST)
     read = coco.COCO("found.json")
-    assert len(read.imgs) == 4 and {k: each["name"] for k, each in read.cats.items()} == {0: "sky", 1: "1", 2: "block"}
+    assert len(read.imgs) == 4 and {k: each["name"] for k, each in read.cats.items()} == {
+        0: "sky",
+        1: "1",
+        2: "block",
+    }
     for number, entry in read.imgs.items():
         mask = mask_of(here / "masks" / entry["file_name"])
         annotations = read.loadAnns(read.getAnnIds(imgIds=[number]))
@@ -176,22 +204,27 @@ def test_shares_and_annotations_leave_255_out():
     mask = np.array([[IGNORE, 0], [0, 1]], np.uint8)
     assert [each["share"] for each in cluster_shares(mask, ["a", "b", "c"])] == [0.5, 0.25, 0]
     assert [(each["category_id"], each["area"], each["bbox"]) for each in coco_annotations(mask)] == [
-        (0, 2, [0, 0, 2, 2]), (1, 1, [1, 1, 1, 1])]
+        (0, 2, [0, 0, 2, 2]),
+        (1, 1, [1, 1, 1, 1]),
+    ]
 
 
-@pytest.mark.parametrize("args, message", [
-    (["-o", "x.png", "--format", "npz"], "not a .npz"),
-    (["-o", "x.png", "--format", "coco"], "not a .json"),
-    (["-o", "x.png", "--format", "json"], "not a .json"),
-    (["-o", "x.tif", "--format", "overlay"], "not a .jpg or .jpeg or .png"),
-    (["-o", "-", "--format", "both"], "one stdout"),
-    (["-o", "-", "--overlay"], "one stdout"),
-    (["-o", "-", "--skip-existing"], "--skip-existing looks"),
-    (["--format", "coco", "--skip-existing"], "--skip-existing looks"),
-    (["--format", "npz", "--only", "1"], "leave --only out"),
-    (["--format", "xml"], "xml"),
-    (["-o", "-", "scene01.png"], "2 images do not go"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["-o", "x.png", "--format", "npz"], "not a .npz"),
+        (["-o", "x.png", "--format", "coco"], "not a .json"),
+        (["-o", "x.png", "--format", "json"], "not a .json"),
+        (["-o", "x.tif", "--format", "overlay"], "not a .jpg or .jpeg or .png"),
+        (["-o", "-", "--format", "both"], "one stdout"),
+        (["-o", "-", "--overlay"], "one stdout"),
+        (["-o", "-", "--skip-existing"], "--skip-existing looks"),
+        (["--format", "coco", "--skip-existing"], "--skip-existing looks"),
+        (["--format", "npz", "--only", "1"], "leave --only out"),
+        (["--format", "xml"], "xml"),
+        (["-o", "-", "scene01.png"], "2 images do not go"),
+    ],
+)
 def test_what_does_not_go_together(here, scenes, saved, args, message):
     for name in ("scene00.png", "scene01.png"):
         (here / name).write_bytes((scenes / name).read_bytes())
@@ -204,11 +237,14 @@ def test_one_bad_image_is_not_in_the_document(here, scenes, saved):
     (here / "in/a.png").write_bytes((scenes / "scene00.png").read_bytes())
     (here / "in/bad.jpg").write_bytes(b"no picture")
     result = run("predict", "in", "-m", saved, "--format", "coco", *FAST, code=1)
-    assert [each["file_name"] for each in json.loads((here / "stego-out/coco.json").read_text())["images"]] == ["a.png"]
+    assert [
+        each["file_name"] for each in json.loads((here / "stego-out/coco.json").read_text())["images"]
+    ] == ["a.png"]
     assert "Error: Cannot read in/bad.jpg" in result.stderr and "1 of 2 images" in result.stdout
 
 
 # ---- how much is said ------------------------------------------------------------------------------------------
+
 
 def test_quiet_and_verbose(here, scenes, saved):
     source = scenes / "scene00.png"

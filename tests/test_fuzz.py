@@ -17,14 +17,14 @@ from PIL import Image
 
 from cli import main
 from stego import Stego
-from stego_backbones import read_checkpoint
-from stego_images import read_image
-from stego_protocol import read_label
+from stego_parts.backbones import read_checkpoint
+from stego_parts.datasets import read_label
+from stego_parts.images import read_image
 
 CASES = int(os.environ.get("STEGO_FUZZ", 2000))
 SHARE = {"images": 0.55, "labels": 0.15, "models": 0.2, "commands": 0.1}
 FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM")
-pytestmark = pytest.mark.filterwarnings("ignore")                            # Pillow and scipy warn of odd files
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow and scipy warn of odd files
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
@@ -38,13 +38,15 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
         elif kind == 1:
             data[at] ^= 1 << rng.randrange(8)
         elif kind == 2:
-            del data[at:at + length]
+            del data[at : at + length]
         elif kind == 3:
-            data[at:at] = data[at:at + length]
+            data[at:at] = data[at : at + length]
         elif kind == 4:
-            data[at:at + 4] = rng.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\x80"))
+            data[at : at + 4] = rng.choice(
+                (b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\x80")
+            )
         else:
-            del data[max(at, 1):]
+            del data[max(at, 1) :]
         data = data or bytearray(b"\0")
     return bytes(data)
 
@@ -77,8 +79,12 @@ def read_mutated(read, seeds, tried: int, seed: int, folder):
 
 def test_images(tmp_path, capsys):
     tried, refused = round(CASES * SHARE["images"]), 0
-    seeds = [(form, encoded(form, mode)) for form in FORMATS for mode in ("RGB", "L", "P")
-             if (form, mode) not in {("JPEG", "P"), ("PPM", "P"), ("WEBP", "P")}]
+    seeds = [
+        (form, encoded(form, mode))
+        for form in FORMATS
+        for mode in ("RGB", "L", "P")
+        if (form, mode) not in {("JPEG", "P"), ("PPM", "P"), ("WEBP", "P")}
+    ]
     for found in read_mutated(read_image, seeds, tried, 0, tmp_path):
         assert found is None or (found.mode == "RGB" and min(found.size) > 0)
         refused += found is None
@@ -100,8 +106,10 @@ def test_models(model, tmp_path, capsys):
     rng, tried, refused = random.Random(2), round(CASES * SHARE["models"]), 0
     model.save(tmp_path / "whole.pt")
     state = torch.load(tmp_path / "whole.pt", weights_only=True)
-    state["head"] = {key: value[:9, :9].clone() if value.ndim == 2 else value[:9].clone()
-                     for key, value in state["head"].items()}                # small: most mutations hit what matters
+    state["head"] = {
+        key: value[:9, :9].clone() if value.ndim == 2 else value[:9].clone()
+        for key, value in state["head"].items()
+    }  # small: most mutations hit what matters
     state["centers"] = state["centers"][:, :9].clone()
     for legacy in (False, True):
         torch.save(state, tmp_path / f"{legacy}.pt", _use_new_zipfile_serialization=not legacy)
@@ -115,7 +123,7 @@ def test_models(model, tmp_path, capsys):
             except ValueError as error:
                 assert str(path) in str(error)
                 found = None
-        if found is None:                                                    # what Stego.load made of it
+        if found is None:  # what Stego.load made of it
             refused += 1
         else:
             assert torch.isfinite(found.centers).all() and found.centers.shape[1] == 9
@@ -123,12 +131,71 @@ def test_models(model, tmp_path, capsys):
     assert 0 < refused < tried
 
 
-WORDS = ["fit", "predict", "eval", "--format", "coco", "npz", "--only", "sky", "--match", "--sheet", "3=road",
-         "--help", "-h", "--version", "-k", "0", "-1", "256", "3", "nan", "1e99", "-o", "", ".",
-         "/dev/null", "\udcff", "a b", "*.jpg", "[", "**", "x.png", "-m", "--crf", "--no-crf", "--crf-size",
-         "--resolution", "--seed", "--steps", "--dataset", "cityscapes", "potsdam3", "--root", "--images", "--labels",
-         "--json", "--overlay", "--skip-existing", "--device", "tpu", "--backbone", "--weights", "--preset", "small",
-         "--balance", "auto", "--cache-size", "--", "-", "--names", "--figures", "--diagnostics", "-q", "-v"]
+WORDS = [
+    "fit",
+    "predict",
+    "eval",
+    "--format",
+    "coco",
+    "npz",
+    "--only",
+    "sky",
+    "--match",
+    "--sheet",
+    "3=road",
+    "--help",
+    "-h",
+    "--version",
+    "-k",
+    "0",
+    "-1",
+    "256",
+    "3",
+    "nan",
+    "1e99",
+    "-o",
+    "",
+    ".",
+    "/dev/null",
+    "\udcff",
+    "a b",
+    "*.jpg",
+    "[",
+    "**",
+    "x.png",
+    "-m",
+    "--crf",
+    "--no-crf",
+    "--crf-size",
+    "--resolution",
+    "--seed",
+    "--steps",
+    "--dataset",
+    "cityscapes",
+    "potsdam3",
+    "--root",
+    "--images",
+    "--labels",
+    "--json",
+    "--overlay",
+    "--skip-existing",
+    "--device",
+    "tpu",
+    "--backbone",
+    "--weights",
+    "--preset",
+    "small",
+    "--balance",
+    "auto",
+    "--cache-size",
+    "--",
+    "-",
+    "--names",
+    "--figures",
+    "--diagnostics",
+    "-q",
+    "-v",
+]
 
 
 def test_command_lines(tmp_path, monkeypatch, capsys):
@@ -136,7 +203,9 @@ def test_command_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rng, tried, refused = random.Random(3), round(CASES * SHARE["commands"]), 0
     for _ in range(tried):
-        line = [rng.choice(["fit", "predict", "eval", "name", "show"])] + rng.choices(WORDS, k=rng.randrange(8))
+        line = [rng.choice(["fit", "predict", "eval", "name", "show"])] + rng.choices(
+            WORDS, k=rng.randrange(8)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = CliRunner().invoke(main, line, input=b"")
@@ -144,4 +213,4 @@ def test_command_lines(tmp_path, monkeypatch, capsys):
         assert result.exit_code in (0, 1, 2) and "Traceback" not in result.output, line
         refused += result.exit_code != 0
     announce(capsys, "command lines", tried, refused)
-    assert 0 < refused < tried and list(tmp_path.iterdir()) == []            # and nothing was written
+    assert 0 < refused < tried and list(tmp_path.iterdir()) == []  # and nothing was written

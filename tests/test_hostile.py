@@ -19,10 +19,16 @@ SCENE = Image.fromarray(draw_scene(0)[0])
 
 def png_header(width, height):
     """A PNG that claims a size and has hardly any data."""
+
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b""))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def cut(path):
@@ -47,14 +53,22 @@ def named(name):
 
 # file name: (how it is made, size of the mask or None, what is said on failure)
 TABLE = {
-    "bomb.png": (lambda path: path.write_bytes(png_header(40_000, 40_000)), None, "the limit with --max-megapixels"),
+    "bomb.png": (
+        lambda path: path.write_bytes(png_header(40_000, 40_000)),
+        None,
+        "the limit with --max-megapixels",
+    ),
     "strip.png": (lambda path: Image.new("RGB", (60_000, 10), "red").save(path), (60_000, 10), ""),
     "speck.png": (lambda path: Image.new("RGB", (5, 900)).save(path), None, "smaller than one patch"),
     "cut.jpg": (cut, None, "Cannot read"),
     "empty.jpg": (lambda path: path.write_bytes(b""), None, "Cannot read"),
     "text.png": (lambda path: path.write_text("hello"), None, "Cannot read"),
     "moving.gif": (lambda path: SCENE.save(path, save_all=True, append_images=[SCENE] * 3), (128, 96), ""),
-    "deep.tiff": (lambda path: Image.fromarray(np.full((96, 128), 40_000, np.uint16)).save(path), (128, 96), ""),
+    "deep.tiff": (
+        lambda path: Image.fromarray(np.full((96, 128), 40_000, np.uint16)).save(path),
+        (128, 96),
+        "",
+    ),
     "print.jpg": (lambda path: SCENE.convert("CMYK").save(path), (128, 96), ""),
     "clear.png": (lambda path: SCENE.quantize(8).save(path, transparency=0), (128, 96), ""),
     "rotated.jpg": (rotated, (96, 128), ""),
@@ -83,7 +97,9 @@ def test_predict(model, tmp_path, monkeypatch, name):
     make(tmp_path / "in" / name)
     arguments = ["predict", f"in/{name}", "-o", "out.png", "--no-crf"]
     result = CliRunner().invoke(main, arguments)
-    assert "Traceback" not in result.output and (result.exception is None or isinstance(result.exception, SystemExit))
+    assert "Traceback" not in result.output and (
+        result.exception is None or isinstance(result.exception, SystemExit)
+    )
     if size:
         assert result.exit_code == 0, result.output
         with Image.open("out.png") as mask:
@@ -110,7 +126,7 @@ def test_a_folder_of_everything(model, tmp_path, monkeypatch):
 
 def test_the_limit_can_be_raised(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)                     # so that a scene of 12,288 is too large
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)  # so that a scene of 12,288 is too large
     model.save("stego.pt")
     SCENE.save("scene.png")
     result = CliRunner().invoke(main, ["predict", "scene.png", "-o", "out.png", "--no-crf"])
@@ -141,13 +157,14 @@ def test_a_full_disk_leaves_the_old_outputs_alone(model, tmp_path, monkeypatch, 
 
 def fill_up(monkeypatch, after: int):
     """From now on every output's file takes `after` bytes and then no more."""
+
     class Full:
         def __init__(self, file):
             self.file, self.left = file, after
 
         def write(self, data):
             if len(data) > self.left:
-                self.file.write(bytes(data)[:self.left])
+                self.file.write(bytes(data)[: self.left])
                 raise Stop(28, "No space left on device")
             self.left -= len(data)
             return self.file.write(data)
@@ -165,9 +182,10 @@ def fill_up(monkeypatch, after: int):
         def replacement(path, mode="r", *rest, **named):
             file = real(path, mode, *rest, **named)
             return Full(file) if ".part" in str(path) and mode[0] in "wxa" else file
+
         return replacement
 
-    for place in ("builtins.open", "io.open"):                               # Pillow's, and pathlib's
+    for place in ("builtins.open", "io.open"):  # Pillow's, and pathlib's
         monkeypatch.setattr(place, limited(open))
 
 
@@ -175,6 +193,7 @@ def test_a_model_from_a_stranger(tmp_path, monkeypatch):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "touched"),)
+
     monkeypatch.chdir(tmp_path)
     SCENE.save("scene.png")
     torch.save({"format": "stego", "version": 1, "config": Evil()}, "stego.pt")
@@ -188,18 +207,37 @@ FORGED = {
     "endless centres": lambda state: state | {"centers": state["centers"] * torch.inf},
     "long palette": lambda state: state | {"palette": torch.zeros(300, 3, dtype=torch.uint8)},
     "float palette": lambda state: state | {"palette": state["palette"].float()},
-    "no clusters": lambda state: state | {"centers": state["centers"][:0], "share": state["share"][:0],
-                                          "palette": state["palette"][:0], "names": []},
+    "no clusters": lambda state: (
+        state
+        | {
+            "centers": state["centers"][:0],
+            "share": state["share"][:0],
+            "palette": state["palette"][:0],
+            "names": [],
+        }
+    ),
     "numbers for names": lambda state: state | {"names": [1, 2, 3]},
     "no configuration": lambda state: state | {"config": {}},
     "a list for a backbone": lambda state: state | {"config": state["config"] | {"backbone": ["tiny"]}},
     "another backbone": lambda state: state | {"config": state["config"] | {"backbone": "resnet9000"}},
-    "a narrow head": lambda state: state | {"head": {
-        key: value[..., :9] if key.endswith(("linear.weight", "mlp.0.weight")) else value
-        for key, value in state["head"].items()} | {"mlp.0.weight": torch.zeros(9, 9), "mlp.0.bias": torch.zeros(9),
-                                                    "mlp.2.weight": torch.zeros(70, 9)}},
+    "a narrow head": lambda state: (
+        state
+        | {
+            "head": {
+                key: value[..., :9] if key.endswith(("linear.weight", "mlp.0.weight")) else value
+                for key, value in state["head"].items()
+            }
+            | {
+                "mlp.0.weight": torch.zeros(9, 9),
+                "mlp.0.bias": torch.zeros(9),
+                "mlp.2.weight": torch.zeros(70, 9),
+            }
+        }
+    ),
     "no head": lambda state: state | {"head": {}},
-    "a tensor for everything": lambda state: {key: torch.zeros(3) for key in state} | {"format": "stego", "version": 1},
+    "a tensor for everything": lambda state: (
+        {key: torch.zeros(3) for key in state} | {"format": "stego", "version": 1}
+    ),
 }
 
 
@@ -211,4 +249,6 @@ def test_a_forged_model_is_found_before_it_is_used(model, tmp_path, monkeypatch,
     torch.save(FORGED[what](torch.load("stego.pt", weights_only=True)), "stego.pt")
     result = CliRunner().invoke(main, ["predict", "scene.png", "-o", "mask.png"])
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
-    assert ("damaged" in result.output or "Unknown backbone" in result.output) and not os.path.exists("mask.png")
+    assert ("damaged" in result.output or "Unknown backbone" in result.output) and not os.path.exists(
+        "mask.png"
+    )

@@ -1,13 +1,26 @@
 """The door in: every kind of file becomes upright RGB. The door out: masks as the conventions say."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from stego_images import (contact_sheet, find_images, five_crops, mask_image, overlay, read_image, replacing, square,
-                          to_tensor, voc_palette, write_image)
+from stego_parts import images
+from stego_parts.images import (
+    distinct_colors,
+    find_images,
+    five_crops,
+    mask_image,
+    output_names,
+    read_image,
+    replacing,
+    square,
+    to_lab,
+    to_tensor,
+    write_image,
+)
 
 RAMP = np.linspace(0, 255, 16 * 12).reshape(12, 16)
 
@@ -29,8 +42,12 @@ MODES = {  # name: (picture, file suffix, the grey or colour its last pixel must
     "RGBA opaque": (Image.new("RGBA", (16, 12), (10, 200, 30, 255)), ".png", (10, 200, 30), 0),
     "RGBA clear": (Image.new("RGBA", (16, 12), (10, 200, 30, 0)), ".png", (255, 255, 255), 0),
     "LA": (Image.new("LA", (16, 12), (100, 0)), ".png", (255, 255, 255), 0),
-    "P": (Image.new("RGB", (16, 12), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE), ".png",
-          (10, 200, 30), 2),
+    "P": (
+        Image.new("RGB", (16, 12), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE),
+        ".png",
+        (10, 200, 30),
+        2,
+    ),
     "P transparent": (transparent_palette(), ".png", (255, 255, 255), 1),
     "I;16": (sixteen_bit(), ".png", (255, 255, 255), 0),
     "I;16 tiff": (sixteen_bit(), ".tif", (255, 255, 255), 0),
@@ -51,9 +68,44 @@ def test_every_mode_becomes_rgb(tmp_path, name):
     assert np.abs(np.asarray(got)[-1, -1].astype(int) - last).max() <= tolerance
 
 
-def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
-    sixteen_bit().save(tmp_path / "x.png")
-    assert np.abs(np.asarray(read_image(tmp_path / "x.png"))[..., 0] - RAMP).max() <= 1
+def deep(values, kind, path):
+    Image.fromarray(np.asarray(values).astype(kind)).save(path)
+    return np.asarray(read_image(path))[..., 0].astype(int)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, caplog):
+    images._warn_scaled.cache_clear()
+    assert np.abs(deep((RAMP * 257).round(), np.uint16, tmp_path / "x.png") - RAMP).max() <= 1
+    assert np.array_equal(deep(RAMP, np.uint16, tmp_path / "x.tif"), RAMP.astype(int)) and not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "kind, top, white",
+    [
+        (np.uint16, 4095, 4095),  # a camera of 12 bits
+        (np.uint16, 3000, 4095),
+        (np.uint16, 16383, 16383),
+        (np.int32, 100_000, 131071),
+        (np.float32, 4095, 4095),
+        (np.float32, 10, 15),
+        (np.float32, 0.2, 0.25),  # reflectance of land
+    ],
+)
+def test_values_are_scaled_by_the_bits_they_use(tmp_path, caplog, kind, top, white):
+    """One hot pixel in a thousand does not count, and many files are one warning."""
+    images._warn_scaled.cache_clear()
+    values = np.tile(RAMP / 255, (10, 10)) * top
+    values[0, 0] = 1 if top < 1 else 60_000 if top < 60_000 else 2**30
+    for name in ("a.tif", "b.tif"):
+        got = deep(values, kind, tmp_path / name)
+        assert got[0, 0] == 255 and np.abs(got - values * 255 / white)[:, 1:].max() <= 1
+    assert [message for message in caplog.messages if f"up to {white:g}" in message] == caplog.messages
+    assert len(caplog.messages) == 1
+
+
+def test_a_black_deep_image_stays_black(tmp_path):
+    assert deep(np.zeros((9, 9)), np.uint16, tmp_path / "a.tif").max() == 0
+    assert deep(np.zeros((9, 9)), np.float32, tmp_path / "b.tif").max() == 0
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -90,7 +142,7 @@ def test_unreadable_files(tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match=name):
             read_image(tmp_path / name)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="too large"):
+    with pytest.raises(ValueError, match="whole.jpg has more than 0.0002 megapixels.*--max-megapixels"):
         read_image(whole)
     with pytest.raises(ValueError, match=r"uint8 \(H, W, 3\)"):
         read_image(np.zeros((4, 4)))
@@ -105,7 +157,7 @@ def test_find_images(tmp_path):
     assert places([str(tmp_path / "sub"), tmp_path / "b.jpg"]) == ["c.tif", "deep/d.webp", "b.jpg"]
     assert places(str(tmp_path / "*.jpg")) == ["b.jpg"]
     assert places(str(tmp_path / "**/*.tif")) == ["sub/c.tif"]
-    assert places([tmp_path, tmp_path / "b.jpg"]) == places(tmp_path)        # each once
+    assert places([tmp_path, tmp_path / "b.jpg"]) == places(tmp_path)  # each once
     for source, message in ((tmp_path / "none", "No such file"), (tmp_path / "*.bmp", "matches no file")):
         with pytest.raises(FileNotFoundError, match=message):
             find_images(source)
@@ -119,43 +171,114 @@ def test_a_name_with_brackets_is_a_file_first(tmp_path):
     assert [path.name for path, _ in find_images(tmp_path / "a[1].jpg")] == ["a[1].jpg"]
 
 
-def test_links_in_a_circle_end(tmp_path):
-    (tmp_path / "a.jpg").touch()
-    (tmp_path / "loop").symlink_to(tmp_path)
-    (tmp_path / "broken.jpg").symlink_to(tmp_path / "gone.jpg")
-    assert [place.name for _, place in find_images(tmp_path)] == ["a.jpg"]
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def found(*args, **options):
+    return [place.as_posix() for _, place in find_images(*args, **options)]
+
+
+def test_hidden_files_are_left_out(tmp_path):
+    """What macOS and galleries put beside photos; a hidden folder that is named itself is meant."""
+    touch(tmp_path, "a.jpg", "._a.jpg", ".thumbnails/a.jpg", "sub/.b.jpg", "sub/b.jpg")
+    assert found(tmp_path) == ["a.jpg", "sub/b.jpg"]
+    assert found(tmp_path / ".thumbnails") == ["a.jpg"]
+
+
+def test_linked_folders_are_followed_each_once(tmp_path):
+    touch(tmp_path, "disk/deep/b.jpg", "here/a.jpg", "here/z/c.jpg")
+    (tmp_path / "here/disk").symlink_to(tmp_path / "disk")
+    (tmp_path / "here/again").symlink_to(tmp_path / "here/z")
+    (tmp_path / "here/loop").symlink_to(tmp_path / "here")
+    (tmp_path / "disk/deep/back").symlink_to(tmp_path / "here")
+    (tmp_path / "here/broken.jpg").symlink_to(tmp_path / "gone.jpg")
+    assert found(tmp_path / "here") == ["a.jpg", "disk/deep/b.jpg", "z/c.jpg"]
+
+
+def test_outputs_among_the_images_are_no_images(tmp_path, monkeypatch):
+    """So that a command works twice in a folder of images; outputs that are named themselves are meant."""
+    touch(tmp_path, "a.jpg", "sub/b.jpg", "masks/a.png", "masks/sub/b.png", "stego-fit.png", "masks2/c.jpg")
+    monkeypatch.chdir(tmp_path)
+    exclude = ["masks", tmp_path / "stego-fit.png", "none"]
+    assert found(".", exclude=exclude) == ["a.jpg", "masks2/c.jpg", "sub/b.jpg"]
+    assert found("**/*.*g", exclude=exclude) == ["a.jpg", "masks2/c.jpg", "sub/b.jpg"]
+    assert found(["masks", "masks/a.png"], exclude=exclude) == ["a.png", "sub/b.png"]
+    assert found(".", exclude=["."]) == found(".")
+    with pytest.raises(FileNotFoundError, match="but outputs"):
+        find_images(".", exclude=["a.jpg", "sub", "masks", "masks2", "stego-fit.png"])
+
+
+@pytest.mark.parametrize(
+    "names, suffix, outputs",
+    [
+        ("a.jpg b/a.jpg", ".png", "a.png b/a.png"),
+        ("a.png a.gif", ".png", "a.png a.gif.png"),
+        ("IMG.jpg IMG.tif", ".png", "IMG.jpg.png IMG.tif.png"),
+        ("a.png a.gif", ".overlay.jpg", "a.png.overlay.jpg a.gif.overlay.jpg"),
+        ("a.png a.gif a.gif.png", ".png", "a.png a.gif.png a.gif.png.png"),
+        ("a.b.jpg a.c.jpg", ".png", "a.b.png a.c.png"),
+    ],
+)
+def test_images_that_share_a_stem_keep_their_names(names, suffix, outputs):
+    places = [Path(name) for name in names.split()]
+    assert [name.as_posix() for name in output_names(places, suffix)] == outputs.split()
 
 
 def test_to_tensor_is_normalised():
     x = to_tensor(Image.new("RGB", (3, 2), (255, 0, 128)))
     assert x.shape == (3, 2, 3)
-    assert x[:, 0, 0].tolist() == pytest.approx([(1 - 0.485) / 0.229, -0.456 / 0.224, (128 / 255 - 0.406) / 0.225])
+    assert x[:, 0, 0].tolist() == pytest.approx(
+        [(1 - 0.485) / 0.229, -0.456 / 0.224, (128 / 255 - 0.406) / 0.225]
+    )
 
 
 def test_five_crops_cover_the_corners_and_the_centre():
     image = Image.fromarray(np.arange(10 * 8 * 3, dtype=np.uint8).reshape(10, 8, 3))
     array, crops = np.asarray(image), [np.asarray(crop) for crop in five_crops(image)]
     for crop, (y, x) in zip(crops, ((0, 0), (0, 4), (5, 0), (5, 4), (2, 2))):
-        assert np.array_equal(crop, array[y:y + 5, x:x + 4])
+        assert np.array_equal(crop, array[y : y + 5, x : x + 4])
     assert square(image, 4).size == (4, 4)
 
 
-def test_palette_is_voc_shifted_by_one():
-    palette = voc_palette()
-    voc = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128),
-           (128, 128, 128), (64, 0, 0), (192, 0, 0)]
-    assert [tuple(colour) for colour in palette[:9]] == voc[1:]
-    assert tuple(palette[255]) == (0, 0, 0) and len({tuple(c) for c in palette}) == 256
+def test_lab_of_known_colours():
+    """Published CIELAB values (D65) of the primaries of sRGB."""
+    known = {
+        (255, 255, 255): (100, 0, 0),
+        (255, 0, 0): (53.24, 80.09, 67.20),
+        (0, 255, 0): (87.73, -86.18, 83.18),
+        (0, 0, 255): (32.30, 79.19, -107.86),
+        (119, 119, 119): (50.03, 0, 0),
+    }
+    assert np.abs(to_lab(list(known)) - list(known.values())).max() < 0.05
+
+
+def nearest(colours):
+    """The smallest distance of two colours in CIELAB; just noticeable is 2.3."""
+    lab = to_lab(colours)
+    distance = np.linalg.norm(lab[:, None] - lab, axis=-1)
+    return distance[~np.eye(len(lab), dtype=bool)].min()
+
+
+@pytest.mark.parametrize("count, apart", [(8, 50), (27, 25), (255, 10)])
+def test_colours_stay_apart(count, apart):
+    """With the Pascal VOC palette it is 30, 7 and 1; and none is as dark as its darkest."""
+    colours = distinct_colors(count)
+    assert colours.shape == (count, 3) and colours.dtype == np.uint8
+    assert nearest(colours) > apart and to_lab(colours)[:, 0].min() > 30
+    assert np.array_equal(colours, distinct_colors()[:count]) and distinct_colors()[255].tolist() == [0, 0, 0]
 
 
 def test_masks_are_indexed_8_bit_png(tmp_path):
     mask = np.array([[0, 1, 2], [255, 2, 1]], np.uint8)
-    write_image(mask_image(mask, voc_palette(3)), tmp_path / "m.png")
+    write_image(mask_image(mask, distinct_colors(3)), tmp_path / "m.png")
     with Image.open(tmp_path / "m.png") as image:
         assert image.mode == "P" and image.format == "PNG" and np.array_equal(np.asarray(image), mask)
         assert len(image.getpalette()) == 768
     header = (tmp_path / "m.png").read_bytes()
-    assert header[24:26] == b"\x08\x03"                                      # 8 bits, indexed
+    assert header[24:26] == b"\x08\x03"  # 8 bits, indexed
 
 
 def test_own_colours_are_kept():
@@ -176,6 +299,28 @@ def test_replacing_is_all_or_nothing(tmp_path):
     assert target.stat().st_mode & 0o777 == 0o666 & ~_umask()
 
 
+@pytest.mark.parametrize("name", ["file/out.txt", "folder"])
+def test_what_cannot_be_written_is_named(tmp_path, name):
+    """By its own name, not the temporary one, and without the system's number of the error."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises((OSError, ValueError)) as caught, replacing(tmp_path / name):
+        pass
+    message = str(caught.value)
+    assert message.startswith(f"Cannot write {tmp_path / name}") and "Errno" not in message
+    assert ".part" not in message and sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_a_full_disk_and_a_device_are_named(tmp_path):
+    with pytest.raises(OSError, match=r"^Cannot write .*out.txt \(no space left on device\)\.$"):
+        with replacing(tmp_path / "out.txt"):
+            raise OSError(28, "No space left on device", str(tmp_path / ".out-x.part"))
+    with pytest.raises(ValueError, match="Cannot write /dev/null: it is a folder or a device"):
+        with replacing("/dev/null"):
+            pass
+    assert Path("/dev/null").is_char_device() and not os.listdir(tmp_path)
+
+
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -185,13 +330,3 @@ def _umask():
 def test_unknown_format(tmp_path):
     with pytest.raises(ValueError, match="suffix"):
         write_image(Image.new("RGB", (2, 2)), tmp_path / "x.xyz")
-
-
-def test_overlay_and_sheet():
-    image, mask = Image.new("RGB", (40, 30), "white"), np.zeros((30, 40), np.uint8)
-    mask[:, 20:] = 1
-    blended = np.asarray(overlay(image, mask, voc_palette()))
-    assert blended.shape == (30, 40, 3) and blended[5, 5].tolist() == [191, 127, 127]
-    assert blended[5, 20].max() < 90                                         # the line between segments
-    sheet = contact_sheet([(image, mask)] * 4, voc_palette())
-    assert sheet.width == 3 * (2 * 240 + 16) + 8 and sheet.mode == "RGB"

@@ -18,7 +18,7 @@ def blobs(clusters=6, each=200, size=16, noise=0.1, seed=0):
 def test_finds_the_directions():
     x, label, directions = blobs()
     kmeans = CosineKMeans(6).fit(x)
-    cosine = kmeans.cluster_centers_ @ directions.T                          # (6, 6)
+    cosine = kmeans.cluster_centers_ @ directions.T  # (6, 6)
     assert cosine.max(0).values.min() > 0.99
     found = kmeans.predict(x)
     for k in range(6):
@@ -49,7 +49,7 @@ def test_a_starved_center_is_put_where_it_is_needed():
     x, _, directions = blobs(clusters=4, each=500, noise=0.05)
     kmeans = CosineKMeans(4).partial_fit(x)
     lost = (kmeans.cluster_centers_ @ directions[0]).argmax()
-    kmeans.cluster_centers_[lost] = -F.normalize(directions.sum(0), dim=0)   # where no row is
+    kmeans.cluster_centers_[lost] = -F.normalize(directions.sum(0), dim=0)  # where no row is
     kmeans._sums[lost], kmeans._counts[lost] = 0.0, 0.0
     for _ in range(60):
         kmeans.partial_fit(x)
@@ -72,16 +72,19 @@ def test_mini_batches_end_near_an_optimum_of_all_rows():
     optimum = float(1 - (x @ centers.T).amax(1).mean())
     assert kmeans.inertia_ < 1.02 * optimum
     CosineKMeans(8).fit(x)
-    assert torch.equal(x, before)                                            # the rows stay as they are
+    assert torch.equal(x, before)  # the rows stay as they are
 
 
-@pytest.mark.parametrize("x, message", [
-    (torch.randn(3, 4), "3 non-zero rows for 5 clusters"),
-    (torch.zeros(10, 4), "0 non-zero rows"),
-    (torch.full((10, 4), torch.nan), "finite"),
-    (torch.randn(10), "floating point rows"),
-    (torch.ones(10, 4, dtype=torch.int64), "floating point rows"),
-])
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (torch.randn(3, 4), "3 non-zero rows for 5 clusters"),
+        (torch.zeros(10, 4), "0 non-zero rows"),
+        (torch.full((10, 4), torch.nan), "finite"),
+        (torch.randn(10), "floating point rows"),
+        (torch.ones(10, 4, dtype=torch.int64), "floating point rows"),
+    ],
+)
 def test_bad_rows(x, message):
     with pytest.raises(ValueError, match=message):
         CosineKMeans(5).fit(x)
@@ -96,3 +99,26 @@ def test_zero_rows_get_some_cluster():
     x, _, _ = blobs()
     labels = CosineKMeans(6).fit(x).predict(torch.cat([x, torch.zeros(3, 16)]))
     assert len(labels) == len(x) + 3
+
+
+def test_the_last_round_moves_no_starved_centre(monkeypatch):
+    """A centre put on a row in the last batch would stay that one row: nothing refines it any more."""
+    repaired, repair = [], CosineKMeans._repair
+
+    def record(self, x, cosine):
+        repaired.append(self._batches)
+        repair(self, x, cosine)
+
+    monkeypatch.setattr(CosineKMeans, "_repair", record)
+    CosineKMeans(20, n_init=1, max_iter=40, batch_size=64).fit(torch.randn(500, 8))
+    assert repaired == [10, 20, 30]
+
+
+def test_sums_do_not_depend_on_the_order_of_additions(monkeypatch):
+    """index_add_ adds in any order on CUDA; sums are a matrix product instead."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("index_add_ is not deterministic on CUDA")
+
+    monkeypatch.setattr(torch.Tensor, "index_add_", refuse)
+    CosineKMeans(3, n_init=1, max_iter=12).fit(torch.randn(200, 5))

@@ -6,8 +6,10 @@ import torch
 from conftest import run
 from PIL import Image
 
-from stego import Stego, TokenCache, corresponding, encode
-from stego_images import region_sheet, voc_palette
+from stego import Stego, match_clusters_to
+from stego_parts.drawing import region_sheet
+from stego_parts.images import distinct_colors
+from stego_parts.tokens import TokenCache, encode
 
 
 @pytest.fixture
@@ -17,6 +19,7 @@ def copy(here, saved):
 
 
 # ---- names -----------------------------------------------------------------------------------------------------
+
 
 def test_names_are_kept(here, scenes, saved):
     (here / "stego.pt").write_bytes(saved.read_bytes())
@@ -30,9 +33,19 @@ def test_names_are_kept(here, scenes, saved):
     assert Stego.load("stego.pt").labels == ["sky", "1", "brick wall"]
 
 
-@pytest.mark.parametrize("given, code, message", [
-    ("road", 2, "3=road"), ("x=road", 2, "3=road"), ("-1=road", 2, ""), ("3=road", 1, "has 0 to 2"),
-    ("0=7", 1, "no number"), ("0=a,b", 1, "without comma"), ("0=a=b", 1, "without comma"), ("0=a\tb", 1, "without")])
+@pytest.mark.parametrize(
+    "given, code, message",
+    [
+        ("road", 2, "3=road"),
+        ("x=road", 2, "3=road"),
+        ("-1=road", 2, ""),
+        ("3=road", 1, "has 0 to 2"),
+        ("0=7", 1, "no number"),
+        ("0=a,b", 1, "without comma"),
+        ("0=a=b", 1, "without comma"),
+        ("0=a\tb", 1, "without"),
+    ],
+)
 def test_bad_names(here, saved, given, code, message):
     before = saved.read_bytes()
     assert message in run("name", saved, given, code=code).stderr
@@ -58,15 +71,25 @@ def test_one_name_for_two_clusters(saved):
 
 # ---- show ------------------------------------------------------------------------------------------------------
 
+
 def test_show_says_how_the_model_was_made(copy):
     run("name", copy, "1=ground")
     model, shown = Stego.load(copy), run("show", copy).stdout
     c = model.config
-    for text in ("tiny", model.backbone_sha256[:12], "12 images, 60 crops", f"{c['steps']} steps of {c['batch_size']}",
-                 "balance   auto", f"b_rand {c['b_rand']:.2f}", "seed 0", "ground", "#800000"):
+    for text in (
+        "tiny",
+        model.backbone_sha256[:12],
+        "12 images, 60 crops",
+        f"{c['steps']} steps of {c['batch_size']}",
+        "balance   auto",
+        f"b_rand {c['b_rand']:.2f}",
+        "seed 0",
+        "ground",
+        "#800000",
+    ):
         assert text in shown
     assert shown.count("cluster ") == 3 and f"{model.share[0]:.1%}" in shown
-    assert run("show").stdout == shown                                       # ./stego.pt unless named
+    assert run("show").stdout == shown  # ./stego.pt unless named
 
 
 def test_sheet_shows_regions_of_each_cluster(copy, scenes, model):
@@ -93,7 +116,7 @@ def test_sheet_and_images_belong_together(copy, scenes):
 def test_regions_of_other_clusters_are_pale():
     picture, mask = Image.new("RGB", (20, 20), "black"), np.zeros((20, 20), np.uint8)
     mask[:, 10:] = 1
-    sheet = np.asarray(region_sheet([[(picture, mask)], []], voc_palette(2), ["a\n1 %", "b"]))
+    sheet = np.asarray(region_sheet([[(picture, mask)], []], distinct_colors(2), ["a\n1 %", "b"]))
     cell = sheet[8:128, -128:-8]
     assert cell[60, 20].max() < 10 and cell[60, 100].min() > 180
 
@@ -108,13 +131,16 @@ def test_models_of_the_reference_implementation(here, saved):
 
 # ---- fit --match -----------------------------------------------------------------------------------------------
 
+
 def test_the_same_data_fitted_anew_keeps_numbers_names_and_colours(scenes, saved, tmp_path):
     earlier = Stego.load(saved)
-    earlier.take_over(earlier, {0: 2, 1: 0, 2: 1})                           # another order than by share
+    earlier.inherit_ids(earlier, {0: 2, 1: 0, 2: 1})  # another order than by share
     earlier.rename({0: "a", 1: "b", 2: "c"})
     earlier.palette = np.array([[9, 0, 0], [0, 9, 0], [0, 0, 9]], np.uint8)
     earlier.save(tmp_path / "earlier.pt")
-    again = Stego.fit(scenes, classes=3, backbone="tiny", steps=60, batch_size=8, match=tmp_path / "earlier.pt")
+    again = Stego.fit(
+        scenes, classes=3, backbone="tiny", steps=60, batch_size=8, match=tmp_path / "earlier.pt"
+    )
     assert again.names == ["a", "b", "c"] and np.array_equal(again.palette, earlier.palette)
     image = np.asarray(Image.open(scenes / "scene00.png").convert("RGB"))
     before, after = (model.predict(image, crf=False, resolution=160) for model in (earlier, again))
@@ -124,40 +150,46 @@ def test_the_same_data_fitted_anew_keeps_numbers_names_and_colours(scenes, saved
 def test_clusters_correspond_by_what_they_cover(scenes, model):
     cache = encode(model.backbone, sorted(scenes.rglob("*.png"))[:3], views="whole")
     other = Stego(model.config, model.head, model.centers[[2, 0, 1]], model.share, backbone_sha256="")
-    assert corresponding(cache, other, model) == {0: 2, 1: 0, 2: 1}
+    assert match_clusters_to(cache, other, model) == {0: 2, 1: 0, 2: 1}
 
 
 def test_a_small_part_of_a_cluster_is_not_the_cluster(model):
     """Directions in the plane: half a circle is no twelfth of it, but nearly the half turned."""
     head = torch.nn.Identity()
-    head.describe = head.forward                                             # what is clustered: points themselves
+    head.describe = head.forward  # what is clustered: points themselves
 
     def around(count, turned=0.0):
         angle = torch.arange(count) * (2 * torch.pi / count) + turned
         directions = torch.stack([angle.cos(), angle.sin()], 1)
         return Stego(model.config, head, directions, torch.ones(count), backbone_sha256="")
+
     cache = TokenCache(1, 720, 2)
-    cache.append(around(720, 0.001).centers.T[None, :, None])                # (1, 2, 1, 720)
-    assert corresponding(cache, around(12), around(2)) == {}
-    assert corresponding(cache, around(2, 0.5), around(2)) == {0: 0, 1: 1}
-    assert corresponding(cache, around(2, 0.5 + torch.pi), around(2)) == {0: 1, 1: 0}
+    cache.append(around(720, 0.001).centers.T[None, :, None])  # (1, 2, 1, 720)
+    assert match_clusters_to(cache, around(12), around(2)) == {}
+    assert match_clusters_to(cache, around(2, 0.5), around(2)) == {0: 0, 1: 1}
+    assert match_clusters_to(cache, around(2, 0.5 + torch.pi), around(2)) == {0: 1, 1: 0}
 
 
-@pytest.mark.parametrize("classes, same, shares, names", [
-    (3, {0: 1}, [1, 0, 2], ["", "b", ""]),
-    (3, {}, [0, 1, 2], ["", "", ""]),
-    (2, {1: 2}, [0, 1], ["", "c"]),                                          # number 2 is gone, the name stays
-    (4, {3: 0, 0: 2}, [3, 1, 0, 2], ["a", "", "c", ""]),
-])
+@pytest.mark.parametrize(
+    "classes, same, shares, names",
+    [
+        (3, {0: 1}, [1, 0, 2], ["", "b", ""]),
+        (3, {}, [0, 1, 2], ["", "", ""]),
+        (2, {1: 2}, [0, 1], ["", "c"]),  # number 2 is gone, the name stays
+        (4, {3: 0, 0: 2}, [3, 1, 0, 2], ["a", "", "c", ""]),
+    ],
+)
 def test_take_over(model, classes, same, shares, names):
-    earlier = Stego(model.config, model.head, model.centers, model.share, backbone_sha256="", names=["a", "b", "c"])
+    earlier = Stego(
+        model.config, model.head, model.centers, model.share, backbone_sha256="", names=["a", "b", "c"]
+    )
     new = Stego(model.config, model.head, torch.eye(classes, 70), torch.arange(classes), backbone_sha256="")
-    new.take_over(earlier, same)
+    new.inherit_ids(earlier, same)
     assert new.names == names
     assert new.share.tolist() == shares and new.centers.argmax(1).tolist() == shares
     colours = {tuple(colour) for colour in new.palette.tolist()}
     assert len(colours) == classes
-    for k, m in same.items():
+    for m in same.values():
         assert tuple(earlier.palette[m]) in colours
     assert len(colours & {tuple(colour) for colour in earlier.palette.tolist()}) == len(same)
 
@@ -165,7 +197,7 @@ def test_take_over(model, classes, same, shares, names):
 def test_many_clusters_still_have_colours(model):
     full = Stego(model.config, model.head, torch.eye(255), torch.ones(255), backbone_sha256="")
     new = Stego(model.config, model.head, torch.eye(255), torch.ones(255), backbone_sha256="")
-    new.take_over(full, {k: 254 - k for k in range(100)})
+    new.inherit_ids(full, {k: 254 - k for k in range(100)})
     assert len({tuple(colour) for colour in new.palette.tolist()}) == 255
 
 

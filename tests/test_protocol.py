@@ -5,18 +5,23 @@ import itertools
 import numpy as np
 import pytest
 
-from stego_protocol import IGNORE, confusion_matrix, match_clusters, scores
+from stego_parts.images import IGNORE
+from stego_parts.protocol import confusion_matrix, majority_classes, match_clusters, scores
 
 
 def count(labels, clusters, n, k):
-    return [[sum(1 for a, b in zip(labels, clusters) if a == i and b == j) for j in range(k)] for i in range(n)]
+    return [
+        [sum(1 for a, b in zip(labels, clusters) if a == i and b == j) for j in range(k)] for i in range(n)
+    ]
 
 
 def best_hits(counts, n, k):
     """The most pixels any one-to-one naming of clusters gets right, by trying all."""
     names = list(range(n)) + [-1] * max(k - n, 0)
-    return max(sum(counts[c][j] for j, c in enumerate(naming) if c >= 0)
-               for naming in itertools.permutations(names, k))
+    return max(
+        sum(counts[c][j] for j, c in enumerate(naming) if c >= 0)
+        for naming in itertools.permutations(names, k)
+    )
 
 
 def direct_scores(labels, clusters, assignment, n):
@@ -37,7 +42,7 @@ def test_against_direct_computation(n, k, seed):
     labels, clusters = rng.integers(0, n, 60), rng.integers(0, k, 60)
     labels[rng.random(60) < 0.2] = IGNORE
     if n > 2:
-        labels[labels == 1] = 0                                              # a class that never occurs
+        labels[labels == 1] = 0  # a class that never occurs
     counts = count(labels, clusters, n, k)
     confusion = confusion_matrix(labels, clusters, n_classes=n, n_clusters=k)
     assert confusion.tolist() == counts and confusion.dtype == np.int64
@@ -58,14 +63,27 @@ def test_clusters_without_a_class_are_errors():
     assert scores(confusion, assignment)["iou"].tolist() == [50 / 80, 1.0]
 
 
+def test_many_to_one():
+    confusion = np.array([[50, 0, 30], [0, 20, 10]])
+    assert majority_classes(confusion).tolist() == [0, 1, 0]
+    assert scores(confusion, majority_classes(confusion))["accuracy"] == 100 / 110
+    assert scores(confusion, majority_classes(confusion))["iou"].tolist() == [80 / 90, 20 / 30]
+
+
 def test_matching_is_over_the_set_and_not_greedy():
-    confusion = np.array([[10, 9], [9, 0]])                                  # greedy would take 10 + 0
+    confusion = np.array([[10, 9], [9, 0]])  # greedy would take 10 + 0
     assert match_clusters(confusion).tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("labels, clusters, message", [
-    ([0, 3], [0, 0], "label values 0..3"), ([0, 1], [0, 7], "cluster values 0..7"), ([0, -1], [0, 0], "-1"),
-    ([0, 1, 1], [0, 1], "one shape")])
+@pytest.mark.parametrize(
+    "labels, clusters, message",
+    [
+        ([0, 3], [0, 0], "label values 0..3"),
+        ([0, 1], [0, 7], "cluster values 0..7"),
+        ([0, -1], [0, 0], "-1"),
+        ([0, 1, 1], [0, 1], "one shape"),
+    ],
+)
 def test_values_out_of_range(labels, clusters, message):
     with pytest.raises(ValueError, match=message):
         confusion_matrix(labels, clusters, n_classes=2, n_clusters=2)

@@ -8,8 +8,19 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from stego_images import read_image
-from stego_protocol import IGNORE, LAYOUTS, folder_set, labelled_set, read_pair
+from stego_parts.config import PRESETS
+from stego_parts.datasets import (
+    LAYOUTS,
+    PRESET_OF,
+    PUBLISHED,
+    folder_set,
+    image_set,
+    labelled_set,
+    published_line,
+    published_row,
+    read_pair,
+)
+from stego_parts.images import IGNORE, read_image
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -52,7 +63,10 @@ def cocostuff(tmp_path):
 def potsdam(tmp_path):
     for stem in ("2_10_0_0", "2_10_0_1"):
         label = every_id(6)
-        for folder, key, value in (("imgs", "img", np.dstack([rgb(label), label])), ("gt", "gt", label)):
+        for folder, key, value in (
+            ("imgs", "img", np.dstack([rgb(label), label])),
+            ("gt", "gt", label.astype(np.int32)),
+        ):
             (tmp_path / folder).mkdir(exist_ok=True)
             savemat(tmp_path / folder / f"{stem}.mat", {key: value})
     (tmp_path / "labelled_train.txt").write_text("2_10_0_0\n")
@@ -69,17 +83,30 @@ def class_of_id(labelled):
 
 def test_every_cityscapes_id(cityscapes):
     found = class_of_id(labelled_set("cityscapes", cityscapes, "val"))
-    assert found == {i: {i - 7 if 7 <= i <= 33 else IGNORE} for i in [*range(34), 255]}  # id -1 is stored as 255
+    assert found == {
+        i: {i - 7 if 7 <= i <= 33 else IGNORE} for i in [*range(34), 255]
+    }  # id -1 is stored as 255
     names = labelled_set("cityscapes", cityscapes, "train").classes
-    assert [names[i - 7] for i in (7, 11, 17, 23, 26, 33)] == ["road", "building", "pole", "sky", "car", "bicycle"]
+    assert [names[i - 7] for i in (7, 11, 17, 23, 26, 33)] == [
+        "road",
+        "building",
+        "pole",
+        "sky",
+        "car",
+        "bicycle",
+    ]
     assert len(names) == 27
 
 
 def test_every_potsdam_id(potsdam):
     labelled = labelled_set("potsdam3", potsdam, "val")
     assert class_of_id(labelled) == {0: {0}, 4: {0}, 1: {1}, 5: {1}, 2: {2}, 3: {2}, 255: {IGNORE}}
-    assert [image.stem for image, _ in labelled.pairs] == ["2_10_0_1"] and labelled.source == "labelled_test.txt"
-    assert np.array_equal(np.asarray(read_image(labelled.pairs[0][0])), rgb(every_id(6)))  # RGB of four channels
+    assert [image.stem for image, _ in labelled.pairs] == [
+        "2_10_0_1"
+    ] and labelled.source == "labelled_test.txt"
+    assert np.array_equal(
+        np.asarray(read_image(labelled.pairs[0][0])), rgb(every_id(6))
+    )  # RGB of four channels
 
 
 def test_every_cocostuff_id(cocostuff):
@@ -87,12 +114,25 @@ def test_every_cocostuff_id(cocostuff):
     found = class_of_id(labelled)
     name = {i: labelled.classes[min(found[i])] for i in range(182)}
     assert found[255] == {IGNORE} and len(labelled.classes) == 27
-    spots = {0: "person", 1: "vehicle", 15: "animal", 46: "food", 61: "furniture", 71: "electronic", 156: "sky",
-             168: "plant", 181: "plant", 177: "water", 148: "ground"}
+    spots = {
+        0: "person",
+        1: "vehicle",
+        15: "animal",
+        46: "kitchen",
+        61: "furniture",
+        71: "electronic",
+        156: "sky",
+        168: "plant",
+        181: "solid",
+        177: "water",
+        148: "ground",
+    }
     table = SHARED / "cocostuff27.csv"
     if table.exists():
         rows = list(csv.DictReader(table.open()))
-        assert [labelled.lookup[int(row["fine_id"])] for row in rows] == [int(row["coarse_id"]) for row in rows]
+        assert [labelled.lookup[int(row["fine_id"])] for row in rows] == [
+            int(row["coarse_id"]) for row in rows
+        ]
         assert len(rows) == 182
         spots = {i: labelled.classes[int(rows[i]["coarse_id"])] for i in spots}
     assert {i: name[i] for i in spots} == spots
@@ -109,10 +149,17 @@ def test_cocostuff_lists(cocostuff):
         assert [image.stem for image, _ in labelled.pairs] == ["000000000002"] and name in labelled.source
 
 
-@pytest.mark.parametrize("name, missing", [
-    ("cityscapes", "leftImg8bit"), ("cityscapes", "gtFine/val"), ("cocostuff27", "images/val2017"),
-    ("cocostuff27", "annotations/val2017/000000000002.png"), ("potsdam3", "labelled_test.txt"),
-    ("potsdam3", "gt/2_10_0_1.mat")])
+@pytest.mark.parametrize(
+    "name, missing",
+    [
+        ("cityscapes", "leftImg8bit"),
+        ("cityscapes", "gtFine/val"),
+        ("cocostuff27", "images/val2017"),
+        ("cocostuff27", "annotations/val2017/000000000002.png"),
+        ("potsdam3", "labelled_test.txt"),
+        ("potsdam3", "gt/2_10_0_1.mat"),
+    ],
+)
 def test_first_missing_path_and_the_expected_tree(name, missing, request):
     root = request.getfixturevalue({"cocostuff27": "cocostuff", "potsdam3": "potsdam"}.get(name, name))
     (root / missing).rename(root / "elsewhere")
@@ -141,7 +188,11 @@ def test_own_folders(own):
     assert labelled.classes == ["class 0", "class 1"] and [p.stem for p, _ in labelled.pairs] == ["a", "b"]
     assert np.unique(labelled.read(1)[1]).tolist() == [1, IGNORE]
     (own / "names.txt").write_text("wall\nfloor plan\ndoor\n")
-    assert folder_set(own / "images", own / "labels", names=own / "names.txt").classes == ["wall", "floor plan", "door"]
+    assert folder_set(own / "images", own / "labels", names=own / "names.txt").classes == [
+        "wall",
+        "floor plan",
+        "door",
+    ]
 
 
 def test_pairs_go_by_stem_not_by_order(own):
@@ -159,7 +210,7 @@ def test_two_labels_for_one_image(own):
 def test_labels_of_another_size_value_or_kind(own):
     labelled = folder_set(own / "images", own / "labels")
     picture(own / "labels/a.png", np.full((40, 60), 7, np.uint8))
-    with pytest.raises(ValueError, match=r"a.png holds the label 7; labels lie in 0..1, or are 255"):
+    with pytest.raises(ValueError, match=r"a.png has the label 7; labels lie in 0..1, or are 255"):
         labelled.read(0)
     picture(own / "labels/a.png", np.zeros((40, 61), np.uint8))
     with pytest.raises(ValueError, match="61 x 40 pixels and its image 60 x 40"):
@@ -174,12 +225,12 @@ def test_labels_of_another_size_value_or_kind(own):
 
 def test_pair_is_the_central_square_with_untouched_label_values(own):
     label = np.zeros((40, 80), np.uint8)
-    label[:, 30:50], label[:, :20] = 9, 200                                  # 200 lies outside the central square
+    label[:, 30:50], label[:, :20] = 9, 200  # 200 lies outside the central square
     picture(own / "labels/a.png", label)
     picture(own / "images/a.jpg", rgb(label))
-    image, found = read_pair(own / "images/a.jpg", own / "labels/a.png", side=320)
-    assert image.size == (320, 320) and found.shape == (320, 320)
-    assert np.unique(found).tolist() == [0, 9] and (found[:, 80:240] == 9).all() and (found == 9).mean() == 0.5
+    image, ids = read_pair(own / "images/a.jpg", own / "labels/a.png", side=320)
+    assert image.size == (320, 320) and ids.shape == (320, 320)
+    assert np.unique(ids).tolist() == [0, 9] and (ids[:, 80:240] == 9).all() and (ids == 9).mean() == 0.5
 
 
 def test_broken_matlab_file(potsdam):
@@ -187,5 +238,49 @@ def test_broken_matlab_file(potsdam):
     with pytest.raises(ValueError, match="2_10_0_1.mat"):
         labelled_set("potsdam3", potsdam, "val").read(0)
     savemat(potsdam / "imgs/2_10_0_1.mat", {"other": np.zeros(3)})
-    with pytest.raises(ValueError, match="no uint8 array of 3 dimensions under the key 'img'"):
+    with pytest.raises(ValueError, match="no array of 3 dimensions of whole numbers under the key 'img'"):
         labelled_set("potsdam3", potsdam, "val").read(0)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int32, np.int64, np.uint16])
+def test_matlab_labels_of_any_integer_type(potsdam, kind):
+    savemat(potsdam / "gt/2_10_0_1.mat", {"gt": every_id(6).astype(kind)})
+    assert class_of_id(labelled_set("potsdam3", potsdam, "val"))[255] == {IGNORE}
+
+
+@pytest.mark.parametrize(
+    "value, message", [(-1, "values -1..0"), (256, "values 0..256"), (0.5, "no array of 2 dimensions")]
+)
+def test_matlab_labels_that_are_none(potsdam, value, message):
+    label = np.zeros((128, 128), type(value) if isinstance(value, float) else np.int32)
+    label[3, 5] = value
+    savemat(potsdam / "gt/2_10_0_1.mat", {"gt": label})
+    with pytest.raises(ValueError, match=f"2_10_0_1.mat has {message}"):
+        labelled_set("potsdam3", potsdam, "val").read(0)
+
+
+def test_images_without_labels(own):
+    unlabelled = image_set(own / "images")
+    picture, label = unlabelled.read(0)
+    assert picture.size == (320, 320) and label is None and unlabelled.classes == []
+    assert len(unlabelled.pairs) == 2 and str(own / "images") in unlabelled.source
+
+
+def test_published_rows():
+    """Table 2's MoCo v2, not Table 5's; each row that a preset repeats has that preset's backbone."""
+    rows = {row.name: row[3:] for row in PUBLISHED["cocostuff27"]}
+    assert rows["STEGO, MoCoV2"] == (48.4, 20.8, 70.7, 26.5)
+    assert any("released" in row.name and row.miou == 62.6 for row in PUBLISHED["potsdam3"])
+    repeated = [row for rows in PUBLISHED.values() for row in rows if row.preset]
+    assert len(repeated) == 4 and all(PRESETS[row.preset]["backbone"] == row.backbone for row in repeated)
+    for dataset, preset in PRESET_OF.items():  # what `fit --dataset` alone repeats
+        backbone = PRESETS[preset]["backbone"]
+        assert published_row(dataset, preset=preset, backbone=backbone).preset == preset
+        assert published_row(dataset, preset=preset, backbone="tiny") is None
+
+
+def test_published_line():
+    line = published_line("cityscapes", preset="cityscapes", backbone="dino_vitb8")
+    assert "dino_vitb8" in line and "'STEGO, DINO ViT-B/8', accuracy 73.2, mIoU 21.0" in line
+    line = published_line("cocostuff27", preset="cocostuff", backbone="tiny")
+    assert "no published row" in line and "dino_vits8_300ep with cocostuff-small" in line

@@ -15,7 +15,7 @@ from torch import nn
 
 from cli import main
 from stego import Stego
-from stego_backbones import BACKBONES, read_checkpoint
+from stego_parts.backbones import BACKBONES, read_checkpoint
 
 CLASSES, EXTRA, DIM, CHANNELS = 5, 2, 12, 24
 
@@ -26,7 +26,9 @@ class Reference(nn.Module):
     def __init__(self):
         super().__init__()
         self.cluster1 = nn.Sequential(nn.Conv2d(CHANNELS, DIM, 1))
-        self.cluster2 = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.ReLU(), nn.Conv2d(CHANNELS, DIM, 1))
+        self.cluster2 = nn.Sequential(
+            nn.Conv2d(CHANNELS, CHANNELS, 1), nn.ReLU(), nn.Conv2d(CHANNELS, DIM, 1)
+        )
         self.clusters = nn.Parameter(torch.randn(CLASSES + EXTRA, DIM))
         self.linear = nn.Conv2d(DIM, CLASSES, 1)
 
@@ -42,16 +44,29 @@ def spec(monkeypatch):
 
 
 def lightning(reference, vit, hyper_parameters):
-    heads = {f"net.{key}": value for key, value in reference.state_dict().items() if key.startswith("cluster1.")}
-    heads |= {f"net.{key}": value for key, value in reference.state_dict().items() if key.startswith("cluster2.")}
-    return {"epoch": 3, "global_step": 7000, "pytorch-lightning_version": "1.5.10",
-            "state_dict": {**{f"net.model.{key}": value for key, value in vit.items()}, **heads,
-                           "cluster_probe.clusters": reference.clusters.data,
-                           "train_cluster_probe.clusters": torch.randn(CLASSES, DIM),
-                           "linear_probe.weight": reference.linear.weight.data,
-                           "linear_probe.bias": reference.linear.bias.data,
-                           "decoder.weight": torch.randn(CHANNELS, DIM, 1, 1)},
-            "callbacks": {}, "optimizer_states": [], "hyper_parameters": hyper_parameters}
+    heads = {
+        f"net.{key}": value for key, value in reference.state_dict().items() if key.startswith("cluster1.")
+    }
+    heads |= {
+        f"net.{key}": value for key, value in reference.state_dict().items() if key.startswith("cluster2.")
+    }
+    return {
+        "epoch": 3,
+        "global_step": 7000,
+        "pytorch-lightning_version": "1.5.10",
+        "state_dict": {
+            **{f"net.model.{key}": value for key, value in vit.items()},
+            **heads,
+            "cluster_probe.clusters": reference.clusters.data,
+            "train_cluster_probe.clusters": torch.randn(CLASSES, DIM),
+            "linear_probe.weight": reference.linear.weight.data,
+            "linear_probe.bias": reference.linear.bias.data,
+            "decoder.weight": torch.randn(CHANNELS, DIM, 1, 1),
+        },
+        "callbacks": {},
+        "optimizer_states": [],
+        "hyper_parameters": hyper_parameters,
+    }
 
 
 @pytest.fixture
@@ -61,7 +76,9 @@ def omegaconf(monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
 
     def make(module, name):
-        made = type(name, (), {"__module__": module, "__setstate__": lambda self, state: self.__dict__.update(state)})
+        made = type(
+            name, (), {"__module__": module, "__setstate__": lambda self, state: self.__dict__.update(state)}
+        )
         setattr(sys.modules[module], name, made)
         return made()
 
@@ -87,15 +104,21 @@ def checkpoint(spec, omegaconf, tmp_path):
 def test_codes_and_clusters_of_the_reference(checkpoint, spec):
     path, reference, vit = checkpoint
     x = torch.randn(1, 3, 40, 56)
-    expected = reference((plain_vit(x, vit, spec))) / 2 + reference(plain_vit(x.flip(-1), vit, spec)).flip(-1) / 2
+    expected = (
+        reference(plain_vit(x, vit, spec)) / 2 + reference(plain_vit(x.flip(-1), vit, spec)).flip(-1) / 2
+    )
     model = Stego.load(path)
     codes = model.codes(x)
     assert codes.shape == (1, DIM, 5, 7) and torch.allclose(codes, expected, atol=1e-4)
-    clusters = torch.einsum("bdhw,kd->bkhw", F.normalize(expected, dim=1), F.normalize(reference.clusters, dim=1))
+    clusters = torch.einsum(
+        "bdhw,kd->bkhw", F.normalize(expected, dim=1), F.normalize(reference.clusters, dim=1)
+    )
     assert torch.equal(torch.einsum("bdhw,kd->bkhw", codes, model.centers).argmax(1), clusters.argmax(1))
     weight, bias = model.linear
-    assert torch.allclose(F.conv2d(codes, weight[:, :, None, None], bias), reference.linear(expected), atol=1e-4)
-    assert model.config["backbone"] == "dino_vitb8" and len(model.centers) == CLASSES + EXTRA
+    assert torch.allclose(
+        F.conv2d(codes, weight[:, :, None, None], bias), reference.linear(expected), atol=1e-4
+    )
+    assert model.config.backbone == "dino_vitb8" and len(model.centers) == CLASSES + EXTRA
 
 
 def test_predict_and_eval_read_it_directly(checkpoint, tmp_path):
@@ -108,21 +131,35 @@ def test_predict_and_eval_read_it_directly(checkpoint, tmp_path):
     arguments = ["predict", tmp_path / "images/a.png", "-m", checkpoint[0], "-o", tmp_path / "mask.png"]
     assert CliRunner().invoke(main, list(map(str, arguments))).exit_code == 0
     assert Image.open(tmp_path / "mask.png").size == (64, 48)
-    arguments = ["eval", "--images", tmp_path / "images", "--labels", tmp_path / "labels", "--names",
-                 tmp_path / "names.txt", "-m", checkpoint[0], "--no-crf"]
+    arguments = [
+        "eval",
+        "--images",
+        tmp_path / "images",
+        "--labels",
+        tmp_path / "labels",
+        "--names",
+        tmp_path / "names.txt",
+        "-m",
+        checkpoint[0],
+        "--no-crf",
+    ]
     result = CliRunner().invoke(main, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     line = next(line for line in result.output.splitlines() if line.startswith("stego"))
-    assert "-" not in line                                                   # the checkpoint's own linear probe counts
+    assert "-" not in line  # the checkpoint's own linear probe counts
 
 
-@pytest.mark.parametrize("damage, message", [
-    ({"net.cluster1.0.weight": None}, "net.cluster1.0.weight"),
-    ({"net.cluster1.0.weight": torch.zeros(DIM, 31, 1, 1)}, "not a usable STEGO checkpoint"),
-    ({"cluster_probe.clusters": torch.zeros(4, DIM + 1)}, "shapes that do not fit"),
-    ({"net.cluster2.0.bias": torch.full((CHANNELS,), torch.nan)}, "not finite"),
-    ({"cluster_probe.clusters": "text"}, "not a usable STEGO checkpoint"),
-    ({"net.model.norm.bias": torch.zeros(3)}, "does not fit the backbone dino_vitb8")])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ({"net.cluster1.0.weight": None}, "net.cluster1.0.weight"),
+        ({"net.cluster1.0.weight": torch.zeros(DIM, 31, 1, 1)}, "not a usable STEGO checkpoint"),
+        ({"cluster_probe.clusters": torch.zeros(4, DIM + 1)}, "shapes that do not fit"),
+        ({"net.cluster2.0.bias": torch.full((CHANNELS,), torch.nan)}, "not finite"),
+        ({"cluster_probe.clusters": "text"}, "not a usable STEGO checkpoint"),
+        ({"net.model.norm.bias": torch.zeros(3)}, "does not fit the backbone dino_vitb8"),
+    ],
+)
 def test_damaged(checkpoint, damage, message):
     path = checkpoint[0]
     content = read_checkpoint(path)
@@ -142,15 +179,21 @@ class Hostile:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("function", [os.mkdir, eval, __import__("builtins").exec, __import__("subprocess").getoutput])
+@pytest.mark.parametrize(
+    "function", [os.mkdir, eval, __import__("builtins").exec, __import__("subprocess").getoutput]
+)
 def test_hostile_pickles_do_nothing(checkpoint, tmp_path, function, legacy):
     target = tmp_path / "touched"
     text = {os.mkdir: str(target), __import__("subprocess").getoutput: f"mkdir {target}"}.get(
-        function, f"__import__('os').mkdir({str(target)!r})")
+        function, f"__import__('os').mkdir({str(target)!r})"
+    )
     content = read_checkpoint(checkpoint[0]) | {"hyper_parameters": {"cfg": Hostile(function, text)}}
-    torch.save({key: content[key] for key in ("state_dict", "hyper_parameters")}, checkpoint[0],
-               _use_new_zipfile_serialization=not legacy)
-    assert len(Stego.load(checkpoint[0]).centers) == CLASSES + EXTRA         # the tensors are all right
+    torch.save(
+        {key: content[key] for key in ("state_dict", "hyper_parameters")},
+        checkpoint[0],
+        _use_new_zipfile_serialization=not legacy,
+    )
+    assert len(Stego.load(checkpoint[0]).centers) == CLASSES + EXTRA  # the tensors are all right
     assert not target.exists()
     torch.save(Hostile(function, text), tmp_path / "evil.pt", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match="is not a stego model"):

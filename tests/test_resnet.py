@@ -11,7 +11,8 @@ from torchvision.models import resnet50
 
 import stego
 from stego import Stego
-from stego_backbones import BACKBONES, checkpoint_path, load_backbone
+from stego_parts import tokens
+from stego_parts.backbones import BACKBONES, checkpoint_path, load_backbone
 
 RESNETS = ("dino_resnet50", "mocov2", "resnet50")
 
@@ -34,18 +35,33 @@ def layout(kind: str, network) -> dict:
     if kind == "dino_resnet50":
         return body
     if kind == "dino training":
-        return {"teacher": {f"module.backbone.{key}": value for key, value in body.items()}
-                | {"module.head.mlp.0.weight": torch.zeros(2)}, "student": {}, "epoch": 3}
+        return {
+            "teacher": {f"module.backbone.{key}": value for key, value in body.items()}
+            | {"module.head.mlp.0.weight": torch.zeros(2)},
+            "student": {},
+            "epoch": 3,
+        }
     if kind == "mocov2":
         query = {f"module.encoder_q.{key}": value for key, value in body.items()}
         query |= {f"module.encoder_q.fc.{i}.bias": torch.zeros(3) for i in (0, 2)}
         other = {f"module.encoder_k.{key}": torch.zeros_like(value) for key, value in body.items()}
-        return {"epoch": 800, "arch": "resnet50", "state_dict": query | other | {"module.queue": torch.zeros(2, 3)}}
+        return {
+            "epoch": 800,
+            "arch": "resnet50",
+            "state_dict": query | other | {"module.queue": torch.zeros(2, 3)},
+        }
     return {key: value for key, value in state.items() if "num_batches" not in key}  # older torchvision's
 
 
-@pytest.mark.parametrize("name, kind", [("dino_resnet50", "dino_resnet50"), ("dino_resnet50", "dino training"),
-                                        ("mocov2", "mocov2"), ("resnet50", "resnet50")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("dino_resnet50", "dino_resnet50"),
+        ("dino_resnet50", "dino training"),
+        ("mocov2", "mocov2"),
+        ("resnet50", "resnet50"),
+    ],
+)
 def test_last_map_is_torchvisions(reference, tmp_path, name, kind):
     """Pooled and through its last layer the map gives torchvision's own output."""
     torch.save(layout(kind, reference), tmp_path / "w.pth")
@@ -65,7 +81,12 @@ def test_dilated_maps_hold_the_coarse_one(reference, tmp_path, stride):
     x, step = torch.randn(1, 3, 96, 64), 32 // stride
     with torch.inference_mode():
         maps = fine(x)
-        assert (fine.patch, fine.sha256) == (stride, coarse.sha256) and maps.shape == (1, 2048, 3 * step, 2 * step)
+        assert (fine.patch, fine.sha256) == (stride, coarse.sha256) and maps.shape == (
+            1,
+            2048,
+            3 * step,
+            2 * step,
+        )
         torch.testing.assert_close(maps[:, :, ::step, ::step], coarse(x), atol=1e-4, rtol=1e-4)
 
 
@@ -77,7 +98,7 @@ def test_same_cache_and_same_errors(reference, tmp_path, monkeypatch):
     first = load_backbone("mocov2")
     assert checkpoint_path("mocov2") == tmp_path / "torch/hub/checkpoints" / source.name
     source.unlink()
-    assert load_backbone("mocov2").sha256 == first.sha256                    # from the cache now
+    assert load_backbone("mocov2").sha256 == first.sha256  # from the cache now
     state = layout("dino_resnet50", reference)
     torch.save({key: value for key, value in state.items() if "conv1" in key}, tmp_path / "short.pth")
     (tmp_path / "text.pth").write_text("hello")
@@ -104,17 +125,20 @@ def test_torchvisions_file_is_known_by_how_its_hash_begins(reference, tmp_path, 
 
 def test_stride_survives_saving(reference, scenes, here, monkeypatch):
     monkeypatch.setattr(stego, "CLUSTER_ROWS", 200)
-    monkeypatch.setattr(stego, "RESOLUTION", 64)
+    monkeypatch.setattr(tokens, "RESOLUTION", 64)
     torch.save(layout("dino_resnet50", reference), "w.pth")
     image, known = scenes / "scene00.png", dict(backbone="dino_resnet50", weights="w.pth")
     Stego.fit(image, classes=2, stride=16, steps=1, batch_size=2, code_size=4, **known).save("m.pt")
     model = Stego.load("m.pt", weights="w.pth")
-    assert (model.config["backbone"], model.config["stride"], model.backbone.patch) == ("dino_resnet50", 16, 16)
+    assert (model.config.backbone, model.config.stride, model.backbone.patch) == ("dino_resnet50", 16, 16)
     assert model.predict(image, crf=False, resolution=64).shape == (96, 128)
-    assert "sees patches of 8 pixels" in run("fit", image, "--backbone", "tiny", "--stride", 16, code=1).stderr
+    assert (
+        "sees patches of 8 pixels" in run("fit", image, "--backbone", "tiny", "--stride", 16, code=1).stderr
+    )
 
 
 # ---- callables -------------------------------------------------------------------------------------------------
+
 
 def half(x):
     """Colours at a sixteenth of the size."""
@@ -136,7 +160,7 @@ def test_any_callable_is_a_backbone(function, patch, channels, scenes, tmp_path,
     monkeypatch.setattr(stego, "CLUSTER_ROWS", 2000)
     path = scenes / "scene00.png"
     model = Stego.fit(path, classes=2, backbone=function, steps=2)
-    assert (model.backbone.patch, model.backbone.channels, model.config["stride"]) == (patch, channels, patch)
+    assert (model.backbone.patch, model.backbone.channels, model.config.stride) == (patch, channels, patch)
     mask = model.predict(path, crf=False)
     model.save(tmp_path / "m.pt")
     assert np.array_equal(Stego.load(tmp_path / "m.pt", backbone=function).predict(path, crf=False), mask)
@@ -151,14 +175,19 @@ def test_a_changed_callable_gets_new_features(scenes):
     config = dict(views="five", cache_size=1, seed=0)
     for function, same in ((half, False), (Strided(), True)):
         network = load_backbone(function)
-        one, other = (stego.features_key([scenes / "scene00.png"], network, config) for _ in range(2))
+        one, other = (tokens.features_key([scenes / "scene00.png"], network, config) for _ in range(2))
         assert (one == other) is same
 
 
-@pytest.mark.parametrize("function, message", [
-    (lambda x: x.mean((2, 3)), r"made \(1, 3\) of an image"), (lambda x: None, "made NoneType"),
-    (lambda x: F.interpolate(x, (10, 10)), "attribute `patch`"), (lambda x: x[:, :, :, :100], "224 x 100"),
-])
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (lambda x: x.mean((2, 3)), r"made \(1, 3\) of an image"),
+        (lambda x: None, "made NoneType"),
+        (lambda x: F.interpolate(x, (10, 10)), "attribute `patch`"),
+        (lambda x: x[:, :, :, :100], "224 x 100"),
+    ],
+)
 def test_unusable_callables(scenes, function, message):
     with pytest.raises(ValueError, match=message):
         Stego.fit(scenes, backbone=function)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stego_images import BUILDING, CAR, GRASS, ROAD, SCENE_CLASSES, SKY, TREE, draw_scene
+from stego_parts.scenes import BUILDING, CAR, GRASS, ROAD, SCENE_CLASSES, SKY, TREE, draw_scene
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,10 @@ def test_scenes_are_labelled_pictures(drawn):
     for image, labels in drawn:
         assert image.mode == "RGB" and image.size == (128, 96)
         assert labels.shape == (96, 128) and labels.dtype == np.uint8 and labels.max() < len(SCENE_CLASSES)
-        assert labels[:, 40:90].min() == SKY and labels[-1, 64] in (ROAD, CAR)  # the sky above, a road underfoot
+        assert labels[:, 40:90].min() == SKY and labels[-1, 64] in (
+            ROAD,
+            CAR,
+        )  # the sky above, a road underfoot
         shares += np.bincount(labels.ravel(), minlength=len(SCENE_CLASSES)) / labels.size / len(drawn)
     assert (shares > 0.005).all() and shares.sum() == pytest.approx(1)
 
@@ -33,7 +36,7 @@ def test_what_is_drawn_looks_its_part(drawn):
     labels = np.concatenate([labels.ravel() for _, labels in drawn])
     mean = {c: pixels[labels == c].mean(0) for c in range(len(SCENE_CLASSES))}
     assert mean[SKY][2] > mean[SKY][0] and mean[GRASS].argmax() == 1 and mean[TREE].argmax() == 1
-    assert np.ptp(mean[ROAD]) < 12                                           # grey
+    assert np.ptp(mean[ROAD]) < 12  # grey
     for image, labels in drawn:
         grey = np.asarray(image.convert("L"), float)
         for c in (TREE, BUILDING):

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import draw_scene
 from PIL import Image
 
-from conftest import draw_scene
-from stego_backbones import TINY_FILE, load_backbone
-from stego_backbones.tiny import Tiny
+from stego_parts.backbones import TINY_FILE, load_backbone
+from stego_parts.tiny import Tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import pretrain  # noqa: E402
@@ -30,12 +30,19 @@ def pictures():
 @pytest.fixture
 def small(monkeypatch):
     """The recipe at a size that runs in seconds."""
-    for name, value in {"PATCHES": 1000, "CROP_SIDE": 48, "CROP_FROM": (32, 72), "SAMPLE": 8, "PROTOTYPES": 16}.items():
+    for name, value in {
+        "PATCHES": 1000,
+        "CROP_SIDE": 48,
+        "CROP_FROM": (32, 72),
+        "SAMPLE": 8,
+        "PROTOTYPES": 16,
+    }.items():
         monkeypatch.setattr(pretrain, name, value)
     monkeypatch.setattr(pretrain, "Tiny", lambda: Tiny(atoms=32, width=16, depth=1, channels=16))
 
 
 # ---- the network -----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("height, width", [(32, 32), (40, 72), (224, 224), (320, 176)])
 def test_one_feature_for_every_8_by_8_pixels(tiny, height, width):
@@ -63,7 +70,7 @@ def test_features_tell_sky_from_ground(tiny):
     """Mean cosine within a region of a drawn scene exceeds that between regions."""
     image, labels = draw_scene(3, 160, 160)
     x = pretrain.normalise(torch.from_numpy(image)[None])
-    rows = torch.nn.functional.normalize(tiny(x).flatten(2)[0].T, dim=1)     # (400, C)
+    rows = torch.nn.functional.normalize(tiny(x).flatten(2)[0].T, dim=1)  # (400, C)
     here = torch.from_numpy(labels[4::8, 4::8].astype(int)).flatten()
     sky, ground = rows[here == 0], rows[here == 1]
     assert (sky @ sky.T).mean() > (sky @ ground.T).mean() + 0.3
@@ -85,10 +92,13 @@ def test_weight_file_is_small_half_precision_and_safe():
 
 # ---- the recipe ------------------------------------------------------------------------------------------------
 
+
 def test_pretraining_lowers_the_loss_and_writes_usable_weights(small, pictures, tmp_path, capsys):
     output = tmp_path / "tiny.pt"
     pretrain.pretrain(pictures, output, steps=30, batch=8, log_every=10)
-    losses = [float(line.rsplit(" ", 1)[1]) for line in capsys.readouterr().err.splitlines() if "loss" in line]
+    losses = [
+        float(line.rsplit(" ", 1)[1]) for line in capsys.readouterr().err.splitlines() if "loss" in line
+    ]
     assert losses[-1] < losses[0]
     network = pretrain.Tiny()
     network.load_state_dict(torch.load(output, weights_only=True))
@@ -126,7 +136,9 @@ def test_corresponding_places_show_the_same_pixels(monkeypatch):
 
 
 def test_balanced_assignments_use_every_prototype():
-    share = pretrain.balanced(torch.randn(400, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * 0.2)
+    share = pretrain.balanced(
+        torch.randn(400, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * 0.2
+    )
     assert torch.allclose(share.sum(1), torch.ones(400), atol=1e-5)
     assert torch.allclose(share.sum(0), torch.full((16,), 400 / 16), rtol=0.1)
 

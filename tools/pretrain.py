@@ -29,8 +29,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stego_backbones import MEAN, STD  # noqa: E402
-from stego_backbones.tiny import SIDE, Dictionary, Tiny  # noqa: E402
+from stego_parts.images import MEAN, STD  # noqa: E402
+from stego_parts.tiny import SIDE, Dictionary, Tiny  # noqa: E402
 
 IMAGE_SIDE = 224             # pixels: images are kept as squares of this side
 CROP_SIDE = 112              # pixels: what the network sees in training, 14 x 14 positions

@@ -24,11 +24,22 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from quality import fit_head, val_features  # noqa: E402
 
-from stego import cluster_codes, encode, find_images, fit_config, pixels, unit, unmirror  # noqa: E402
-from stego_backbones import load_backbone  # noqa: E402
-from stego_images import replacing  # noqa: E402
-from stego_protocol import (cluster_map, confusion_matrix, folder_set, linear_probe, match_clusters,  # noqa: E402
-                            probe_rows, scores)
+from stego import cluster_codes, fit_config, pixels, unit, unmirror  # noqa: E402
+from stego_parts.backbones import load_backbone  # noqa: E402
+from stego_parts.datasets import folder_set  # noqa: E402
+from stego_parts.images import (
+    find_images,  # noqa: E402
+    replacing,  # noqa: E402
+)
+from stego_parts.protocol import (  # noqa: E402
+    cluster_map,
+    confusion_matrix,
+    linear_probe,
+    match_clusters,
+    probe_rows,
+    scores,
+)
+from stego_parts.tokens import encode  # noqa: E402
 
 PAPER = dict(evenness=0.0, views="five")  # what the paper's whole method has and `fit`'s default has not
 TABLE_2 = {  # {row: options of fit}; the last but one is scored with the CRF as well
@@ -50,7 +61,13 @@ TABLE_5 = {
     "random alone": dict(PAPER, lambda_self=0.0, lambda_knn=0.0),
 }
 SAME = {"all three": FULL}  # rows of Table 5 that are rows of Table 2
-PUBLISHED = {"STEGO, none of them": 7.3, "+ 0-clamp": 21.3, "+ 5-crop": 23.4, "+ centering": 24.0, "+ CRF": 24.5}
+PUBLISHED = {
+    "STEGO, none of them": 7.3,
+    "+ 0-clamp": 21.3,
+    "+ 5-crop": 23.4,
+    "+ centering": 24.0,
+    "+ CRF": 24.5,
+}
 PAPERS = "paper (ViT-S/8, CocoStuff)"  # its unsupervised mIoU; rows of other backbones need weights and are left out
 
 
@@ -63,17 +80,23 @@ class LabelledFeatures:
 
     @cache
     def tokens(self, views: str):
-        torch.manual_seed(0)                                                 # encode keeps random positions
-        return encode(self.network, [path for path, _ in find_images(self.folder / "images/train")], views=views)
+        torch.manual_seed(0)  # encode keeps random positions
+        return encode(
+            self.network, [path for path, _ in find_images(self.folder / "images/train")], views=views
+        )
 
     @cache
     def val(self):
-        return [(features.half(), image, label) for features, image, label in val_features(self.network, self.folder)]
+        return [
+            (features.half(), image, label)
+            for features, image, label in val_features(self.network, self.folder)
+        ]
 
     @cache
     def train_rows(self):
-        train = folder_set(self.folder / "images/train", self.folder / "labels/train",
-                           names=self.folder / "classes.txt")
+        train = folder_set(
+            self.folder / "images/train", self.folder / "labels/train", names=self.folder / "classes.txt"
+        )
         return probe_rows(SimpleNamespace(backbone=self.network, device="cpu"), train)
 
 
@@ -84,18 +107,24 @@ def scored(data: LabelledFeatures, code_map, centers, probe, *, crf: bool) -> tu
     confusion = {kind: np.zeros((n, columns), np.int64) for kind, columns in side.items()}
     for features, image, label in data.val():
         codes, picture = unmirror(code_map(features.float())), pixels(image) if crf else None
-        found = {"cluster": cluster_map(codes, centers, label.shape, pixels=picture),
-                 "linear": cluster_map(codes, probe.weight, label.shape, bias=probe.bias, pixels=picture)}
+        found = {
+            "cluster": cluster_map(codes, centers, label.shape, pixels=picture),
+            "linear": cluster_map(codes, probe.weight, label.shape, bias=probe.bias, pixels=picture),
+        }
         for kind, mask in found.items():
             confusion[kind] += confusion_matrix(label, mask, n_classes=n, n_clusters=side[kind])
-    results = (scores(confusion["cluster"], match_clusters(confusion["cluster"])),
-               scores(confusion["linear"], np.arange(n)))
+    results = (
+        scores(confusion["cluster"], match_clusters(confusion["cluster"])),
+        scores(confusion["linear"], np.arange(n)),
+    )
     return tuple(100 * result[key] for result in results for key in ("accuracy", "miou"))
 
 
 def run_row(data: LabelledFeatures, row: str, options: dict | None, steps: int, seed: int) -> dict:
     """{row: scores} of one row and seed; the whole method's with the CRF too."""
-    config = fit_config(classes=len(data.classes), seed=seed, steps=steps, **(PAPER if options is None else options))
+    config = fit_config(
+        classes=len(data.classes), seed=seed, steps=steps, **(PAPER if options is None else options)
+    )
     tokens, (rows, shares) = data.tokens(config["views"]), data.train_rows()
     torch.manual_seed(seed)
     head = unit if options is None else fit_head(tokens, config)
@@ -118,7 +147,11 @@ def table(title: str, rows, sets, results: dict, *, published=None) -> list[str]
     for row in rows:
         cells = []
         for name in sets:
-            seeds = [value for key, value in results.items() if key.rsplit("/", 1)[0] == f"{name}/{SAME.get(row, row)}"]
+            seeds = [
+                value
+                for key, value in results.items()
+                if key.rsplit("/", 1)[0] == f"{name}/{SAME.get(row, row)}"
+            ]
             values = list(zip(np.mean(seeds, 0), np.std(seeds, 0))) if seeds else [(np.nan, np.nan)] * 4
             texts = [f"{mean:.1f} ({spread:.1f})" for mean, spread in values]
             cells += [" / ".join(texts[:2]), " / ".join(texts[2:])]
@@ -139,7 +172,9 @@ def main(data, sets, seeds, steps, backbone, file):
     setting = dict(backbone=network.sha256, steps=steps)
     state = json.loads(file.read_text()) if file.exists() else dict(setting, results={})
     if setting != {key: state[key] for key in setting}:
-        raise click.UsageError(f"{file} is of another backbone or number of steps; name another file with --json.")
+        raise click.UsageError(
+            f"{file} is of another backbone or number of steps; name another file with --json."
+        )
     features = {name: LabelledFeatures(data / name, network) for name in sets}
     todo = TABLE_2 | {row: options for row, options in TABLE_5.items() if row not in SAME}
     for seed in range(seeds):
@@ -154,8 +189,15 @@ def main(data, sets, seeds, steps, backbone, file):
                 print(f"{name} {seed} {found} {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     rows = list(TABLE_2)
     rows.insert(rows.index(FULL) + 1, CRF)
-    print("\n".join([*table("Table 2", rows, sets, state["results"], published=PUBLISHED), "",
-                     *table("Table 5", TABLE_5, sets, state["results"])]))
+    print(
+        "\n".join(
+            [
+                *table("Table 2", rows, sets, state["results"], published=PUBLISHED),
+                "",
+                *table("Table 5", TABLE_5, sets, state["results"]),
+            ]
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Speed, accuracy and memory of crf.dense_crf, all in one run:
 
-    python bench/crf.py --data ../shared/data
+    python bench/crf_speed.py --data ../shared/data
 
 Images: CamVid val, scaled and centre-cropped. Scores: the labels as one-hot planes averaged over 8 x 8 pixels
 and brought back bilinearly, plus noise of the same grain (standard deviation 0.3) on all 27 planes, times the
@@ -41,11 +41,12 @@ SIZES = [(320, 320), (360, 480), (960, 1280)]  # (H, W)
 
 # ------------------------------------------------------------------------------- data
 
+
 def camvid(data: Path, count: int, size: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """`count` evenly spaced val pairs: image (3, H, W) uint8, labels (H, W) int64 with 255 = ignore."""
     paths = sorted((data / "camvid/images/val").iterdir())
     pairs = []
-    for path in paths[len(paths) // (2 * count)::len(paths) // count][:count]:
+    for path in paths[len(paths) // (2 * count) :: len(paths) // count][:count]:
         label = data / "camvid/labels/val" / f"{path.stem}.png"
         image = fit(Image.open(path).convert("RGB"), size, Image.Resampling.BILINEAR)
         pairs.append((image.permute(2, 0, 1).contiguous(), fit(Image.open(label), size, 0).long()))
@@ -57,7 +58,7 @@ def fit(picture: Image.Image, size: tuple[int, int], how: int) -> torch.Tensor:
     (H, W), scale = size, max(size[0] / picture.height, size[1] / picture.width)
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), how)
     top, left = (picture.height - H) // 2, (picture.width - W) // 2
-    return torch.from_numpy(np.array(picture)[top:top + H, left:left + W].copy())
+    return torch.from_numpy(np.array(picture)[top : top + H, left : left + W].copy())
 
 
 def make_scores(labels: torch.Tensor, kind: str) -> torch.Tensor:
@@ -77,8 +78,18 @@ def make_scores(labels: torch.Tensor, kind: str) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------- references
 
-def exact_crf(image: torch.Tensor, scores: torch.Tensor, *, iterations=10, sxy=67, srgb=3, compat=4,
-              smooth_sxy=1, smooth_compat=3) -> torch.Tensor:
+
+def exact_crf(
+    image: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    iterations=10,
+    sxy=67,
+    srgb=3,
+    compat=4,
+    smooth_sxy=1,
+    smooth_compat=3,
+) -> torch.Tensor:
     """Mean field over all pairs; scores (K, C, H, W) hold K problems on one image, solved together."""
     K, C, H, W = scores.shape
     colour = image.permute(1, 2, 0).reshape(-1, 3).float() / srgb  # (N, 3)
@@ -88,8 +99,9 @@ def exact_crf(image: torch.Tensor, scores: torch.Tensor, *, iterations=10, sxy=6
     box = torch.stack([torch.stack([colour[b].amin(0), colour[b].amax(0)]) for b in blocks])  # (n, 2, 3)
     gap = (box[:, None, 0] - box[None, :, 1]).clamp_(min=0)  # (n, n, 3)
     near = (gap + gap.transpose(0, 1)).norm(dim=2) < REACH  # (n, n)
-    rows, columns = (torch.exp(-(torch.arange(n)[:, None] - torch.arange(n)) ** 2 / (2 * smooth_sxy**2))
-                     for n in (H, W))
+    rows, columns = (
+        torch.exp(-((torch.arange(n)[:, None] - torch.arange(n)) ** 2) / (2 * smooth_sxy**2)) for n in (H, W)
+    )
 
     def bilateral(q):  # (N, D)
         out = torch.zeros_like(q)
@@ -108,8 +120,10 @@ def exact_crf(image: torch.Tensor, scores: torch.Tensor, *, iterations=10, sxy=6
         across = torch.einsum("kl,jld->jkd", columns, q.view(H, W, -1))
         return torch.einsum("ij,jkd->ikd", rows, across).reshape(q.shape)
 
-    kernels = [(weight, apply, apply(torch.ones(H * W, 1)).rsqrt())
-               for weight, apply in ((compat, bilateral), (smooth_compat, smooth))]
+    kernels = [
+        (weight, apply, apply(torch.ones(H * W, 1)).rsqrt())
+        for weight, apply in ((compat, bilateral), (smooth_compat, smooth))
+    ]
     logits = scores.permute(2, 3, 0, 1).reshape(H * W, K, C)
     q = logits.softmax(2)
     for _ in range(iterations):
@@ -124,11 +138,12 @@ def colour_blocks(colour: torch.Tensor, pixels: torch.Tensor) -> list[torch.Tens
         return [pixels]
     here = colour[pixels]
     order = pixels[here[:, (here.amax(0) - here.amin(0)).argmax()].argsort()]
-    return colour_blocks(colour, order[:len(order) // 2]) + colour_blocks(colour, order[len(order) // 2:])
+    return colour_blocks(colour, order[: len(order) // 2]) + colour_blocks(colour, order[len(order) // 2 :])
 
 
 def cpp_crf(image: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     from pydensecrf import densecrf
+
     C, H, W = scores.shape
     model = densecrf.DenseCRF2D(W, H, C)
     model.setUnaryEnergy(np.ascontiguousarray(-scores.reshape(C, -1).numpy()))
@@ -146,6 +161,7 @@ def methods() -> dict:
 
 
 # ------------------------------------------------------------------------------- measuring
+
 
 def seconds(function, *args, threads: int = 1) -> float:
     torch.set_num_threads(threads)
@@ -169,7 +185,7 @@ def time_all(pairs: list, kind: str, repeats: int) -> None:
         runs["matrix product"].append(seconds(torch.mm, a, a))
         for name, (threads, function) in methods().items():
             runs[name].append(seconds(function, image, scores, threads=threads))
-    runs = {name: median(values[len(problems):]) for name, values in runs.items()}
+    runs = {name: median(values[len(problems) :]) for name, values in runs.items()}
     H, W = pairs[0][0].shape[1:]
     for name, value in runs.items():
         ratio = value / runs["matrix product"]
@@ -178,14 +194,17 @@ def time_all(pairs: list, kind: str, repeats: int) -> None:
 
 def agreement(pairs: list) -> None:
     """Against the exact mean field: labels that agree, mean absolute difference of probabilities."""
-    exact = [exact_crf(image, torch.stack([make_scores(labels, kind) for kind in MEAN_MAX]))
-             for image, labels in pairs]
+    exact = [
+        exact_crf(image, torch.stack([make_scores(labels, kind) for kind in MEAN_MAX]))
+        for image, labels in pairs
+    ]
     for name, (threads, function) in methods().items():
         if threads != 1:
             continue
         for k, kind in enumerate(MEAN_MAX):
-            results = [(function(image, make_scores(labels, kind)), e[k])
-                       for (image, labels), e in zip(pairs, exact)]
+            results = [
+                (function(image, make_scores(labels, kind)), e[k]) for (image, labels), e in zip(pairs, exact)
+            ]
             same = [(q.argmax(0) == e.argmax(0)).float().mean().item() * 100 for q, e in results]
             off = [(q - e).abs().mean().item() for q, e in results]
             method = name.split(",")[0]
@@ -223,9 +242,11 @@ def cuda_rows(data: Path, repeats: int) -> None:
     for kind in MEAN_MAX:
         scores = torch.stack([make_scores(x, kind) for x in labels]).cuda()
         for count in (1, 16):
+
             def call():
                 dense_crf(images[:count], scores[:count])
                 torch.cuda.synchronize()
+
             call()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()

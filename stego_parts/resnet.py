@@ -9,7 +9,11 @@ import re
 from torch import Tensor
 from torchvision.models.resnet import Bottleneck, ResNet
 
-DILATED = {32: (False, False, False), 16: (False, False, True), 8: (False, True, True)}  # stride: layers 2 to 4
+DILATED = {
+    32: (False, False, False),
+    16: (False, False, True),
+    8: (False, True, True),
+}  # stride: layers 2 to 4
 QUERY = "module.encoder_q."  # MoCo's file also may hold the key encoder and the queue
 
 
@@ -24,7 +28,7 @@ class ResNet50(ResNet):
         del self.avgpool, self.fc
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))                 # (B, 64, H / 4, W / 4)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, 64, H / 4, W / 4)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
@@ -38,4 +42,6 @@ def convert_resnet(state: dict) -> dict:
     if any(key.startswith(QUERY) for key in state):
         state = {key: value for key, value in state.items() if key.startswith(QUERY)}
     state = {re.sub(r"^(module\.)?(encoder_q\.|backbone\.)?", "", key): value for key, value in state.items()}
-    return {key: value for key, value in state.items() if not re.match(r"fc\.|head\.|.*num_batches_tracked$", key)}
+    return {
+        key: value for key, value in state.items() if not re.match(r"fc\.|head\.|.*num_batches_tracked$", key)
+    }

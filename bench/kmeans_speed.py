@@ -1,6 +1,6 @@
 """CosineKMeans against scikit-learn's MiniBatchKMeans on a million codes of a model fitted for it: time and inertia.
 
-    python bench/kmeans.py --images ../shared/data/unlabelled [--limit 600] [--classes 27] [--rows 1000000] [--seeds 3]
+    python bench/kmeans_speed.py --images DATA/unlabelled [--limit 600] [--classes 27] [--rows 1000000] [--seeds 3]
 
 Both get the same codes, already of length one, and as many threads. scikit-learn runs with its defaults, with our batch
 and with our batch and number of starts. "cosine": mean of 1 - cosine to the nearest centre, brought to length one.
@@ -9,6 +9,7 @@ and with our batch and number of starts. "cosine": mean of 1 - cosine to the nea
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -18,9 +19,11 @@ from sklearn.cluster import MiniBatchKMeans
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kmeans import CosineKMeans  # noqa: E402
-from stego import balanced_shifts, encode, fit_config, nearest_neighbors, train_head  # noqa: E402
-from stego_backbones import load_backbone  # noqa: E402
-from stego_images import find_images  # noqa: E402
+from stego import nearest_neighbors, shifts_from_data, train_head  # noqa: E402
+from stego_parts.backbones import load_backbone  # noqa: E402
+from stego_parts.config import fit_config  # noqa: E402
+from stego_parts.images import find_images  # noqa: E402
+from stego_parts.tokens import encode  # noqa: E402
 
 
 @torch.inference_mode()
@@ -36,7 +39,7 @@ def inertias(codes, centers) -> tuple[float, float]:
     centers = F.normalize(centers, dim=1)
     nearest = [(part @ centers.T).max(1) for part in codes.split(65_536)]
     labels = torch.cat([each.indices for each in nearest])
-    sums = torch.zeros_like(centers).index_add_(0, labels, codes)            # (K, D)
+    sums = torch.zeros_like(centers).index_add_(0, labels, codes)  # (K, D)
     counts = labels.bincount(minlength=len(centers)).clamp(min=1)
     cosine = sum(float((1 - each.values).sum()) for each in nearest) / len(codes)
     return cosine, float(1 - (sums.square().sum(1) / counts).sum() / len(codes))
@@ -50,22 +53,28 @@ def inertias(codes, centers) -> tuple[float, float]:
 @click.option("--seeds", default=3)
 @click.option("--threads", default=1)
 def main(images, limit, classes, rows, seeds, threads):
-    torch.set_num_threads(threads)                                           # scikit-learn's: OMP_NUM_THREADS
+    torch.set_num_threads(threads)  # scikit-learn's: OMP_NUM_THREADS
     torch.manual_seed(0)
     paths = [path for path, _ in find_images(images)][:limit]
-    config = fit_config(classes=classes)
-    cache = encode(load_backbone("tiny"), paths, views="windows")
-    neighbors = nearest_neighbors(cache.means[:len(cache)])
-    head = train_head(cache, neighbors, config | balanced_shifts(cache, neighbors))
+    config = fit_config(classes=classes, backbone="tiny")
+    cache = encode(load_backbone("tiny"), paths, config)
+    neighbors = nearest_neighbors(cache.means)
+    head, _ = train_head(cache, neighbors, replace(config, **shifts_from_data(cache, neighbors, config)))
     codes = unit_codes(head, cache, rows).clone()
-    theirs = {"scikit-learn": {}, "  batch 8192": dict(batch_size=8192),
-              "  batch 8192, 3 starts": dict(batch_size=8192, n_init=3)}
-    print(f"{len(codes)} x {codes.shape[1]} codes of {len(paths)} images, {classes} clusters, {threads} thread(s)")
+    theirs = {
+        "scikit-learn": {},
+        "  batch 8192": dict(batch_size=8192),
+        "  batch 8192, 3 starts": dict(batch_size=8192, n_init=3),
+    }
+    print(
+        f"{len(codes)} x {codes.shape[1]} codes of {len(paths)} images, {classes} clusters, {threads} thread(s)"
+    )
     print(f"{'means of ' + str(seeds) + ' seeds':24} seconds  ratio   cosine  squared")
     runs = {"CosineKMeans": lambda seed: CosineKMeans(classes, seed=seed).fit(codes).cluster_centers_}
     for name, options in theirs.items():
         runs[name] = lambda seed, options=options: torch.from_numpy(
-            MiniBatchKMeans(classes, random_state=seed, **options).fit(codes.numpy()).cluster_centers_)
+            MiniBatchKMeans(classes, random_state=seed, **options).fit(codes.numpy()).cluster_centers_
+        )
     ours = None
     for name, run in runs.items():
         found = []

@@ -1,0 +1,175 @@
+"""How far a fit has come, on disk: what an interrupted one goes on from."""
+
+import hashlib
+import io
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, two fits in one folder are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
+import torch
+from torch import Tensor, nn
+
+from stego_parts.config import Config
+from stego_parts.distributed import from_first, process_count, rank
+from stego_parts.images import replacing
+from stego_parts.tokens import NOTICE, USED, TokenCache
+
+SAVE_EVERY = 30  # seconds between two states of a training: what an interruption costs at most
+
+log = logging.getLogger("stego")
+
+
+class FitCheckpoint:
+    """The folder of a running fit: its token cache, and how far training has come. One fit has it at a time.
+
+    Survives the process, however that ends. Each state is written under a temporary name and renamed.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.saved, self.cache = Path(folder), time.monotonic(), None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / "lock", "w")
+        try:
+            if fcntl and rank() == 0:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process
+        except OSError as error:
+            raise ValueError(
+                f"Another fit is working in {folder}; wait for it, or choose another output."
+            ) from error
+
+    def token_cache(self, shape: tuple[int, int, int, int], key: dict | None) -> TokenCache:
+        """The cache in this folder: with what it has of this key, or an empty one."""
+        path = self.folder / "tokens"
+
+        def prepare():
+            if self.load("features", key) is None:
+                path.unlink(missing_ok=True)
+            TokenCache(*shape, path=path)
+            self.save("features", key, {})
+
+        from_first(prepare)
+        self.cache = TokenCache(*shape, path=path)
+        return self.cache
+
+    def begin(self, key: dict, *, resume: bool):
+        """Forget the training of an earlier fit, or make sure that it is the one to go on with."""
+        known, training = (self.folder / "fit.pt").exists(), self.folder / "training.pt"
+        if resume and known and self.load("fit", key) is None:
+            raise ValueError(
+                f"The fit in {self.folder} was of other images or options, or one has changed since; give the same "
+                "ones, or start afresh without --resume."
+            )
+        if resume and not known:
+            log.warning("There is nothing to go on with in %s; starting afresh.", self.folder)
+        if not resume and training.exists():
+            log.warning(
+                "Starting afresh, though a fit was interrupted in %s; --resume would go on.", self.folder
+            )
+            training.unlink()
+        self.save("fit", key, {})
+
+    def load(self, name: str, key: dict | None) -> dict | None:
+        """The state saved under a name, if it belongs to this key; None if there is none or a damaged one."""
+        try:
+            state = torch.load(self.folder / f"{name}.pt", weights_only=True)
+            return state if state["key"] == key else None
+        except Exception:  # never written, cut short, of another version: then that stage starts afresh
+            return None
+
+    def save(self, name: str, key: dict | None, state: dict):
+        """Keep a state and the random generator's under a name, for `load` with this key."""
+        write_state(state | {"key": key, "random": torch.get_rng_state()}, self.folder / f"{name}.pt")
+        self.saved = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.saved >= SAVE_EVERY
+
+    def close(self):
+        """Give the folder back; it is removed if there is nothing in it to go on from."""
+        tokens = self.folder / "tokens"  # of an earlier fit, if this one never came to them
+        begun = bool((self.cache.state == USED).any()) if self.cache else tokens.exists()
+        if rank() == 0 and not begun and not (self.folder / "training.pt").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.lock.close()
+
+
+def end_fit(folder, *, keep_features: bool):
+    """The model is written: forget how far its fit had come, and unless they are kept, its features too."""
+    for name in ("fit.pt", "training.pt"):
+        (Path(folder) / name).unlink(missing_ok=True)
+    if not keep_features:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_state(state: dict, path):
+    """torch.save, whole or not at all."""
+    packed = io.BytesIO()  # bytes free of the file's name,
+    torch.save(state, packed)  # and a full disk is an OSError
+    with replacing(path) as part:
+        part.write_bytes(packed.getvalue())
+
+
+def features_key(paths, network, config) -> dict:
+    """What cached features depend on: each image's path, size and time, the backbone, how images are cut up."""
+    stats = [(os.path.abspath(path), os.stat(path)) for path in paths]
+    listed = [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
+    images = hashlib.sha256("\n".join(map(repr, listed)).encode()).hexdigest()
+    known = network.sha256 or os.urandom(16).hex()  # a callable may have changed since
+    return dict(
+        version=3,
+        images=images,
+        backbone=known,
+        stride=network.patch,
+        views=config.views,
+        cache_size=config.cache_size,
+        seed=config.seed,
+    )
+
+
+class Training:
+    """Where a training stands: everything that going on with it needs."""
+
+    def __init__(self, head: nn.Module, optimizer, config: Config, key: dict | None, crops: int):
+        self.head, self.optimizer, self.steps, self.key = head, optimizer, config.steps, key
+        self.crops, self.batch = crops, crops_a_step(config, crops)
+        self.order, self.step = torch.empty(0, dtype=torch.int64), 0
+        self.history: list[dict] = []
+
+    def next_crops(self) -> Tensor:
+        """The crops of the next step (batch,): each once an epoch."""
+        if len(self.order) < self.batch:
+            self.order = torch.randperm(self.crops)
+        crops, self.order = self.order[: self.batch], self.order[self.batch :]
+        return crops
+
+    def save(self, checkpoint: FitCheckpoint | None):
+        if checkpoint and rank() == 0 and (checkpoint.due() or self.step == self.steps):
+            state = dict(step=self.step, order=self.order.clone(), history=self.history)
+            state |= dict(head=self.head.state_dict(), optimizer=self.optimizer.state_dict())
+            checkpoint.save("training", self.key, state)
+
+    def resume(self, checkpoint: FitCheckpoint | None):
+        state = checkpoint.load("training", self.key) if checkpoint else None
+        if state:
+            self.head.load_state_dict(state["head"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.order, self.step, self.history = state["order"], state["step"], state["history"]
+            torch.set_rng_state(state["random"])
+            log.log(NOTICE, "Going on with the training from step %d.", self.step)
+
+
+def crops_a_step(config: Config, crops: int) -> int:
+    """This process's share of a batch, of at most all crops there are; ValueError if that is none."""
+    if not (share := min(config.batch_size, crops) // process_count()):
+        raise ValueError(
+            f"A batch of {config.batch_size} of {crops} crops cannot be divided among {process_count()} processes; "
+            "use a larger --set batch_size=N, more images or fewer processes."
+        )
+    return share

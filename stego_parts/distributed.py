@@ -1,0 +1,74 @@
+"""Several processes: `torchrun --nproc-per-node N -m cli fit ...`, plain data-parallel training.
+
+Every process fills its images' rows of one token file that all of them map, trains on its own share of each batch, and
+gradients are averaged. What only one can do, the first does, and the others get its result.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@contextmanager
+def process_group():
+    """Join the processes that torchrun started; yields this one's rank and their count: 0 and 1 without torchrun.
+
+    Raises ValueError in place of torch's error when another process has ended: nothing waits for it.
+    """
+    if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
+        yield rank(), process_count()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(days=1))  # shares of the images may differ in work
+    try:
+        yield rank(), process_count()
+    except RuntimeError as error:  # also dist.DistBackendError: a peer's socket was closed
+        if "peer" not in str(error) and "gloo" not in str(error).lower() and "nccl" not in str(error).lower():
+            raise
+        raise ValueError("Another process of this fit has ended; start all of them again.") from error
+    finally:
+        dist.destroy_process_group()
+
+
+def process_count() -> int:
+    """How many processes work on this fit."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+def barrier():
+    """Wait until every process is here."""
+    if process_count() > 1:
+        dist.barrier()
+
+
+def from_first(function: Callable[[], Any]) -> Any:
+    """function() as the first process computes it, in all of them; what it raises is raised in all."""
+    if process_count() == 1:
+        return function()
+    outcome: list[Any] = [None]
+    if rank() == 0:
+        try:
+            outcome = [function()]
+        except Exception as error:  # the others wait for it
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """The module with its gradients averaged over all processes, and the first one's weights."""
+    return nn.parallel.DistributedDataParallel(module) if process_count() > 1 else module

@@ -1,0 +1,345 @@
+"""Pictures for people: overlays, legends, sheets, charts, matrices."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy import ndimage
+
+from stego_parts.images import IGNORE, mask_image
+
+GAP = 8  # pixels between pictures
+EM = 13  # pixels: height of the letters, if nothing else is said
+INK, FAINT, UNKNOWN = (40, 40, 40), (225, 225, 225), (200, 200, 200)  # letters; grid lines; NaN
+VIVID = ((255, 40, 40), (70, 110, 255), (40, 190, 40), (255, 170, 0), (230, 60, 230), (0, 190, 210))
+OPACITY = 0.55  # of segments over a picture
+SPOT_SIDE = 320  # positions of the longer side of a mask on which places for text are looked for
+SHEET_CELL = (300, 220)  # pixels: what a picture on the contact sheet fits into (width, height)
+SHEET_COLUMNS = 3  # pairs of pictures side by side on it
+REGION_CELL = 120  # pixels: side of a region on the sheet of clusters
+CHART, PANEL = (560, 400), (560, 180)  # pixels: size of a chart; of one of several
+CELL = 24  # pixels: side of a cell of a matrix
+
+Color = tuple[int, int, int]
+font = cache(ImageFont.load_default)
+
+
+# ---- text and layout -----------------------------------------------------------------------------------------
+
+
+def text_picture(text: str, em: int = EM, *, width: int = 1) -> Image.Image:
+    """Lines of text on white, at least `width` pixels wide; em: pixels, the height of the letters."""
+    lines, height = text.split("\n"), round(1.4 * em)
+    needed = math.ceil(max(font(em).getlength(line) for line in lines))
+    picture = Image.new("RGB", (max(width, needed), height * len(lines)), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, line in enumerate(lines):
+        draw.text((0, (i + 0.5) * height), line, fill=INK, font=font(em), anchor="lm")
+    return picture
+
+
+def stack(pictures: Iterable[Image.Image], *, across: bool = False, gap: int = GAP) -> Image.Image:
+    """Pictures below each other, or side by side, on white."""
+    pictures = list(pictures)
+    axis = 0 if across else 1
+    sizes = np.array([picture.size for picture in pictures]).reshape(-1, 2)  # (n, 2): width, height
+    starts = np.cumsum([0, *(sizes[:, axis] + gap)]).tolist()
+    size = [max(sizes.max(0, initial=1)[1 - axis], 1)] * 2
+    size[axis] = max(starts[-1] - gap, 1)
+    sheet = Image.new("RGB", tuple(size), "white")
+    for picture, start in zip(pictures, starts):
+        sheet.paste(picture, (start, 0) if across else (0, start))
+    return sheet
+
+
+def flow(pictures: Iterable[Image.Image], width: int, *, gap: int = GAP) -> Image.Image:
+    """Pictures side by side, in as many lines as the width asks for."""
+    lines: list[list[Image.Image]] = []
+    room = 0
+    for picture in pictures:
+        if picture.width > room:
+            lines.append([])
+            room = width
+        lines[-1].append(picture)
+        room -= picture.width + gap
+    return stack((stack(line, across=True, gap=gap) for line in lines), gap=gap)
+
+
+def framed(picture: Image.Image, border: int = GAP) -> Image.Image:
+    """A white margin."""
+    return ImageOps.expand(picture, border, "white")
+
+
+def legend(entries: Iterable[tuple[str, Color]], width: int, *, em: int = EM) -> Image.Image:
+    """Names beside patches of their colours, in as many lines as the width asks for; em: pixels."""
+    names = ((text_picture(name, em), tuple(color)) for name, color in entries)
+    pairs = ([Image.new("RGB", (em, name.height), color), name] for name, color in names)
+    return flow((stack(pair, across=True, gap=em // 2) for pair in pairs), width, gap=em)
+
+
+# ---- segments ------------------------------------------------------------------------------------------------
+
+
+def cluster_name(k: int, labels: Sequence[str]) -> str:
+    """A cluster's number, and its name if it has one."""
+    return labels[k] if labels[k] == str(k) else f"{k} {labels[k]}"
+
+
+def segment_legend(
+    masks: Iterable[np.ndarray], palette: np.ndarray, labels: Sequence[str], width: int, *, em: int = EM
+) -> Image.Image:
+    """The clusters in masks (H, W), the largest first; palette: (K, 3), labels: (K,)."""
+    sizes = sum(np.bincount(mask.ravel(), minlength=IGNORE + 1)[: len(labels)] for mask in masks)
+    present = [k for k in np.argsort(-sizes, kind="stable").tolist() if sizes[k]]
+    return legend([(cluster_name(k, labels), tuple(palette[k].tolist())) for k in present], width, em=em)
+
+
+def with_legend(
+    image: Image.Image, mask: np.ndarray, palette: np.ndarray, labels: Sequence[str]
+) -> Image.Image:
+    """The picture over a legend of the clusters of its mask (H, W), the largest first."""
+    em = max(EM, image.width // 60)
+    names = segment_legend([mask], palette, labels, max(image.width, 16 * em) - 2 * GAP, em=em)
+    return stack([image, framed(names)], gap=0)
+
+
+def overlay(
+    image: Image.Image,
+    mask: np.ndarray,
+    palette: np.ndarray,
+    labels: Sequence[str] | None = None,
+    *,
+    opacity: float = OPACITY,
+) -> Image.Image:
+    """Segments over the picture in grey, with thin outlines; with labels (K,) also a name or number on large ones.
+
+    The picture stays as it is where the mask is 255.
+    """
+    colors, grey = mask_image(mask, palette).convert("RGB"), image.convert("L").convert("RGB")
+    shown = np.array(Image.blend(grey, colors, opacity))  # (H, W, 3)
+    shown[mask == IGNORE] = np.asarray(image)[mask == IGNORE]
+    line = _edges(mask)
+    shown[line] = 255 - (255 - shown[line]) // 3
+    picture = Image.fromarray(shown)
+    for k, x, y, radius in _spots(mask) if labels else ():
+        _write_inside(picture, (x, y), radius, (labels[k], str(k)))
+    return picture
+
+
+def _edges(mask: np.ndarray) -> np.ndarray:
+    """Where a mask (H, W) differs from the pixel above or to the left."""
+    edges = np.zeros(mask.shape, bool)
+    edges[1:] |= mask[1:] != mask[:-1]
+    edges[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    return edges
+
+
+def _spots(mask: np.ndarray) -> Iterator[tuple[int, int, int, float]]:
+    """For each connected region of a mask (H, W) its cluster, the point furthest inside, the distance to its edge."""
+    step = max(max(mask.shape) // SPOT_SIDE, 1)
+    small = mask[::step, ::step]
+    inside = ndimage.distance_transform_edt(np.pad(~_edges(small), 1))[1:-1, 1:-1]
+    for k in np.unique(small[small != IGNORE]).tolist():
+        regions, count = ndimage.label(small == k)
+        for y, x in ndimage.maximum_position(inside, regions, range(1, count + 1)):
+            yield k, int(x) * step, int(y) * step, float(inside[y, x]) * step
+
+
+def _write_inside(picture: Image.Image, at: tuple[int, int], radius: float, texts: Iterable[str]):
+    """Write the first text that fits into a circle, if there is one."""
+    em = max(EM, max(picture.size) // 50)
+    for text in texts:
+        if math.hypot(font(em).getlength(text), em) / 2 <= radius:
+            style = dict(font=font(em), anchor="mm", stroke_width=max(em // 7, 1), stroke_fill=INK)
+            ImageDraw.Draw(picture).text(at, text, fill="white", **style)
+            return
+
+
+def contact_sheet(
+    pairs: Iterable[tuple[Image.Image, np.ndarray]], palette: np.ndarray, labels: Sequence[str]
+) -> Image.Image:
+    """Pictures beside their segments, and a legend: pairs of (RGB picture, mask (H, W)) -> one RGB picture."""
+    cells, masks = [], []
+    for image, mask in pairs:
+        scale = min(most / side for most, side in zip(SHEET_CELL, image.size))
+        size = tuple(max(round(side * scale), 1) for side in image.size)
+        image = image.resize(size, Image.Resampling.LANCZOS)
+        masks.append(np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)))
+        cells.append(stack([image, overlay(image, masks[-1], palette, labels)], across=True, gap=2))
+    width = SHEET_COLUMNS * (2 * SHEET_CELL[0] + 2 + GAP)
+    sheet = flow(cells, width)
+    names = (
+        segment_legend(masks, palette, labels, max(sheet.width, SHEET_CELL[0])) if masks else legend([], 1)
+    )
+    return framed(stack([sheet, names], gap=2 * GAP))
+
+
+def region_sheet(rows: Sequence[tuple[str, Color, Sequence]], *, columns: int = 2) -> Image.Image:
+    """For each cluster its caption, colour and regions, (picture, where it is (h, w) bool): pale elsewhere."""
+    width = max((text_picture(caption).width for caption, _, _ in rows), default=1)
+    entries = []
+    for caption, color, regions in rows:
+        pictures = [Image.new("RGB", (EM, REGION_CELL), color), text_picture(caption, width=width)]
+        for picture, inside in regions:
+            pale = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.75)
+            pale.paste(picture, mask=Image.fromarray(inside))
+            pictures.append(pale.resize((REGION_CELL, REGION_CELL), Image.Resampling.BICUBIC))
+        entries.append(stack(pictures, across=True))
+    count = -(-len(entries) // columns)
+    blocks = (stack(entries[i : i + count]) for i in range(0, len(entries), max(count, 1)))
+    return framed(stack(blocks, across=True, gap=4 * GAP))
+
+
+def image_rows(
+    rows: Iterable[tuple[str, Sequence[Image.Image]]],
+    *,
+    headings: Sequence[str] = (),
+    names: dict | None = None,
+) -> Image.Image:
+    """Rows of (caption, RGB pictures) below headings of their columns, over a legend {name: colour}."""
+    rows = list(rows)
+    parts = [
+        part for caption, pictures in rows for part in (text_picture(caption), stack(pictures, across=True))
+    ]
+    if headings:
+        columns = zip(headings, rows[0][1])
+        titles = [text_picture(text, width=picture.width) for text, picture in columns]
+        parts.insert(0, stack(titles, across=True))
+    sheet = stack(parts)
+    if names:
+        sheet = stack([sheet, legend(names.items(), sheet.width)])
+    return framed(sheet)
+
+
+# ---- correspondences -----------------------------------------------------------------------------------------
+
+
+def spotlight(image: Image.Image, weight: np.ndarray, color: Color, *, opacity: float = 0.8) -> Image.Image:
+    """The picture in grey, coloured where weight (H, W), 0 to 1, is large."""
+    grey = np.asarray(image.convert("L"), dtype=float)[..., None]  # (H, W, 1)
+    share = opacity * weight[..., None]
+    return Image.fromarray((grey * (1 - share) + np.asarray(color) * share).round().astype(np.uint8))
+
+
+def mark(image: Image.Image, x: float, y: float, color: Color, *, radius: int = 4):
+    """Draw a ringed dot into the picture at (x, y), in pixels."""
+    draw = ImageDraw.Draw(image)
+    for r, fill in ((radius + 2, INK), (radius + 1, "white"), (radius - 1, color)):
+        draw.ellipse([x - r, y - r, x + r, y + r], fill=fill)
+
+
+# ---- charts --------------------------------------------------------------------------------------------------
+
+
+class _Axes:
+    """An empty chart over x and y ranges, with ticks and labels: `picture`, `place` of points in it."""
+
+    def __init__(self, size: tuple[int, int], low, high, *, title: str, x_label: str, y_label: str = ""):
+        self.low, self.high = np.asarray(low, float), np.asarray(high, float)
+        self.picture = Image.new("RGB", size, "white")
+        self.box = (4 * EM, 3 * EM, size[0] - 2 * EM, size[1] - 3 * EM)  # left, top, right, bottom
+        left, top, right, bottom = self.box
+        draw, style = ImageDraw.Draw(self.picture), dict(fill=INK, font=font(EM))
+        draw.text((size[0] / 2, 6), title, anchor="ma", **style)
+        draw.text(((left + right) / 2, bottom + 1.4 * EM), x_label, anchor="ma", **style)
+        draw.text((left, top - 4), y_label, anchor="lb", **style)
+        for x in _ticks(self.low[0], self.high[0]):
+            at = self.place([x, self.low[1]])[0]
+            draw.line([(at, top), (at, bottom)], fill=FAINT)
+            draw.text((at, bottom + 4), f"{x:g}", anchor="ma", **style)
+        for y in _ticks(self.low[1], self.high[1]):
+            at = self.place([self.low[0], y])[1]
+            draw.line([(left, at), (right, at)], fill=FAINT)
+            draw.text((left - 6, at), f"{y:g}", anchor="rm", **style)
+        draw.rectangle(self.box, outline=INK)
+
+    def place(self, points) -> np.ndarray:
+        """Points (..., 2) -> pixels (..., 2)."""
+        left, top, right, bottom = self.box
+        return np.array([left, bottom]) + (points - self.low) / (self.high - self.low) * [
+            right - left,
+            top - bottom,
+        ]
+
+
+def _ticks(low: float, high: float, count: int = 5) -> np.ndarray:
+    """Round numbers (steps of 1, 2 or 5 times a power of ten) between low and high, about `count` of them."""
+    step = 10 ** np.floor(np.log10((high - low) / count))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= count)
+    ticks = np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step
+    return np.round(ticks, 12) + 0.0  # no -0
+
+
+def line_chart(
+    series: dict, *, title: str, x_label: str, y_label: str = "", y_range: tuple[float, float] | None = None
+) -> Image.Image:
+    """Curves {name: (xs, ys)} with axes, ticks and a legend; y_range (low, high) fixes the vertical axis.
+
+    Values that are not finite are left out.
+    """
+    curves = {name: np.array([xs, ys], dtype=float).T for name, (xs, ys) in series.items()}  # (n, 2) each
+    curves = {name: points[np.isfinite(points).all(1)] for name, points in curves.items()}
+    every = np.concatenate(list(curves.values()))
+    low, high = (every.min(0), every.max(0)) if len(every) else (np.zeros(2), np.ones(2))
+    if y_range:
+        low[1], high[1] = y_range
+    axes = _Axes(
+        CHART, low, np.where(high > low, high, low + 1), title=title, x_label=x_label, y_label=y_label
+    )
+    colors = [VIVID[i % len(VIVID)] for i in range(len(curves))]
+    for points, color in zip(curves.values(), colors):
+        if len(points) > 1:
+            line = [tuple(point) for point in axes.place(points)]
+            ImageDraw.Draw(axes.picture).line(line, fill=color, width=2, joint="curve")
+    return stack([axes.picture, framed(legend(zip(curves, colors), CHART[0] - 2 * GAP))], gap=0)
+
+
+def density_chart(panels: dict, *, title: str, x_label: str, y_range: tuple[float, float]) -> Image.Image:
+    """How distributions moved: panels {name: (xs, shares (T, bins))}, one below the other.
+
+    Time goes to the right, the bins upwards over y_range (low, high); darker is more, on a square root scale.
+    """
+    charts = []
+    for name, (xs, shares) in panels.items():
+        low, high = (xs[0], y_range[0]), (max(xs[-1], xs[0] + 1), y_range[1])
+        axes = _Axes(PANEL, low, high, title=f"{title}: {name}", x_label=x_label)
+        left, top, right, bottom = axes.box
+        ink = np.sqrt(np.asarray(shares, dtype=float).T[::-1])  # (bins, T), the highest bin above
+        field = Image.fromarray((255 - 255 * ink).clip(0, 255).astype(np.uint8))
+        size = (right - left - 1, bottom - top - 1)
+        axes.picture.paste(field.resize(size, Image.Resampling.NEAREST), (left + 1, top + 1))
+        charts.append(axes.picture)
+    return stack(charts, gap=0)
+
+
+def matrix_picture(
+    matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, title: str
+) -> Image.Image:
+    """A matrix of shares 0..1 (n, k) as blue squares, with the names of its rows and columns.
+
+    A share of at least 0.05 is also written, in percent. NaN stays grey.
+    """
+    field = Image.new("RGB", (CELL * len(columns), CELL * len(rows)), "white")
+    draw = ImageDraw.Draw(field)
+    for (i, j), share in np.ndenumerate(matrix):
+        x, y = CELL * j, CELL * i
+        color = UNKNOWN if np.isnan(share) else tuple(int(255 - share * depth) for depth in (225, 160, 80))
+        draw.rectangle([x, y, x + CELL - 2, y + CELL - 2], fill=color)
+        if share >= 0.05:
+            style = dict(font=font(EM - 2), anchor="mm", fill="white" if share > 0.5 else INK)
+            draw.text((x + CELL / 2 - 1, y + CELL / 2 - 1), f"{100 * share:.0f}", **style)
+    left = max(text_picture(name).width for name in rows)
+    above = [text_picture(name) for name in columns]
+    top = max(name.width for name in above)
+    sheet = Image.new("RGB", (left + GAP + field.width, top + GAP // 2 + field.height), "white")
+    sheet.paste(field, (left + GAP, top + GAP // 2))
+    for j, name in enumerate(above):
+        x = left + GAP + CELL * j + (CELL - name.height) // 2
+        sheet.paste(name.transpose(Image.Transpose.ROTATE_90), (x, top - name.width))
+    draw = ImageDraw.Draw(sheet)
+    for i, name in enumerate(rows):
+        y = top + GAP // 2 + CELL * (i + 0.5)
+        draw.text((left, y), name, fill=INK, font=font(EM), anchor="rm")
+    return framed(stack([text_picture(title), sheet]))

@@ -1,0 +1,59 @@
+"""Maps of codes and scores: averaged with the mirror image, upsampled in bounded memory, compared with centres."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOGIT_SCALE = 2.0  # cosine to a centre -> class score for the CRF (reference implementation)
+BLOCK_VALUES = 1_000_000  # numbers of a large photo that are upsampled at once: temporaries stay in cache
+
+
+def unmirror(both: Tensor) -> Tensor:
+    """Maps of images and then of their mirror images (2B, D, h, w) -> their average, upright (B, D, h, w)."""
+    plain, mirrored = both.chunk(2)  # (B, D, h, w) each
+    return (plain + mirrored.flip(-1)) / 2
+
+
+def upsample_row_blocks(maps: Tensor, height: int, width: int) -> Iterator[tuple[slice, Tensor]]:
+    """Maps (C, h, w) upsampled bilinearly, in blocks of rows: yields (rows, (C, rows, width)), in bounded memory."""
+    channels, h, _ = maps.shape
+    wide = F.interpolate(maps[None], size=(h, width), mode="bilinear", align_corners=False)[
+        0
+    ]  # (C, h, width)
+    for rows in torch.arange(height).split(max(BLOCK_VALUES // (width * channels), 1)):
+        y = ((rows + 0.5) * h / height - 0.5).clamp(0, h - 1).to(maps.device)
+        above = y.floor().long()
+        below = (above + 1).clamp(max=h - 1)
+        yield slice(rows[0], rows[-1] + 1), torch.lerp(wide[:, above], wide[:, below], (y - above)[:, None])
+
+
+def upsampled_argmax(scores: Tensor, height: int, width: int) -> np.ndarray:
+    """argmax over K of scores (K, h, w) upsampled bilinearly to (height, width) uint8.
+
+    Scores linear in the codes may be upsampled in place of the codes: the length of a code scales all its scores.
+    """
+    mask = np.empty((height, width), np.uint8)
+    for rows, block in upsample_row_blocks(scores, height, width):  # (K, rows, width)
+        mask[rows] = block.max(0).indices.byte().cpu().numpy()  # ten times faster than argmax
+    return mask
+
+
+def class_scores(codes: Tensor, centers: Tensor, size: tuple[int, int]) -> Tensor:
+    """Scores for softmax: LOGIT_SCALE x cosine of codes (D, h, w), upsampled to size (H, W), to centres: (K, H, W)."""
+    scores = codes.new_empty(len(centers), *size)
+    for rows, block in upsample_row_blocks(codes, *size):  # (D, rows, W)
+        scores[:, rows] = LOGIT_SCALE * dot_products(F.normalize(block, dim=0)[None], centers)[0]
+    return scores
+
+
+def dot_products(codes: Tensor, centers: Tensor) -> Tensor:
+    """Codes (B, D, h, w) with centres (K, D): (B, K, h, w), cosines where both have length one."""
+    return torch.einsum("bdhw,kd->bkhw", codes, centers)
+
+
+def pixels(image) -> Tensor:
+    """RGB picture -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W) uint8

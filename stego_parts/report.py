@@ -1,0 +1,355 @@
+"""Pictures and words about a model: what a fit did, what its clusters are, what corresponds, how an evaluation went."""
+
+import itertools
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from stego import FitRecord, Stego, pixels, unit, unmirror
+from stego_parts import drawing
+from stego_parts.config import TERMS
+from stego_parts.datasets import LabelledSet
+from stego_parts.diagnostics import plausible_counts, training_warning
+from stego_parts.drawing import density_chart, image_rows, line_chart, matrix_picture
+from stego_parts.images import (
+    IGNORE,
+    distinct_colors,
+    five_boxes,
+    mask_image,
+    read_image,
+    replacing,
+    to_tensor,
+    write_image,
+)
+from stego_parts.maps import dot_products, upsampled_argmax
+from stego_parts.protocol import both_features, cluster_map, headline, protocol_side
+from stego_parts.tokens import BILINEAR, RESOLUTION, Progress, backbone_size, no_progress
+
+SHEET_IMAGES, SHEET_SAMPLE = 24, 12  # images up to which the contact sheet shows all; how many of more
+REGION = 1 / 3  # side of the squares that show what a cluster is, of the image's shorter side
+SHOWN, CANDIDATES = 4, 300  # other images that a sheet of correspondences shows; among how many it looks
+HEATMAP_HEIGHT = 200  # pixels: height of its pictures
+CROP_HEIGHT = 112  # pixels: height of the crops that show nearest neighbours
+
+log = logging.getLogger("stego")
+
+
+# ---- a fit ---------------------------------------------------------------------------------------------------
+
+
+def contact_sheet(
+    model: Stego, paths: Iterable[Path], *, progress: Progress = no_progress, **options
+) -> Image.Image:
+    """A picture of the images, of many some that are evenly spread, beside their segments.
+
+    options: of `Stego.predict`. Each image is seen as small as the backbone sees it.
+    """
+    paths, pairs = list(paths), []
+    if len(paths) > SHEET_IMAGES:
+        paths = paths[:: len(paths) // SHEET_SAMPLE][:SHEET_SAMPLE]
+    for done, path in enumerate(paths, 1):
+        try:
+            image = read_image(path)
+            image = image.resize(model.working_size(image), BILINEAR)
+            pairs.append((image, model.predict(image, **options)))
+        except (ValueError, FileNotFoundError):
+            continue  # fit has named it already
+        progress("picture", done, len(paths))
+    return drawing.contact_sheet(pairs, model.colors, model.labels)
+
+
+def cluster_sheet(model: Stego, paths: Sequence[Path], *, progress: Progress = no_progress) -> Image.Image:
+    """A picture of what each cluster is: its share of the training images, and regions of these images."""
+    share = np.bincount(model.merged, model.share.numpy(), len(model.merged))  # (K,)
+    rows = []
+    for k, regions in enumerate(best_regions(model, paths, progress=progress)):
+        if model.merged[k] == k:
+            inside = [(picture, mask == k) for picture, mask in regions]
+            name = drawing.cluster_name(k, model.labels)
+            rows.append((f"{name}\n{share[k]:.1%}", tuple(model.colors[k].tolist()), inside))
+    return drawing.region_sheet(rows)
+
+
+@torch.inference_mode()
+def best_regions(
+    model: Stego,
+    paths: Sequence[Path],
+    *,
+    count: int = 6,
+    resolution: int = RESOLUTION,
+    progress: Progress = no_progress,
+) -> list[list[tuple[Image.Image, np.ndarray]]]:
+    """What each cluster is: the `count` squares of images that fit it best, at most one an image.
+
+    The fit of a square is the mean over it of the cosine to the centre, 0 where another cluster is nearer.
+    Returns for each cluster (picture, mask (side, side) uint8) pairs, the best first; clusters that share a name
+    are one, the lowest of them.
+    """
+    best: list[list[tuple]] = [[] for _ in model.centers]  # of (fit, picture, mask)
+    for done, path in enumerate(paths, 1):
+        try:
+            picture = read_image(path)
+            picture = picture.resize(model.working_size(picture, resolution), BILINEAR)
+        except (ValueError, FileNotFoundError) as error:
+            log.warning("Skipped: %s", error)
+            continue
+        for k, region in _regions(model, picture).items():
+            best[k] = sorted([*best[k], region], key=lambda each: -each[0])[:count]
+        progress("regions", done, len(paths))
+    return [[(picture, mask) for _, picture, mask in regions] for regions in best]
+
+
+def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image.Image, np.ndarray]]:
+    """The square of a picture that fits each cluster best, and how well; clusters that are nowhere are left out."""
+    codes, patch = model.codes(to_tensor(picture)[None]), model.backbone.patch
+    cosines = dot_products(F.normalize(codes, dim=1), model.centers)[0]  # (K, h, w)
+    mask = model.merged[upsampled_argmax(cosines, picture.height, picture.width)]
+    won = cosines.clamp(min=0) * (cosines == cosines.amax(0))
+    merged = torch.from_numpy(model.merged).to(won.device, torch.int64)
+    won = torch.zeros_like(won).index_add_(0, merged, won)
+    side = max(round(min(won.shape[1:]) * REGION), 1)
+    fits = F.avg_pool2d(won, side, stride=1)  # (K, y, x)
+    regions = {}
+    for k, (fit, at) in enumerate(zip(*(each.tolist() for each in fits.flatten(1).max(1)))):
+        x, y, size = at % fits.shape[2] * patch, at // fits.shape[2] * patch, side * patch
+        if fit > 0:
+            square = picture.crop((x, y, x + size, y + size))
+            regions[k] = fit, square, mask[y : y + size, x : x + size].copy()
+    return regions
+
+
+def write_report(model: Stego, folder: Path | str):
+    """Write how the fit went into a folder, as pictures (Fig. 14, 15) and a few words.
+
+    loss.png and similarity.png over the steps; histogram.png, how the similarities of codes were distributed;
+    neighbors.png, some crops and their nearest neighbours; sheet.png, images beside their segments; report.txt.
+    Raises ValueError for a model that was not fitted in this process: the record of a fit is not saved.
+    """
+    if (record := model.record) is None:
+        raise ValueError("This model has no history to report; a report is written right after fit.")
+    pictures = history_charts(record.history)
+    pictures |= {
+        "neighbors": _neighbor_rows(record, model.config.views),
+        "sheet": contact_sheet(model, record.paths),
+    }
+    if record.agreement:
+        means = [np.mean(scores) for scores in record.agreement.values()]
+        pictures["classes"] = line_chart(
+            {"agreement": (list(record.agreement), means)},
+            title="Do halves of the images agree?",
+            x_label="clusters",
+            y_label="adjusted Rand index",
+        )
+    for name, picture in pictures.items():
+        write_image(picture, Path(folder) / f"{name}.png")
+    with replacing(Path(folder) / "report.txt") as part:
+        part.write_text("\n".join(report_lines(model)) + "\n", encoding="utf-8")
+
+
+def report_lines(model: Stego) -> list[str]:
+    """The report in sentences."""
+    record, last = model.record, model.record.history[-1]
+    similar = ", ".join(f"{name} {last[name][0]:.2f}" for name in TERMS if name in last)
+    return [
+        f"{len(record.images.unique())} images, {len(record.images)} crops, {last['step'] + 1} steps.",
+        f"Mean similarity of codes at the end: {similar}.",
+        neighbor_line(record),
+        f"The largest cluster covers {model.share.max():.0%}, the smallest {model.share.min():.1%}.",
+        *([agreement_line(record.agreement)] if record.agreement else []),
+        training_warning(record.history) or "Training looks sound.",
+    ]
+
+
+def neighbor_line(record: FitRecord) -> str:
+    """How many of a crop's neighbours are of its own image, in words (App. A.12, Fig. 15)."""
+    own = (record.images[record.neighbors] == record.images[:, None]).sum(1)  # (n,)
+    count = record.neighbors.shape[1]
+    shares = ", ".join(
+        f"{share:.0%}" for share in (torch.bincount(own, minlength=count + 1) / len(own)).tolist()
+    )
+    return (
+        f"Of a crop's {count} nearest neighbours, {own.float().mean():.1f} are of its own image; crops with 0, 1, ... "
+        f"{count} such: {shares}."
+    )
+
+
+def agreement_line(agreement: dict[int, list[float]]) -> str:
+    """In words: the number of clusters that -k auto took, and how sure it is."""
+    first, *others = plausible_counts(agreement)
+    near = f"{', '.join(map(str, others))} cannot be told from it" if others else "no other comes near"
+    score = f"{np.mean(agreement[first]):.2f} (1 is best)"
+    return f"{first} clusters: halves of the images agree on them to {score}; {near}."
+
+
+def history_charts(history: list[dict]) -> dict[str, Image.Image]:
+    """Pictures of a training: loss, similarity, histogram, from what was measured on the way."""
+    steps, terms = [entry["step"] for entry in history], [name for name in TERMS if name in history[-1]]
+    means = {name: (steps, [entry[name][0] for entry in history]) for name in terms}
+    spread = {name: (steps, torch.stack([entry[name][1] for entry in history])) for name in terms}
+    loss = {"loss": (steps, [entry["loss"] for entry in history])}
+    return {
+        "loss": line_chart(loss, title="Loss", x_label="step"),
+        "similarity": line_chart(means, title="Mean similarity of codes", x_label="step"),
+        "histogram": density_chart(spread, title="Similarities of codes", x_label="step", y_range=(-1, 1)),
+    }
+
+
+def _neighbor_rows(record: FitRecord, views: str, rows: int = 6) -> Image.Image:
+    """Some crops, evenly spread over all, each before its nearest neighbours."""
+    count, shown = len(record.images), []
+    for crop in range(0, count, max(count // rows, 1))[:rows]:
+        try:
+            pictures = [
+                _crop_picture(record, each, views) for each in (crop, *record.neighbors[crop].tolist())
+            ]
+        except (ValueError, FileNotFoundError):
+            continue  # an image is gone since
+        shown.append((Path(record.paths[record.images[crop]]).name, pictures))
+    return image_rows(shown, headings=("a crop", "its nearest neighbours"))
+
+
+def _crop_picture(record: FitRecord, crop: int, views: str) -> Image.Image:
+    """What a crop shows."""
+    picture = read_image(record.paths[record.images[crop]])
+    if views != "whole":
+        picture = picture.crop(five_boxes(*picture.size)[crop % 5])
+    return _of_height(picture, CROP_HEIGHT)
+
+
+def _of_height(picture: Image.Image, height: int) -> Image.Image:
+    return picture.resize((max(round(picture.width * height / picture.height), 1), height), BILINEAR)
+
+
+# ---- correspondences of marked points (Fig. 2) -----------------------------------------------------------------
+
+
+@torch.inference_mode()
+def correspondence_sheet(
+    network,
+    image: Path | str,
+    at: Sequence[tuple[int, int]],
+    *,
+    others: Sequence[Path] = (),
+    model: Stego | None = None,
+    device="cpu",
+    progress: Progress = no_progress,
+) -> Image.Image:
+    """What corresponds with points of an image, in itself and in others: a row of coloured pictures a point.
+
+    network: a backbone; model: one that was fitted on it, for rows of its codes too. image: a path; at: points
+    (x, y) in its pixels; others: paths, of more than SHOWN those whose averaged features are nearest. Full colour
+    is the point itself, none its mean correspondence with its image, or less (the centering of Eq. 3).
+    Raises ValueError for a point outside of the image, or what cannot be read.
+    """
+    picture = read_image(image)
+    for x, y in at:
+        if not (0 <= x < picture.width and 0 <= y < picture.height):
+            raise ValueError(
+                f"The point {x},{y} is not in {image}, which is {picture.width} x {picture.height} "
+                f"pixels: x is 0 to {picture.width - 1}, y 0 to {picture.height - 1}."
+            )
+    own = _unit_maps(network, model, picture, image, device)
+    if len(others) > SHOWN:
+        mean = unit(own["backbone features"].mean((1, 2)))
+        others = _nearest_images(network, mean, others, device, progress)
+    pictures = [(picture, own)]
+    for path in others:
+        pictures.append((other := read_image(path), _unit_maps(network, model, other, path, device)))
+    rows = [
+        (f"{kind} at {x},{y}", _heatmaps(pictures, kind, (x, y), color))
+        for (x, y), color in zip(at, itertools.cycle(drawing.VIVID))
+        for kind in own
+    ]
+    return image_rows(rows, headings=[Path(path).name for path in (image, *others)])
+
+
+def _heatmaps(
+    pictures: list[tuple], kind: str, at: tuple[int, int], color: drawing.Color
+) -> list[Image.Image]:
+    """Pictures, of which the first has the point, where their maps of one kind correspond with it."""
+    (picture, own), (x, y) = pictures[0], at
+    h, w = own[kind].shape[1:]
+    code = own[kind][:, int(y * h / picture.height), int(x * w / picture.width)]  # (D,)
+    floor = float((code @ own[kind].flatten(1)).mean())
+    shown = [heatmap(each, code, maps[kind], floor, color) for each, maps in pictures]
+    drawing.mark(shown[0], x * shown[0].width / picture.width, y * shown[0].height / picture.height, color)
+    return shown
+
+
+def _unit_maps(network, model, picture: Image.Image, name, device) -> dict:
+    """Unit features (C, h, w) of a picture, averaged with its mirror's, and the model's codes (D, h, w)."""
+    x = to_tensor(picture.resize(backbone_size(picture, network.patch, name=name), BILINEAR))[None].to(device)
+    seen = network(torch.cat([x, x.flip(-1)]))  # (2, C, h, w)
+    kinds = {"backbone features": seen} | ({"codes": model.head.on_map(seen)} if model else {})
+    return {kind: F.normalize(unmirror(maps)[0], dim=0) for kind, maps in kinds.items()}
+
+
+def _nearest_images(network, mean: Tensor, paths, device, progress: Progress) -> list:
+    """The SHOWN images whose averaged features are nearest to a unit vector (C,), of CANDIDATES spread over paths."""
+    paths, near = list(paths)[:: math.ceil(len(paths) / CANDIDATES)], []
+    for done, path in enumerate(paths, 1):
+        try:
+            maps = _unit_maps(network, None, read_image(path), path, device)["backbone features"]
+            near.append((float(unit(maps.mean((1, 2))) @ mean), path))
+        except (ValueError, FileNotFoundError) as error:
+            log.warning("Skipped: %s", error)
+        progress("neighbors", done, len(paths))
+    return [path for _, path in sorted(near, key=lambda each: -each[0])[:SHOWN]]
+
+
+def heatmap(
+    picture: Image.Image, code: Tensor, maps: Tensor, floor: float, color: drawing.Color
+) -> Image.Image:
+    """A picture coloured where its unit features (C, h, w) correspond with a unit vector (C,) by more than floor."""
+    picture = _of_height(picture, HEATMAP_HEIGHT)
+    weight = (torch.einsum("chw,c->hw", maps, code) - floor) / max(1 - floor, 1e-6)
+    weight = F.interpolate(weight[None, None], size=picture.size[::-1], mode="bilinear", align_corners=False)
+    return drawing.spotlight(picture, weight[0, 0].clamp(0, 1).cpu().numpy(), color)
+
+
+# ---- an evaluation -------------------------------------------------------------------------------------------
+
+
+def write_figures(report: dict, model: Stego, labelled: LabelledSet, folder: Path | str) -> list[Path]:
+    """confusion.png, strips.png: where pixels of each class go, and examples; returns their paths."""
+    best, classes = headline(report), report["classes"]
+    columns = np.argsort([c if c >= 0 else len(classes) for c in best["assignment"]], kind="stable").tolist()
+    names = [f"{k} {classes[c]}" if (c := best["assignment"][k]) >= 0 else f"{k} -" for k in columns]
+    counts = np.array(best["confusion"], dtype=float)
+    with np.errstate(invalid="ignore"):
+        shares = counts / counts.sum(1, keepdims=True)  # a class that does not occur: NaN
+    title = f"{report['dataset']}: clusters, and the classes assigned to them, that the pixels of a class go to, %"
+    pictures = {
+        "confusion": matrix_picture(shares[:, columns], classes, names, title=title),
+        "strips": _examples(best, model, labelled),
+    }
+    for name, picture in pictures.items():
+        write_image(picture, Path(folder) / f"{name}.png")
+    return [Path(folder) / f"{name}.png" for name in pictures]
+
+
+@torch.inference_mode()
+def _examples(best: dict, model: Stego, labelled: LabelledSet) -> Image.Image:
+    """Image, label and prediction of the best, the median and the worst image by accuracy."""
+    accuracy = np.array([np.nan if x is None else x for x in best["image_accuracy"]], dtype=float)
+    ranked = np.argsort(-accuracy, kind="stable")[: np.isfinite(accuracy).sum()]  # NaN sorts last
+    classes = np.array([c if c >= 0 else IGNORE for c in best["assignment"]], np.uint8)  # of each cluster
+    palette = distinct_colors(len(labelled.classes))
+    rows = []
+    for what, i in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
+        image, label = labelled.read(i, side=protocol_side(model.backbone.patch))
+        codes, picture = both_features(model, image)["stego"], pixels(image).to(model.device)
+        clusters = cluster_map(codes, model.centers, label.shape, pixels=picture if best["crf"] else None)
+        predicted = classes[model.merged[clusters]]
+        masks = [mask_image(mask, palette).convert("RGB") for mask in (label, predicted)]
+        name, share = labelled.pairs[i][0].name, accuracy[i]
+        rows.append((f"{what}: {name}, accuracy {share:.1%}", [image, *masks]))
+    names = dict(zip(labelled.classes, palette.tolist()))
+    return image_rows(rows, headings=("image", "label", "prediction"), names=names)

@@ -1,0 +1,325 @@
+"""Features, once: what the backbone sees of an image, and the file of its tokens that training reads (Sec. 3.1, 4)."""
+
+import logging
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from stego_parts.backbones import BACKBONES, NAMES
+from stego_parts.config import Config
+from stego_parts.distributed import barrier, process_count, rank
+from stego_parts.images import five_boxes, five_crops, read_image, square, to_tensor
+
+CROP_SIDE = 224  # pixels: crops the head is trained on (Sec. 4)
+RESOLUTION = 320  # pixels: shorter side at which images are segmented (Sec. 4)
+VALUE_BYTES = 136  # of memory for each value of a feature map while images pass through a backbone, at most
+MAX_ASPECT = 4  # longer side : shorter side up to which the shorter side gets its full resolution
+GPU_IMAGES = 8  # images of one size that a GPU sees at once
+GPU_SHARE = 0.5  # of its free memory that the token cache may take; else it stays in its file
+READERS = 16  # threads, at most, that decode for a GPU
+TO_DO, USED, UNREADABLE = 0, 1, 2  # states of an image's rows in the token file
+BILINEAR = Image.Resampling.BILINEAR
+NOTICE = logging.INFO + 5  # level of messages that are said unless --quiet
+
+Progress = Callable[[str, int, int], None]  # progress(stage, done, total)
+
+log = logging.getLogger("stego")
+
+
+def no_progress(stage: str, done: int, total: int):
+    """The default of every `progress`: says nothing."""
+
+
+# ---- what the backbone sees ------------------------------------------------------------------------------------
+
+
+def pick_device(device="auto") -> torch.device:
+    """ "auto" takes CUDA where there is one; ValueError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"The device {device!r} is not available here; use --device cpu or leave it out."
+        ) from error
+
+
+def to_device(x: Tensor, device) -> Tensor:
+    """x on a device; to a GPU from page-locked memory, so that nobody waits while it is copied."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def dense_features(backbone, x: Tensor, device="cpu", *, exact: bool = False) -> Tensor:
+    """backbone(x) on a device, (B, C, h, w) float32.
+
+    A published backbone runs in float16 on a GPU (cosines differ by 4e-5 on average) unless `exact`.
+    """
+    half = torch.device(device).type == "cuda" and backbone.name in BACKBONES and not exact
+    with torch.autocast("cuda", torch.float16, enabled=half):
+        return backbone(to_device(x, device)).float()
+
+
+def backbone_size(image, patch: int, *, resolution: int = RESOLUTION, name="The image") -> tuple[int, int]:
+    """(width, height) at which the backbone sees an image: shorter side to `resolution`, less for extreme shapes.
+
+    Raises ValueError for an image smaller than a patch.
+    """
+    if min(image.size) < patch:
+        raise ValueError(
+            f"{name} is {image.width} x {image.height} pixels, smaller than one patch of the backbone "
+            f"({patch} x {patch}); use a larger image."
+        )
+    scale = min(resolution / min(image.size), MAX_ASPECT * resolution / max(image.size))
+    return tuple(max(round(side * scale / patch), 1) * patch for side in image.size)
+
+
+def check_resolution(network, resolution: int, *, size=(1, 1), device="cpu"):
+    """ValueError for a resolution below a patch, or for one at which an image needs more memory than there is.
+
+    size: (width, height) of the image, in any unit; it passes together with its mirror image.
+    """
+    if resolution < network.patch:
+        raise ValueError(
+            f"Got resolution {resolution}; it is the shorter side in pixels, at least {network.patch}."
+        )
+    aspect = min(max(size) / min(size), MAX_ASPECT)
+    square = 2 * aspect * network.channels * VALUE_BYTES / network.patch**2  # bytes for resolution 1
+    room = available_memory(device)
+    if network.name in NAMES and square * resolution**2 > room:
+        most = int(math.sqrt(room / square)) // network.patch * network.patch
+        raise ValueError(
+            f"Resolution {resolution} needs about {square * resolution**2 / 1e9:.1f} GB with {network.name}, "
+            f"{room / 1e9:.1f} GB are available; at most {most} fits."
+        )
+
+
+def available_memory(device="cpu") -> float:
+    """Bytes that nobody uses, on a GPU or here; infinite where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, free
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        return int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return math.inf
+
+
+def image_views(path, views: str, patch: int) -> Tensor | None:
+    """What the backbone sees of an image, (1 or 5, 3, H, W); None, with a warning, if it cannot be used."""
+    try:
+        image = read_image(path)
+        size = backbone_size(image, patch, name=path)
+    except (ValueError, FileNotFoundError) as error:
+        log.warning("Skipped: %s", error)
+        return None
+    if views == "windows":
+        return to_tensor(image.resize(size, BILINEAR))[None]
+    side = CROP_SIDE // patch * patch
+    crops = five_crops(image) if views == "five" else [image]
+    return torch.stack([to_tensor(square(crop, side)) for crop in crops])
+
+
+def five_windows(maps: Tensor) -> Tensor:
+    """Four corners and the centre of a map, each half as high and wide: (1, C, h, w) -> (5, C, h', w')."""
+    h, w = maps.shape[2:]
+    return torch.cat([maps[:, :, top:bottom, left:right] for left, top, right, bottom in five_boxes(w, h)])
+
+
+def prefetch(function: Callable, items: Iterable, *, window: int = 8, workers: int = 1) -> Iterator:
+    """Results of function over items in order, computed ahead in threads: decoding while the backbone works."""
+    items = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        pending = [pool.submit(function, item) for item in islice(items, window * workers)]
+        while pending:
+            yield pending.pop(0).result()
+            pending += [pool.submit(function, item) for item in islice(items, 1)]
+
+
+def same_shape_batches(items: Iterable, most: int) -> Iterator[list]:
+    """Pairs (name, tensor or None) in lists of at most `most` in a row whose tensors have one shape."""
+    batch: list = []
+    for item in items:
+        shapes = [getattr(x, "shape", None) for _, x in (item, *batch[:1])]
+        if batch and (len(batch) == most or shapes[0] != shapes[1]):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+# ---- the token cache -------------------------------------------------------------------------------------------
+
+
+class TokenCache:
+    """The backbone's tokens of every crop, in a mapped file: one without a name, or `path`, which may be half full.
+
+    Each image has its own rows, by its number, so that several processes fill one file side by side, and an interrupted
+    pass goes on where it was. tokens: (rows, P, C) float16, P positions of each crop; means: unit rows (n, C), their
+    averaged features; images: (n,) int64, the image each crop is of. Crops are numbered without the unreadable ones
+    after `finalize`.
+    """
+
+    def __init__(self, images: int, crops: int, positions: int, channels: int, *, path: Path | None = None):
+        rows, size = images * crops, self.size(images, crops, positions, channels)
+        known = path is not None and path.exists() and path.stat().st_size == size
+        if path is None:
+            file = tempfile.TemporaryFile(prefix="stego-")  # without a name: nothing to clean up
+        else:
+            file = open(path, "r+b" if known else "w+b")
+        if not known:
+            self._reserve(file, size, path)
+        means = np.memmap(file, np.float32, "r+", shape=(rows, channels))
+        tokens = np.memmap(file, np.float16, "r+", offset=means.nbytes, shape=(rows, positions, channels))
+        state = np.memmap(file, np.uint8, "r+", offset=means.nbytes + tokens.nbytes, shape=(images,))
+        self.means, self.tokens, self.state = (torch.from_numpy(part) for part in (means, tokens, state))
+        self.crops_each, self.seed, self.device = crops, torch.initial_seed(), torch.device("cpu")
+        self.rows = torch.empty(0, dtype=torch.int64)  # of each crop
+
+    @staticmethod
+    def size(images: int, crops: int, positions: int, channels: int) -> int:
+        """Bytes of the file: means in float32, tokens in float16, one byte an image."""
+        return images * (crops * (4 + positions * 2) * channels + 1)
+
+    @staticmethod
+    def _reserve(file, size: int, path: Path | None):
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, not as a crash
+            file.truncate(size)
+        except OSError as error:
+            place = path.parent if path else tempfile.gettempdir()
+            raise ValueError(
+                f"No room for {size / 1e9:.1f} GB of features in {place} ({error.strerror}); "
+                "use --set cache_size=GB, or work on a larger disk."
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def images(self) -> Tensor:
+        return self.rows // self.crops_each
+
+    def add(self, image: int, features: Tensor | None):
+        """Keep the features (crops, C, h, w) of an image, None if it is unreadable.
+
+        All positions of each crop, or random ones where P is not h * w; which ones depends on the image's number and
+        torch's seed alone. Raises ValueError for features that float16 cannot hold.
+        """
+        if features is None:
+            self.state[image] = UNREADABLE
+            return
+        tokens = features.flatten(2).transpose(1, 2)  # (crops, h * w, C)
+        rows = slice(image * self.crops_each, (image + 1) * self.crops_each)
+        self.means[rows] = F.normalize(tokens.mean(1), dim=1).cpu()
+        have, room = tokens.shape[1], self.tokens.shape[1]
+        if have != room:
+            generator = torch.Generator().manual_seed(self.seed + image)
+            kept = torch.rand(tokens.shape[:2], generator=generator).argsort(1)
+            kept = kept.repeat(1, -(-room // have))[:, :room].to(tokens.device)  # (crops, P)
+            tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+        self.tokens[rows] = half = tokens.half().cpu()
+        if not torch.isfinite(half).all():
+            raise ValueError(
+                f"The backbone's features reach {float(tokens.abs().max()):.3g}; they are kept in float16, which holds "
+                "65504 at most: have the backbone return smaller values, such as features of unit length."
+            )
+        self.state[image] = USED  # last: whoever goes on from here finds whole rows
+
+    def finalize(self, device="cpu"):
+        """Nothing more comes: number the crops, and put them onto a device if they fit."""
+        used = (self.state == USED).nonzero()[:, :1]  # (images, 1)
+        self.rows = (used * self.crops_each + torch.arange(self.crops_each)).flatten()
+        if len(self.rows) < len(self.means):
+            self.means = self.means[self.rows]
+        self.device = torch.device(device)
+        if (
+            self.device.type == "cuda"
+            and self.tokens.nbytes < GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]
+        ):
+            self.tokens = self.tokens.to(self.device)
+
+    def sample(self, crops: Tensor, count: int) -> Tensor:
+        """Tokens at `count` random positions of each crop: (B,) int64 -> (B, count, C) float32."""
+        positions = self.tokens.shape[1]
+        rows = self.rows[crops, None] * positions + torch.randint(
+            positions, (len(crops), count)
+        )  # (B, count)
+        tokens = self.tokens.flatten(0, 1).index_select(0, to_device(rows.flatten(), self.tokens.device))
+        return to_device(tokens, self.device).unflatten(0, rows.shape).float()
+
+
+def encode(
+    backbone,
+    paths,
+    config: Config,
+    *,
+    device="cpu",
+    progress: Progress = no_progress,
+    checkpoint=None,
+    key: dict | None = None,
+) -> TokenCache:
+    """Push every image through the backbone once, cut up as config.views says.
+
+    Unreadable images are named in a warning and left out. Raises ValueError if none is left. checkpoint: a
+    FitCheckpoint that keeps the cache; what it has under the same key is not computed again.
+    """
+    side = (RESOLUTION // 2 if config.views == "windows" else CROP_SIDE) // backbone.patch  # positions
+    crops, positions = 1 if config.views == "whole" else 5, side**2
+    kept = min(positions, int(config.cache_size * 1e9 / (len(paths) * crops * backbone.channels * 2)))
+    if kept < 1:
+        raise ValueError(
+            f"{config.cache_size} GB have no room for one position of {len(paths) * crops} crops; use a larger "
+            "--set cache_size=GB."
+        )
+    if kept < positions and rank() == 0:
+        bound = f"{config.cache_size:g} GB: {kept} random positions of {positions}"
+        log.warning("Features are bounded to %s a crop.", bound)
+    shape = (len(paths), crops, kept, backbone.channels)
+    cache = checkpoint.token_cache(shape, key) if checkpoint else TokenCache(*shape)
+    _fill(cache, backbone, paths, config.views, device, progress)
+    barrier()
+    cache.finalize(device)
+    if not len(cache):
+        raise ValueError(f"None of the {len(paths)} images could be used; give at least one readable image.")
+    return cache
+
+
+def _fill(cache: TokenCache, backbone, paths, views: str, device, progress: Progress):
+    """Add this process's share of the images that the cache does not have yet."""
+    numbers = range(rank(), len(paths), process_count())
+    missing = [i for i in numbers if cache.state[i] == TO_DO]
+    gpu, done = torch.device(device).type == "cuda", len(numbers) - len(missing)
+    if done:
+        log.log(NOTICE, "Reusing the features of %d images.", done)
+    inputs = prefetch(
+        lambda i: (i, image_views(paths[i], views, backbone.patch)),
+        missing,
+        workers=min(os.cpu_count() or 1, READERS) if gpu else 1,
+    )
+    for batch in same_shape_batches(inputs, GPU_IMAGES if gpu else 1):
+        maps: Iterable = [None] * len(batch)
+        if batch[0][1] is not None:
+            with torch.inference_mode():
+                seen = dense_features(backbone, torch.cat([x for _, x in batch]), device)  # (B, C, h, w)
+            maps = seen.split(len(batch[0][1]))
+        for (i, _), part in zip(batch, maps):
+            cache.add(i, five_windows(part) if part is not None and views == "windows" else part)
+        done += len(batch)
+        progress("features", done, len(numbers))

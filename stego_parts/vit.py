@@ -1,0 +1,100 @@
+"""The vision transformer of DINO (Caron et al. 2021) and DINOv2 (Oquab et al. 2023) for dense features.
+
+Parameters have the names of the published state dicts: `convert_dino` only strips prefixes, folds LayerScale
+and drops what features do not depend on.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-6  # of LayerNorm, as DINO and DINOv2 were trained
+OFFSET = 0.1  # patches: what DINO adds to a grid's sides before it takes their ratio to the trained grid
+RELEASED = "net.model."  # prefix of the backbone in the released STEGO checkpoints
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to its input."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(channels, EPS), nn.LayerNorm(channels, EPS)
+        c = channels
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(c, 3 * c), "proj": nn.Linear(c, c)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(c, 4 * c), "fc2": nn.Linear(4 * c, c)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (B, heads, N, C / heads) each
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.attn["proj"](y)
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """(B, 3, H, W) normalised images, H and W multiples of the patch -> (B, C, H / patch, W / patch).
+
+    spec: what BACKBONES says of it: channels, heads, patch, grid, registers, depth.
+    """
+
+    def __init__(self, spec):
+        super().__init__()
+        self.patch, self.channels, self.grid = spec.patch, spec.channels, spec.grid
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, spec.channels, spec.patch, spec.patch)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.channels))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + spec.grid**2, spec.channels))
+        if spec.registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, spec.registers, spec.channels))
+        self.blocks = nn.ModuleList(Block(spec.channels, spec.heads) for _ in range(spec.depth))
+        self.norm = nn.LayerNorm(spec.channels, EPS)
+        self.prefix = 1 + spec.registers  # tokens before the patches'
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed["proj"](x)  # (B, C, h, w)
+        batch, _, h, w = x.shape
+        first, positions = self.cls_token + self.pos_embed[:, :1], self.positions(h, w)
+        if self.prefix > 1:
+            first = torch.cat([first, self.register_tokens], 1)  # (1, 1 + registers, C)
+        x = torch.cat([first.expand(batch, -1, -1), x.flatten(2).transpose(1, 2) + positions], 1)
+        for block in self.blocks:
+            x = block(x)  # (B, 1 + registers + h * w, C)
+        return self.norm(x[:, self.prefix :]).transpose(1, 2).unflatten(2, (h, w))
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """Position embeddings of the patches, (1, h * w, C), bicubic from the trained grid.
+
+        The originals differ: DINO and DINOv2 scale by the ratios of h + 0.1 and w + 0.1 to the grid's side,
+        DINOv2 with registers to the size itself, with antialiasing.
+        """
+        trained = self.pos_embed[:, 1:]
+        if h == w == self.grid:
+            return trained
+        if self.prefix > 1:
+            how = {"size": (h, w), "antialias": True}
+        else:
+            how = {"scale_factor": ((h + OFFSET) / self.grid, (w + OFFSET) / self.grid)}
+        square = trained.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        square = F.interpolate(square, mode="bicubic", **how)  # (1, C, h, w)
+        return square.flatten(2).transpose(1, 2)
+
+
+def convert_dino(state: dict) -> dict:
+    """A ViT's state dict from one of DINO or DINOv2, a training checkpoint or a released STEGO checkpoint."""
+    state = state.get("teacher", state)
+    if any(key.startswith(RELEASED) for key in state.get("state_dict", {})):
+        state = {
+            key.removeprefix(RELEASED): value
+            for key, value in state["state_dict"].items()
+            if key.startswith(RELEASED)
+        }
+    state = {re.sub(r"^(module\.)?(backbone\.)?", "", key): value for key, value in state.items()}
+    for key in [key for key in state if re.search(r"\.ls[12]\.gamma$", key)]:  # LayerScale: into weights
+        gamma, linear = state.pop(key), "attn.proj" if ".ls1." in key else "mlp.fc2"
+        for part in ("weight", "bias"):
+            name = re.sub(r"ls[12]\.gamma$", f"{linear}.{part}", key)
+            state[name] = state[name] * gamma.view(-1, *[1] * (state[name].ndim - 1))
+    return {key: value for key, value in state.items() if not re.match(r"head|mask_token$", key)}
