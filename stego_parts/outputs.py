@@ -23,8 +23,16 @@ from PIL.PngImagePlugin import PngInfo
 
 from stego_parts.backbones import fingerprint
 from stego_parts.drawing import overlay, with_legend
-from stego_parts.images import IGNORE, cluster_shares, coco_annotations, mask_image, read_image, replacing
-from stego_parts.images import SUFFIXES as IMAGES
+from stego_parts.images import (
+    IGNORE,
+    IMAGE_SUFFIXES,
+    cluster_shares,
+    coco_annotations,
+    mask_image,
+    output_names,
+    read_image,
+    replacing,
+)
 from stego_parts.model_files import read_model
 from stego_parts.tokens import prefetch
 
@@ -62,7 +70,7 @@ def check_outputs(files, *, inputs=(), folders=()):
             raise ValueError(f"The output {path} is a device or a pipe; name a file.")
         if suffixes and path.suffix.lower() not in suffixes:
             raise ValueError(f"The output {path} is not a {' or '.join(suffixes)} file, which is needed.")
-        if not suffixes and path.suffix.lower() in IMAGES:
+        if not suffixes and path.suffix.lower() in IMAGE_SUFFIXES:
             raise ValueError(f"The model {path} has the name of an image; choose one like stego.pt.")
         written.add(path)
     folders = {folder for folder in folders if folder}
@@ -130,17 +138,13 @@ def plan_outputs(sources, output: Path, formats) -> list[Job]:
             )
         targets = {formats[0]: output} | {each: output.with_suffix(OVERLAY_SUFFIX) for each in formats[1:]}
         return [Job(*sources[0], targets)]
-    count: dict[Path, int] = {}
-    for _, place in sources:
-        count[place.with_suffix("")] = count.get(place.with_suffix(""), 0) + 1
-    jobs = []
-    for source, place in sources:
-        targets, stem = {}, place.name if count[place.with_suffix("")] > 1 else place.stem
-        for each in formats:
-            suffix = OVERLAY_SUFFIX if each == "overlay" else SUFFIXES[each][0]
-            targets[each] = output / place.with_name(stem.removesuffix(suffix) + suffix)
-        jobs.append(Job(source, place, targets))
-    return jobs
+    places = [place for _, place in sources]
+    suffixes = [OVERLAY_SUFFIX if each == "overlay" else SUFFIXES[each][0] for each in formats]
+    names = [output_names(places, suffix) for suffix in suffixes]
+    return [
+        Job(source, place, {each: output / name for each, name in zip(formats, row)})
+        for (source, place), *row in zip(sources, *names)
+    ]
 
 
 def document_path(output: Path, kind: str) -> Path | None:
@@ -262,7 +266,8 @@ def _attempt(function, *args):
 
 def legend_overlay(model, image: Image.Image, mask: np.ndarray) -> Image.Image:
     """The picture with its segments over it and a legend below."""
-    return with_legend(overlay(image, mask, model.colors), mask, model.colors, model.labels)
+    picture = overlay(image, mask, model.colors, model.labels)
+    return with_legend(picture, mask, model.colors, model.labels)
 
 
 @contextmanager
