@@ -368,6 +368,7 @@ def test_unreadable_images_are_named_and_left_out(tmp_path, scenes, caplog):
         (dict(steps=0), "steps 0"),
         (dict(views="six"), "Unknown views 'six'"),
         (dict(evenness=2.0), "evenness 2.0"),
+        (dict(adaptation=-1.0), "adaptation -1.0"),
         (dict(backbone="vgg"), "Unknown backbone"),
         (dict(device="cuda:99"), "not available"),
         (dict(device="abacus"), "not available"),
@@ -672,8 +673,9 @@ def test_labels_are_those_of_upsampled_codes(model):
     """Upsampling cosine numerators and taking the argmax is upsampling codes and then comparing with centres."""
     image = np.random.default_rng(1).integers(0, 256, (96, 128, 3), np.uint8)
     x = images.to_tensor(Image.fromarray(image).resize((424, 320), Image.Resampling.BILINEAR))[None]
+    centers = model.image_centers(model.codes(x))
     codes = F.interpolate(model.codes(x), size=(96, 128), mode="bilinear", align_corners=False)
-    want = torch.einsum("bdhw,kd->bkhw", F.normalize(codes, dim=1), model.centers).argmax(1)[0]
+    want = torch.einsum("bdhw,kd->bkhw", F.normalize(codes, dim=1), centers).argmax(1)[0]
     assert (model.predict(image, crf=False) == want.numpy()).mean() > 0.999
 
 
