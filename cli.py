@@ -600,6 +600,7 @@ def show_points(progress: Progress, images, at, model, output: Path, backbone: s
     from stego_parts.backbones import load_backbone
     from stego_parts.images import find_images, write_image
     from stego_parts.outputs import PICTURE, check_outputs
+    from stego_parts.protocol import images_of
     from stego_parts.report import correspondence_sheet
 
     image, others = Path(images[0]), [path for path, _ in find_images(images[1:])]
@@ -614,19 +615,6 @@ def show_points(progress: Progress, images, at, model, output: Path, backbone: s
     picture = correspondence_sheet(network, image, at, **options)
     write_image(picture, output)
     progress.summary(f"{len(at)} points, {len(others)} other images to choose from", f"picture {output}")
-
-
-def images_of(model) -> list[Path]:
-    """The images a model was fitted on, as far as it tells and they are there; without a model none."""
-    from stego_parts.images import find_images
-
-    if not model or not model.config.images:
-        return []
-    try:
-        return [path for path, _ in find_images(model.config.images)]
-    except FileNotFoundError:
-        log.warning("The images that the model was fitted on are not here; name others to see them too.")
-        return []
 
 
 def description(model) -> list[str]:
