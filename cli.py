@@ -22,6 +22,7 @@ WRITTEN = dict(mask="masks", overlay="overlays", npz="probabilities", json="shar
 NOTICE = logging.INFO + 5  # level of messages that are said unless --quiet
 PIPE = "-"  # stdin as an image, stdout as an output
 MODEL_SUFFIXES = (".pt", ".pth", ".ckpt")
+OUTPUTS = "stego-out"  # folder of what predict writes, which fit leaves out
 FEATURES = "stego-features"  # folder, beside the model, of features that are kept for other fits
 DEMO_SCENES, DEMO_STEPS = {"train": 30, "val": 10}, 300  # two minutes on two cores; steps as `fit` takes them
 REFRESH = 0.2  # seconds between two updates of the progress line
@@ -274,7 +275,7 @@ def fit(progress, images, dataset, root, classes, output, preset, settings, over
     from stego_parts.config import fit_config, parse_settings
     from stego_parts.datasets import PRESET_OF, labelled_set, published_line
     from stego_parts.images import find_images
-    from stego_parts.outputs import PICTURE, check_outputs, check_replacing
+    from stego_parts.outputs import PICTURE, check_outputs, check_replacing, read_note
 
     options |= parse_settings(settings)
     if dataset:
@@ -283,7 +284,10 @@ def fit(progress, images, dataset, root, classes, output, preset, settings, over
         preset = preset or PRESET_OF[dataset]
     options |= dict(preset=preset or "default", classes=classes or 27)
     config = fit_config(options["preset"], backbone=options["backbone"])
-    paths, sheet = [path for path, _ in find_images(images)], output.with_name(f"{output.stem}-fit.png")
+    sheet = output.with_name(f"{output.stem}-fit.png")
+    ours = [sheet] if read_note(sheet) else []  # else it may be somebody's picture
+    options["exclude"] = [*ours, output.with_name(OUTPUTS), *filter(None, [report])]
+    paths = [path for path, _ in find_images(images, exclude=options["exclude"])]
     inputs = [*paths, *filter(None, [options["weights"]])]
     check_outputs([(output, ()), (sheet, PICTURE)], inputs=inputs, folders=[report])
     check_replacing(output, options["match"], overwrite)
@@ -322,10 +326,10 @@ def fit_and_save(progress: Progress, images, output: Path, *, keep_features: boo
 
 def write_pictures(progress: Progress, model, paths, output: Path, sheet: Path, report):
     """The pictures of a fit, and what is said at its end."""
-    from stego_parts.images import write_image
+    from stego_parts.outputs import write_picture
     from stego_parts.report import agreement_line, contact_sheet, write_report
 
-    write_image(contact_sheet(model, paths, progress=progress), sheet)
+    write_picture(contact_sheet(model, paths, progress=progress), sheet, "contact sheet")
     if report:
         write_report(model, report)
     if model.record.agreement and not is_quiet():
@@ -348,7 +352,7 @@ def log_config(model):
 @main.command(short_help="Segment images with a fitted model.")
 @click.argument("images", nargs=-1, required=True)
 @model_option
-@option("-o", "--output", default="stego-out", type=PATH, help="A file, a folder, or - for stdout.")
+@option("-o", "--output", default=OUTPUTS, type=PATH, help="A file, a folder, or - for stdout.")
 @option("--format", "kind", default="mask", type=click.Choice(list(WRITTEN)), help="What is written.")
 @option("--overlay", is_flag=True, help="Beside each mask, the picture with its segments and a legend.")
 @option("--only", multiple=True, callback=split_names, metavar="NAMES", help="Clusters to keep: road,7.")
@@ -378,7 +382,8 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
     from stego_parts.images import find_images
     from stego_parts.tokens import check_resolution
 
-    sources = [(sys.stdin.buffer, Path("stdin"))] if images == (PIPE,) else find_images(images)
+    stdin, sheet = images == (PIPE,), model.with_name(f"{model.stem}-fit.png")
+    sources = [(sys.stdin.buffer, Path("stdin"))] if stdin else find_images(images, exclude=[output, sheet])
     jobs, document = outputs.plan_outputs(sources, output, formats), outputs.document_path(output, kind)
     if skip_existing and (document or piped):
         raise click.UsageError("--skip-existing is for outputs of each image; choose another format or -o.")
@@ -394,7 +399,7 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
         progress.go_on = "the same command with --skip-existing goes on"
     for done, (job, entry) in enumerate(writer.results(todo, kind, options), 1):
         if isinstance(entry, Exception):
-            who, what = "<stdin>" if images == (PIPE,) else str(job.source), sentence(entry)
+            who, what = "<stdin>" if stdin else str(job.source), sentence(entry)
             log.error("%s", what if who in what else f"{who}: {what}")
         else:
             entries.append(entry)
@@ -574,10 +579,9 @@ def show(progress, things, model, sheet, at, output, backbone, device, weights):
     if bool(images) != bool(sheet) or backbone:
         raise click.UsageError("Give images and a sheet, or neither: `stego show images/ --sheet sheet.png`.")
     from stego import Stego
-    from stego_parts.drawing import region_sheet
     from stego_parts.images import find_images, write_image
     from stego_parts.outputs import PICTURE, check_outputs
-    from stego_parts.report import best_regions
+    from stego_parts.report import cluster_sheet
 
     model = model or Path("stego.pt")
     paths = [path for path, _ in find_images(images)] if images else []
@@ -588,9 +592,7 @@ def show(progress, things, model, sheet, at, output, backbone, device, weights):
     log_config(fitted)
     print_usage(fitted)
     if sheet:
-        captions = [f"{label}\n{share:.1%}" for label, share in zip(fitted.labels, fitted.share.tolist())]
-        regions = best_regions(fitted, paths, progress=progress)
-        write_image(region_sheet(regions, fitted.colors, captions), sheet)
+        write_image(cluster_sheet(fitted, paths, progress=progress), sheet)
         progress.summary(f"{len(paths)} images", f"sheet {sheet}")
 
 
@@ -603,17 +605,17 @@ def show_points(progress: Progress, images, at, model, output: Path, backbone: s
     from stego_parts.protocol import images_of
     from stego_parts.report import correspondence_sheet
 
-    image, others = Path(images[0]), [path for path, _ in find_images(images[1:])]
+    image, others = Path(images[0]), images[1:] and [path for path, _ in find_images(images[1:])]
     if not image.is_file():
         raise ValueError(f"{image} is not an image file; --at is about points of one, name it first.")
     check_outputs([(output, PICTURE)], inputs=[image, *others])
     fitted = Stego.load(model, device=device, weights=weights) if model else None
-    device = pick_device(device)
-    network = fitted.backbone if fitted else load_backbone(backbone, weights=weights, device=device)
-    others = [path for path in others or images_of(fitted) if not path.samefile(image)]
-    options = dict(others=others, model=fitted, device=device, progress=progress)
-    picture = correspondence_sheet(network, image, at, **options)
-    write_image(picture, output)
+    place = pick_device(device)
+    network = fitted.backbone if fitted else load_backbone(backbone, weights=weights, device=place)
+    others = others or (images_of(fitted) if fitted else [])
+    others = [path for path in others if not path.samefile(image)]
+    show = functools.partial(correspondence_sheet, others=others, device=place, progress=progress)
+    write_image(show(network, image, at, model=fitted), output)
     progress.summary(f"{len(at)} points, {len(others)} other images to choose from", f"picture {output}")
 
 
@@ -660,11 +662,10 @@ def demo(progress, output, seed):
 
     from stego import Stego
     from stego_parts.datasets import folder_set
-    from stego_parts.drawing import region_sheet
     from stego_parts.images import find_images, mask_image, read_image, write_image
     from stego_parts.outputs import check_folder, legend_overlay
     from stego_parts.protocol import evaluate, headline, table, write_json
-    from stego_parts.report import best_regions, contact_sheet, write_figures
+    from stego_parts.report import cluster_sheet, contact_sheet, write_figures
     from stego_parts.scenes import SCENE_CLASSES, check_demo_folder, draw_scenes
 
     check_folder(output)
@@ -684,8 +685,7 @@ def demo(progress, output, seed):
     write_json(report, output / "scores.json")
     write_figures(report, model, val, output / "figures")
     write_image(contact_sheet(model, paths, progress=progress), output / "stego-fit.png")
-    regions = best_regions(model, paths, progress=progress)
-    write_image(region_sheet(regions, model.colors, model.labels), output / "clusters.png")
+    write_image(cluster_sheet(model, paths, progress=progress), output / "clusters.png")
     for done, (path, _) in enumerate(val.pairs, 1):
         image = read_image(path)
         mask = model.predict(image)

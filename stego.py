@@ -416,6 +416,7 @@ class Stego:
         progress: Progress = no_progress,
         checkpoint: str | Path | None = None,
         resume: bool = False,
+        exclude=(),
         **settings,
     ) -> "Stego":
         """Find what recurs in images: files, folders (recursive) or glob patterns, one or several.
@@ -429,6 +430,7 @@ class Stego:
         progress: called as progress(stage, done, total).
         checkpoint: a folder for the features and the state of the fit, so that little is lost with the process;
             features that are in it already are not computed again. resume: go on with its training too.
+        exclude: files and folders to leave out, such as outputs of an earlier fit.
 
         Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
         """
@@ -437,7 +439,7 @@ class Stego:
             preset, backbone=named, **settings
         )  # whatever is wrong shows before the work begins
         sources = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-        paths, device = [path for path, _ in find_images(sources)], pick_device(device)
+        paths, device = [path for path, _ in find_images(sources, exclude=exclude)], pick_device(device)
         load = partial(load_backbone, weights=weights, device=device, progress=progress is not no_progress)
         network = load(backbone or config.backbone, stride=config.stride)
         config = fit_config(preset, backbone=network.name, **settings | dict(stride=network.patch))

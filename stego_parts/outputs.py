@@ -23,8 +23,16 @@ from PIL.PngImagePlugin import PngInfo
 
 from stego_parts.backbones import fingerprint
 from stego_parts.drawing import overlay, with_legend
-from stego_parts.images import IGNORE, cluster_shares, coco_annotations, mask_image, read_image, replacing
-from stego_parts.images import SUFFIXES as IMAGES
+from stego_parts.images import (
+    IGNORE,
+    IMAGE_SUFFIXES,
+    cluster_shares,
+    coco_annotations,
+    mask_image,
+    output_names,
+    read_image,
+    replacing,
+)
 from stego_parts.model_files import read_model
 from stego_parts.tokens import prefetch
 
@@ -33,10 +41,7 @@ ONE_FILE = ("json", "coco")  # formats with one file for all images
 PICTURE, JSON = (".png", ".jpg", ".jpeg"), (".json",)  # suffixes of sheets and overlays, of documents
 SUFFIXES = {"mask": (".png",), "overlay": PICTURE, "npz": (".npz",), "json": JSON, "coco": JSON}
 OVERLAY_SUFFIX = ".overlay.jpg"
-READ_AHEAD, WRITE_BEHIND = (
-    3,
-    2,
-)  # images that are decoded before, and written after, the one that is segmented
+READ_AHEAD, WRITE_BEHIND = 3, 2  # images decoded before, and written after, the one that is segmented
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -62,7 +67,7 @@ def check_outputs(files, *, inputs=(), folders=()):
             raise ValueError(f"The output {path} is a device or a pipe; name a file.")
         if suffixes and path.suffix.lower() not in suffixes:
             raise ValueError(f"The output {path} is not a {' or '.join(suffixes)} file, which is needed.")
-        if not suffixes and path.suffix.lower() in IMAGES:
+        if not suffixes and path.suffix.lower() in IMAGE_SUFFIXES:
             raise ValueError(f"The model {path} has the name of an image; choose one like stego.pt.")
         written.add(path)
     folders = {folder for folder in folders if folder}
@@ -117,10 +122,7 @@ class Job(NamedTuple):
 
 
 def plan_outputs(sources, output: Path, formats) -> list[Job]:
-    """The outputs of each image: the one file named, or in a folder, places like the images have in theirs.
-
-    Images whose names differ in the suffix alone keep it: of a.gif and a.png, a.gif.png and a.png.
-    """
+    """The outputs of each image: the one file named, or in a folder, places like the images have in theirs."""
     if formats[0] in ONE_FILE:
         return [Job(source, place, {}) for source, place in sources]
     if str(output) == PIPE or (output.suffix and not output.is_dir()):
@@ -130,17 +132,13 @@ def plan_outputs(sources, output: Path, formats) -> list[Job]:
             )
         targets = {formats[0]: output} | {each: output.with_suffix(OVERLAY_SUFFIX) for each in formats[1:]}
         return [Job(*sources[0], targets)]
-    count: dict[Path, int] = {}
-    for _, place in sources:
-        count[place.with_suffix("")] = count.get(place.with_suffix(""), 0) + 1
-    jobs = []
-    for source, place in sources:
-        targets, stem = {}, place.name if count[place.with_suffix("")] > 1 else place.stem
-        for each in formats:
-            suffix = OVERLAY_SUFFIX if each == "overlay" else SUFFIXES[each][0]
-            targets[each] = output / place.with_name(stem.removesuffix(suffix) + suffix)
-        jobs.append(Job(source, place, targets))
-    return jobs
+    places = [place for _, place in sources]
+    suffixes = [OVERLAY_SUFFIX if each == "overlay" else SUFFIXES[each][0] for each in formats]
+    names = [output_names(places, suffix) for suffix in suffixes]
+    return [
+        Job(source, place, {each: output / name for each, name in zip(formats, row)})
+        for (source, place), *row in zip(sources, *names)
+    ]
 
 
 def document_path(output: Path, kind: str) -> Path | None:
@@ -202,7 +200,7 @@ class Writer(NamedTuple):
         for kind, target in job.targets.items():
             colors = self.model.colors
             picture = mask_image(mask, colors) if kind == "mask" else legend_overlay(self.model, image, mask)
-            self._write_picture(picture, target)
+            write_picture(picture, target, self.note)
         if job.targets:
             return {}
         entry = {"file_name": job.place.as_posix(), "height": image.height, "width": image.width}
@@ -239,15 +237,6 @@ class Writer(NamedTuple):
         with opened(target) as file:
             file.write(packed.getvalue())
 
-    def _write_picture(self, picture: Image.Image, target: Path):
-        """In the format of the target's suffix, PNG on stdout."""
-        text = PngInfo()
-        text.add_text("stego", self.note)
-        jpeg = dict(format="JPEG", quality=90, comment=self.note)
-        is_jpeg = target.suffix.lower() in (".jpg", ".jpeg")
-        with opened(target) as file:
-            picture.save(file, **(jpeg if is_jpeg else dict(format="PNG", pnginfo=text)))
-
 
 def _attempt(function, *args):
     """What a function returns, or the error that it or one before it ended with."""
@@ -260,9 +249,20 @@ def _attempt(function, *args):
         return error
 
 
+def write_picture(picture: Image.Image, target: Path, note: str):
+    """A picture with a note in it, in the format of the target's suffix, PNG on stdout."""
+    text = PngInfo()
+    text.add_text("stego", note)
+    jpeg = target.suffix.lower() in (".jpg", ".jpeg")
+    options = dict(format="JPEG", quality=90, comment=note) if jpeg else dict(format="PNG", pnginfo=text)
+    with opened(target) as file:
+        picture.save(file, **options)
+
+
 def legend_overlay(model, image: Image.Image, mask: np.ndarray) -> Image.Image:
     """The picture with its segments over it and a legend below."""
-    return with_legend(overlay(image, mask, model.colors), mask, model.colors, model.labels)
+    picture = overlay(image, mask, model.colors, model.labels)
+    return with_legend(picture, mask, model.colors, model.labels)
 
 
 @contextmanager
