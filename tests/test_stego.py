@@ -793,6 +793,7 @@ MAY_IMPORT = {  # of ours; nobody imports cli, and only cli imports click
     "scenes": "images",
     "datasets": "images",
     "diagnostics": "kmeans",
+    "outputs": "backbones drawing images model_files tokens",
     "model_files": "backbones checkpoint config images",
     "matching": "config images tokens",
     "stego": "crf kmeans backbones checkpoint config diagnostics distributed images maps matching model_files tokens",
