@@ -373,7 +373,6 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
       stego predict img.jpg -o mask.png
       stego predict folder/ "more/*.png" -o out/ --overlay
       stego predict img.jpg -o road.png --only road,3 --resolution 480
-      stego predict folder/ -o segments.json --format coco
       cat img.jpg | stego predict - -o - > mask.png
     """
     formats, piped = check_formats(kind, images, output, overlay, only), str(output) == PIPE
@@ -395,8 +394,7 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
     check_resolution(fitted.backbone, options["resolution"], device=fitted.device)
     writer = outputs.Writer(fitted, keep, outputs.note_of(fitted, keep, options))
     todo, entries = [job for job in jobs if not (skip_existing and job.is_done(writer.note))], []
-    if not document:
-        progress.go_on = "the same command with --skip-existing goes on"
+    progress.go_on = progress.go_on if document else "the same command with --skip-existing goes on"
     for done, (job, entry) in enumerate(writer.results(todo, kind, options), 1):
         if isinstance(entry, Exception):
             who, what = "<stdin>" if stdin else str(job.source), sentence(entry)
@@ -407,8 +405,7 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
     if document:
         writer.write_document(entries, kind, document)
     skipped = f", {len(jobs) - len(todo)} skipped" if skip_existing else ""
-    where = "stdout" if piped else document or output
-    what = f"{' and '.join(WRITTEN[each] for each in formats)} in {where}"
+    what = f"{' and '.join(map(WRITTEN.get, formats))} in {'stdout' if piped else document or output}"
     progress.summary(f"{len(entries)} of {len(todo)} images{skipped}", what, err=piped)
     sys.exit(0 if len(entries) == len(todo) else 1)
 
@@ -655,7 +652,6 @@ def demo(progress, output, seed):
 
     \b
     Example:
-      stego demo
       stego demo -o /tmp/demo --seed 7
     """
     import numpy as np

@@ -31,7 +31,7 @@ from stego_parts.config import RELEASED, Config, fit_config
 from stego_parts.diagnostics import cluster_agreement, plausible_counts, training_warning
 from stego_parts.distributed import data_parallel, from_first, process_count, rank
 from stego_parts.images import distinct_colors, find_images, read_image, to_tensor
-from stego_parts.maps import class_scores, dot_products, pixels, unmirror, upsampled_argmax
+from stego_parts.maps import adapted_centers, class_scores, dot_products, pixels, unmirror, upsampled_argmax
 from stego_parts.matching import check_same_features, inherit_ids, match_clusters_to
 from stego_parts.model_files import check_backbone, check_model, damaged, read_model, write_model
 from stego_parts.tokens import (
@@ -529,6 +529,10 @@ class Stego:
         )
         return unmirror(self.head.on_map(both))
 
+    def image_centers(self, codes: Tensor) -> Tensor:
+        """The centres (K, D) by which the image with these codes (1, D, h, w) is segmented."""
+        return adapted_centers(codes, self.centers, self.config.adaptation)
+
     @torch.inference_mode()
     def predict(
         self, image, *, resolution: int = RESOLUTION, crf: bool = True, crf_size: float = CRF_SIZE
@@ -545,7 +549,8 @@ class Stego:
         image = read_image(image)
         codes = self._image_codes(image, resolution)
         if not crf:
-            mask = upsampled_argmax(dot_products(codes, self.centers)[0], image.height, image.width)
+            scores = dot_products(codes, self.image_centers(codes))[0]  # (K, h, w)
+            mask = upsampled_argmax(scores, image.height, image.width)
         else:
             q = self._probabilities(image, codes, crf=True, crf_size=crf_size)
             mask = upsample_along_edges(pixels(image).to(self.device), q).cpu().numpy()
@@ -570,7 +575,7 @@ class Stego:
 
     def _probabilities(self, image, codes: Tensor, *, crf: bool, crf_size: float) -> Tensor:
         height, width = working_size((image.height, image.width), megapixels=crf_size)
-        scores = class_scores(codes[0], self.centers, (height, width))  # (K, h, w)
+        scores = class_scores(codes[0], self.image_centers(codes), (height, width))  # (K, h, w)
         if not crf:
             return scores.softmax(0)
         small = pixels(image.resize((width, height), BILINEAR)).to(self.device)  # (3, h, w)

@@ -37,6 +37,7 @@ class Config:
     views: str = "five"  # one of VIEWS
     evenness: float = 0.0  # 0: clusters follow what is frequent, 1: also what is rare
     feature_weight: float = 0.0  # of the features themselves beside the codes in what is clustered
+    adaptation: float = 0.0  # of an image's codes in its own centres, see maps.adapted_centers
     cache_size: float = 8.0  # GB (10^9 bytes) of features
     crops: int = 0  # that the fit saw
     images: tuple = ()  # what the fit was given, by name
@@ -69,10 +70,15 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"Got {name} {getattr(self, name)}; it must be at least 1.")
         weights = [getattr(self, f"lambda_{term}") for term in TERMS]
-        if min(*weights, self.feature_weight) < 0 or not any(weights) or self.cache_size <= 0:
+        if (
+            min(*weights, self.feature_weight, self.adaptation) < 0
+            or not any(weights)
+            or self.cache_size <= 0
+        ):
             raise ValueError(
-                f"Got the lambdas {', '.join(map(str, weights))}, feature_weight {self.feature_weight} and cache_size "
-                f"{self.cache_size}; none is negative, one lambda and cache_size are above 0."
+                f"Got the lambdas {', '.join(map(str, weights))}, feature_weight {self.feature_weight}, adaptation "
+                f"{self.adaptation} and cache_size {self.cache_size}; none is negative, one lambda and cache_size are "
+                "above 0."
             )
 
 
@@ -101,7 +107,7 @@ PRESETS: dict[str, dict] = {
     "cocostuff": _BASE | _COCO_LAMBDAS | dict(b_self=0.12, b_knn=0.20, b_rand=1.00, code_size=90),
 }
 # "default" with the bundled backbone: what was measured with it.
-ON_TINY = dict(steps=300, views="windows", evenness=1.0)
+ON_TINY = dict(steps=300, views="windows", evenness=0.5, adaptation=8.0)
 # What --set can set.
 _OPTIONS = ("preset", "backbone", "classes", "seed", "steps", "crops", "images")
 SETTINGS = {field.name: field.type for field in fields(Config) if field.name not in _OPTIONS}

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOGIT_SCALE = 2.0  # cosine to a centre -> class score for the CRF (reference implementation)
+ADAPTATION_ROUNDS = 4  # assignments after which the centres of an image hardly move
 BLOCK_VALUES = 1_000_000  # numbers of a large photo that are upsampled at once: temporaries stay in cache
 
 
@@ -52,6 +53,21 @@ def class_scores(codes: Tensor, centers: Tensor, size: tuple[int, int]) -> Tenso
 def dot_products(codes: Tensor, centers: Tensor) -> Tensor:
     """Codes (B, D, h, w) with centres (K, D): (B, K, h, w), cosines where both have length one."""
     return torch.einsum("bdhw,kd->bkhw", codes, centers)
+
+
+def adapted_centers(codes: Tensor, centers: Tensor, weight: float) -> Tensor:
+    """Centres (K, D) moved towards those codes (1, D, h, w) of one image that are nearest to them.
+
+    One drive is darker than the next, and all its codes lie a little aside. So what a cluster's mean direction is in
+    an image is estimated anew, with the centre as the prior: the MAP adaptation of speech recognition (Gauvain & Lee
+    1994), on the sphere. weight: of the codes of the whole image together, against one of each centre; with 0, as
+    in STEGO, all images have the same centres.
+    """
+    rows, adapted = F.normalize(codes[0].flatten(1), dim=0).T, centers  # (h * w, D)
+    for _ in range(ADAPTATION_ROUNDS if weight else 0):
+        members = F.one_hot((rows @ adapted.T).argmax(1), len(centers)).to(rows.dtype)  # (h * w, K)
+        adapted = F.normalize(centers + weight / len(rows) * members.T @ rows, dim=1)
+    return adapted
 
 
 def pixels(image) -> Tensor:

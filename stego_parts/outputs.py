@@ -157,7 +157,8 @@ def note_of(model, keep, options: dict) -> str:
     """What outputs depend on beside their images, as a hash: the model, its names and colours, the options."""
     palette = torch.from_numpy(model.palette)
     tensors = {**model.head.state_dict(), "centers": model.centers, "palette": palette}
-    parts = [fingerprint(tensors), model.backbone_sha256, model.names, keep, sorted(options.items())]
+    parts = [fingerprint(tensors), model.backbone_sha256, model.config.adaptation, model.names, keep]
+    parts.append(sorted(options.items()))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

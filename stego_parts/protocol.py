@@ -25,7 +25,7 @@ from stego import CLUSTER_STARTS, Stego
 from stego_parts.config import RELEASED
 from stego_parts.datasets import PUBLISHED, SIDE, LabelledSet
 from stego_parts.images import IGNORE, find_images, replacing, to_tensor
-from stego_parts.maps import class_scores, dot_products, pixels, unmirror
+from stego_parts.maps import adapted_centers, class_scores, dot_products, pixels, unmirror
 from stego_parts.tokens import Progress, dense_features, no_progress, prefetch
 
 log = logging.getLogger("stego")
@@ -116,12 +116,13 @@ def scores(confusion, assignment) -> dict:
 class Probe(NamedTuple):
     """A linear map from features to K scores: weight (K, D), and bias (K,) or None for cluster centres.
 
-    merged: (K,) the cluster that stands for each, if some are one.
+    merged: (K,) the cluster that stands for each, if some are one; adaptation: see `maps.adapted_centers`.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     merged: np.ndarray | None = None
+    adaptation: float = 0.0
 
 
 def score_map(codes: Tensor, probe: Probe, size: tuple[int, int], *, softmax: bool) -> Tensor:
@@ -130,9 +131,10 @@ def score_map(codes: Tensor, probe: Probe, size: tuple[int, int], *, softmax: bo
     softmax: scores whose softmax is meant, for a CRF. Else only the largest counts, and scores are upsampled
     in place of codes: the length of a code scales all its scores.
     """
+    weight = adapted_centers(codes, probe.weight, probe.adaptation)
     if softmax and probe.bias is None:
-        return class_scores(codes[0], probe.weight, size)
-    scores = dot_products(codes, probe.weight) + (0 if probe.bias is None else probe.bias[:, None, None])
+        return class_scores(codes[0], weight, size)
+    scores = dot_products(codes, weight) + (0 if probe.bias is None else probe.bias[:, None, None])
     return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[0]  # (K, H, W)
 
 
@@ -288,7 +290,7 @@ def fit_probes(
     The model's own clusters need no fitting. The others are fitted on `train`: the backbone's clusters, as
     many as the model has, and where it has labels the linear probes.
     """
-    probes = {("stego", "cluster"): Probe(model.centers, merged=model.merged)}
+    probes = {("stego", "cluster"): Probe(model.centers, None, model.merged, model.config.adaptation)}
     rows, shares = probe_rows(model, train, seed=seed, progress=progress)
     progress("k-means", 0, 1)
     kmeans = CosineKMeans(cluster_count(model), n_init=CLUSTER_STARTS, seed=seed).fit(rows.float())

@@ -109,7 +109,7 @@ def best_regions(
 def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image.Image, np.ndarray]]:
     """The square of a picture that fits each cluster best, and how well; clusters that are nowhere are left out."""
     codes, patch = model.codes(to_tensor(picture)[None]), model.backbone.patch
-    cosines = dot_products(F.normalize(codes, dim=1), model.centers)[0]  # (K, h, w)
+    cosines = dot_products(F.normalize(codes, dim=1), model.image_centers(codes))[0]  # (K, h, w)
     mask = model.merged[upsampled_argmax(cosines, picture.height, picture.width)]
     won = cosines.clamp(min=0) * (cosines == cosines.amax(0))
     merged = torch.from_numpy(model.merged).to(won.device, torch.int64)
@@ -346,7 +346,8 @@ def _examples(best: dict, model: Stego, labelled: LabelledSet) -> Image.Image:
     for what, i in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
         image, label = labelled.read(i, side=protocol_side(model.backbone.patch))
         codes, picture = both_features(model, image)["stego"], pixels(image).to(model.device)
-        clusters = cluster_map(codes, model.centers, label.shape, pixels=picture if best["crf"] else None)
+        centers, picture = model.image_centers(codes), picture if best["crf"] else None
+        clusters = cluster_map(codes, centers, label.shape, pixels=picture)
         predicted = classes[model.merged[clusters]]
         masks = [mask_image(mask, palette).convert("RGB") for mask in (label, predicted)]
         name, share = labelled.pairs[i][0].name, accuracy[i]

@@ -37,7 +37,8 @@ def test_fit_options_are_those_of_the_library():
     """Flags, Python arguments and keys of the saved model bear the same names, with the same defaults."""
     import inspect
 
-    from stego import PRESETS, Stego
+    from stego import Stego
+    from stego_parts.config import PRESETS
 
     signature = inspect.signature(Stego.fit).parameters
     options = main.commands["fit"].make_context("fit", ["images"]).params
