@@ -465,10 +465,10 @@ def test_official_samples(saved, tmp_path, dataset, folder):
         (["--images", "x"], 2, "give both folders"),
         (["--images", "IMAGES", "--labels", "LABELS", "--train-labels", "LABELS"], 2, "give both folders"),
         (["--dataset", "potsdam3", "--train-images", "IMAGES"], 2, "brings its own"),
-        (["--dataset", "cityscapes", "--root", "nowhere"], 1, "leftImg8bit/val is missing"),
-        (["--images", "IMAGES", "--labels", "LABELS"], 1, "No model at missing.pt"),
-        (["--images", "nowhere", "--labels", "LABELS"], 1, "No such file or folder"),
-        (["--images", "IMAGES", "--labels", "LABELS", "--names", "nowhere.txt"], 1, "nowhere.txt"),
+        (["--dataset", "cityscapes", "--root", "nowhere"], 2, "leftImg8bit/val is missing"),
+        (["--images", "IMAGES", "--labels", "LABELS"], 2, "No model at missing.pt"),
+        (["--images", "nowhere", "--labels", "LABELS"], 2, "No such file or folder"),
+        (["--images", "IMAGES", "--labels", "LABELS", "--names", "nowhere.txt"], 2, "nowhere.txt"),
     ],
 )
 def test_what_cannot_be_evaluated(drawn, arguments, code, message):
@@ -481,7 +481,7 @@ def test_model_with_another_backbone(model, drawn, tmp_path):
     state_path = tmp_path / "stego.pt"
     model.save(state_path)
     state = torch.load(state_path, weights_only=True)
-    torch.save(state | {"sha256": "0" * 64}, state_path)
+    torch.save(state | {"backbone_sha256": "0" * 64}, state_path)
     result = run("eval", "--images", drawn / "images/val", "--labels", drawn / "labels/val", "-m", state_path)
     assert result.exit_code == 1 and "The model was fitted on tiny weights 000000000000" in result.output
 
