@@ -291,7 +291,9 @@ def _net_timeout(seconds: float):
 
 def _read_tiny(weights) -> dict:
     if weights:
-        raise ValueError("tiny comes with its weights; leave them out, or name the backbone that they are of.")
+        raise ValueError(
+            "tiny comes with its weights; leave them out, or name the backbone that they are of."
+        )
     if not TINY_FILE.exists():
         raise FileNotFoundError(f"The bundled weights {TINY_FILE} are missing; reinstall stego.")
     try:

@@ -6,7 +6,6 @@ from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from scipy import ndimage
 
 from stego_parts.images import IGNORE, mask_image
 
@@ -139,6 +138,8 @@ def _edges(mask: np.ndarray) -> np.ndarray:
 
 def _spots(mask: np.ndarray) -> Iterator[tuple[int, int, int, float]]:
     """For each connected region of a mask (H, W): cluster, point (x, y) furthest inside, distance to its edge."""
+    from scipy import ndimage  # here: masks alone need it not
+
     step = max(max(mask.shape) // SPOT_SIDE, 1)
     small = mask[::step, ::step]
     inside = ndimage.distance_transform_edt(np.pad(~_edges(small), 1))[1:-1, 1:-1]

@@ -88,8 +88,9 @@ def direct_clusters(model, image, size, crf):
         sum(flip(model.head.on_map(model.backbone(flip(x)))) for flip in (lambda t: t, lambda t: t.flip(-1)))
         / 2
     )
+    centers = model.image_centers(codes)
     codes = F.normalize(F.interpolate(codes, size=size, mode="bilinear", align_corners=False), dim=1)[0]
-    cosine = torch.einsum("dhw,kd->khw", codes, model.centers)
+    cosine = torch.einsum("dhw,kd->khw", codes, centers)
     return (dense_crf(pixels(image), (2 * cosine).log_softmax(0)) if crf else cosine).argmax(0).numpy()
 
 
@@ -310,7 +311,9 @@ def test_clusters_of_one_name_are_one(model, drawn, caplog):
     labelled, _ = short(drawn)
     centers = torch.cat([model.centers, model.centers.flip(0) + 1e-3, model.centers])  # 0 1 2 2 1 0 0 1 2
     sha = model.backbone.sha256
-    fitted = Stego(model.config, model.head, centers, torch.ones(9) / 9, backbone_sha256=sha)
+    config = replace(model.config, adaptation=0.0)  # three equal centres would each follow a third of an image
+    model = Stego(config, model.head, model.centers, model.share, backbone_sha256=sha)
+    fitted = Stego(config, model.head, centers, torch.ones(9) / 9, backbone_sha256=sha)
     alone = evaluate(model, labelled, crf=False)["results"][0]
     fitted.rename(dict(enumerate("abccbaabc")))
     report = evaluate(fitted, labelled, crf=False)
@@ -462,10 +465,10 @@ def test_official_samples(saved, tmp_path, dataset, folder):
         (["--images", "x"], 2, "give both folders"),
         (["--images", "IMAGES", "--labels", "LABELS", "--train-labels", "LABELS"], 2, "give both folders"),
         (["--dataset", "potsdam3", "--train-images", "IMAGES"], 2, "brings its own"),
-        (["--dataset", "cityscapes", "--root", "nowhere"], 1, "leftImg8bit/val is missing"),
-        (["--images", "IMAGES", "--labels", "LABELS"], 1, "No model at missing.pt"),
-        (["--images", "nowhere", "--labels", "LABELS"], 1, "No such file or folder"),
-        (["--images", "IMAGES", "--labels", "LABELS", "--names", "nowhere.txt"], 1, "nowhere.txt"),
+        (["--dataset", "cityscapes", "--root", "nowhere"], 2, "leftImg8bit/val is missing"),
+        (["--images", "IMAGES", "--labels", "LABELS"], 2, "No model at missing.pt"),
+        (["--images", "nowhere", "--labels", "LABELS"], 2, "No such file or folder"),
+        (["--images", "IMAGES", "--labels", "LABELS", "--names", "nowhere.txt"], 2, "nowhere.txt"),
     ],
 )
 def test_what_cannot_be_evaluated(drawn, arguments, code, message):
@@ -478,7 +481,7 @@ def test_model_with_another_backbone(model, drawn, tmp_path):
     state_path = tmp_path / "stego.pt"
     model.save(state_path)
     state = torch.load(state_path, weights_only=True)
-    torch.save(state | {"sha256": "0" * 64}, state_path)
+    torch.save(state | {"backbone_sha256": "0" * 64}, state_path)
     result = run("eval", "--images", drawn / "images/val", "--labels", drawn / "labels/val", "-m", state_path)
     assert result.exit_code == 1 and "The model was fitted on tiny weights 000000000000" in result.output
 

@@ -1,7 +1,6 @@
 """What do correspondences know about labels? (Sec. 3.1, Fig. 3; App. A.6, Fig. 10)
 
-    python bench/paper/diagnostics.py MODEL --images val/ --labels val_labels/ [--names classes.txt] [-o
-    FOLDER]
+    python bench/paper/diagnostics.py MODEL --images val/ --labels val_labels/ [--names FILE] [-o FOLDER]
 
 Takes the correspondences of backbone features, those of codes and the CRF's kernel as predictors of "these
 two positions of an image have one label". Prints the average precision of each; writes precision-recall.png,
