@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stego import Head, Stego, fit_config, unit  # noqa: E402
-from stego_parts import protocol  # noqa: E402
-from stego_parts.backbones import load_backbone  # noqa: E402
-from stego_parts.datasets import folder_set  # noqa: E402
-from stego_parts.images import to_tensor  # noqa: E402
-from stego_parts.protocol import Probe, confusions  # noqa: E402
+from stego import Head, Stego, fit_config, unit
+from stego_parts import protocol
+from stego_parts.backbones import load_backbone
+from stego_parts.datasets import folder_set
+from stego_parts.images import to_tensor
+from stego_parts.protocol import Probe, confusions
 
 
 def random_model(network, classes: int) -> Stego:

@@ -311,7 +311,9 @@ def test_clusters_of_one_name_are_one(model, drawn, caplog):
     labelled, _ = short(drawn)
     centers = torch.cat([model.centers, model.centers.flip(0) + 1e-3, model.centers])  # 0 1 2 2 1 0 0 1 2
     sha = model.backbone.sha256
-    config = replace(model.config, adaptation=0.0)  # three equal centres would each follow a third of an image
+    config = replace(
+        model.config, adaptation=0.0
+    )  # three equal centres would each follow a third of an image
     model = Stego(config, model.head, model.centers, model.share, backbone_sha256=sha)
     fitted = Stego(config, model.head, centers, torch.ones(9) / 9, backbone_sha256=sha)
     alone = evaluate(model, labelled, crf=False)["results"][0]

@@ -22,16 +22,13 @@ import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-from quality import fit_head, val_features  # noqa: E402
+from quality import fit_head, val_features
 
-from stego import cluster_codes, fit_config, pixels, unit, unmirror  # noqa: E402
-from stego_parts.backbones import load_backbone  # noqa: E402
-from stego_parts.datasets import folder_set  # noqa: E402
-from stego_parts.images import (
-    find_images,  # noqa: E402
-    replacing,  # noqa: E402
-)
-from stego_parts.protocol import (  # noqa: E402
+from stego import cluster_codes, fit_config, pixels, unit, unmirror
+from stego_parts.backbones import load_backbone
+from stego_parts.datasets import folder_set
+from stego_parts.images import find_images, replacing
+from stego_parts.protocol import (
     cluster_map,
     confusion_matrix,
     linear_probe,
@@ -39,7 +36,7 @@ from stego_parts.protocol import (  # noqa: E402
     probe_rows,
     scores,
 )
-from stego_parts.tokens import encode  # noqa: E402
+from stego_parts.tokens import encode
 
 PAPER = dict(evenness=0.0, views="five")  # what the paper's whole method has and `fit`'s default has not
 TABLE_2 = {  # {row: options of fit}; the last but one is scored with the CRF as well
