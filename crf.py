@@ -77,7 +77,7 @@ def dense_crf(
         kernels.append(_smooth_kernel(B, H, W, rows, smooth_sxy, smooth_compat, device))
     problems = scores.to(device).reshape(-1, B, scores.shape[-3], H, W)  # (S, B, C, H, W); S or B is 1
     q = [_mean_field(each, kernels, iterations, rows * W, delay) for each in problems]
-    return (q[0] if len(q) == 1 else torch.cat(q)).reshape(scores.shape).to(scores.device)
+    return torch.cat(q).permute(0, 3, 1, 2).reshape(scores.shape).to(scores.device)  # (S B, C, H, W) at first
 
 
 def _supported_device(device: torch.device) -> torch.device:
@@ -107,7 +107,7 @@ def _mean_field(scores: Tensor, kernels: list, iterations: int, strip: int, dela
             while len(waiting) > (delay if b < len(q) else 0):
                 energy, old = waiting.pop(0)
                 torch.softmax(energy, 1, out=old)
-    return q.view(B, H, W, C).permute(0, 3, 1, 2)
+    return q.view(B, H, W, C)
 
 
 def _colour_kernel(image: Tensor, sxy: float, srgb: float, weight: float):

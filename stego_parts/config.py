@@ -107,7 +107,7 @@ PRESETS: dict[str, dict] = {
     "cocostuff": _BASE | _COCO_LAMBDAS | dict(b_self=0.12, b_knn=0.20, b_rand=1.00, code_size=90),
 }
 # "default" with the bundled backbone: what was measured with it.
-ON_TINY = dict(steps=300, views="windows", evenness=0.5, adaptation=8.0)
+ON_TINY = dict(steps=300, views="windows", evenness=1.0, adaptation=8.0)
 # What --set can set.
 _OPTIONS = ("preset", "backbone", "classes", "seed", "steps", "crops", "images")
 SETTINGS = {field.name: field.type for field in fields(Config) if field.name not in _OPTIONS}

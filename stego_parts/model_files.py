@@ -71,27 +71,19 @@ def _released(state: dict) -> dict:
         for ours, theirs in RELEASED_HEAD.items()
         for part in ("weight", "bias")
     }
-    centers, patch = (
-        F.normalize(state["cluster_probe.clusters"].float(), dim=1),
+    centers = F.normalize(state["cluster_probe.clusters"].float(), dim=1)
+    (code_size, channels), count, patch = (
+        head["linear.weight"].shape,
+        len(centers),
         state[RELEASED_PATCH].shape[-1],
     )
-    (code_size, channels), count = head["linear.weight"].shape, len(centers)
-    transformers = {
-        (spec.channels, spec.patch): name for name, spec in BACKBONES.items() if "dino_vit" in name
-    }
-    if (channels, patch) not in transformers:
-        raise ValueError(f"no DINO backbone has {channels} channels and patches of {patch}")
+    known = [(name, spec) for name, spec in reversed(BACKBONES.items()) if name.startswith("dino_vit")]
+    backbone = {(spec.channels, spec.patch): name for name, spec in known}[channels, patch]
     linear = None
     if "linear_probe.weight" in state:
         linear = state["linear_probe.weight"].flatten(1), state["linear_probe.bias"]
     return dict(
-        config=dict(
-            preset=RELEASED,
-            backbone=transformers[channels, patch],
-            classes=count,
-            code_size=code_size,
-            stride=patch,
-        ),
+        config=dict(preset=RELEASED, backbone=backbone, classes=count, code_size=code_size, stride=patch),
         head=head,
         centers=centers,
         share=torch.zeros(count),  # it does not tell

@@ -436,6 +436,8 @@ def _protocol(model: Stego, labelled: LabelledSet, train: LabelledSet, probes: d
         differences.append(
             f"linear probes to convergence on {side} x {side} crops (reference: along with the head)"
         )
+    if model.config.adaptation:
+        differences.append("centres adapted to each image (reference: the same for all)")
     if clusters > n:
         differences.append("clusters left over count as errors (reference: dropped)")
     return (

@@ -88,8 +88,9 @@ def direct_clusters(model, image, size, crf):
         sum(flip(model.head.on_map(model.backbone(flip(x)))) for flip in (lambda t: t, lambda t: t.flip(-1)))
         / 2
     )
+    centers = model.image_centers(codes)
     codes = F.normalize(F.interpolate(codes, size=size, mode="bilinear", align_corners=False), dim=1)[0]
-    cosine = torch.einsum("dhw,kd->khw", codes, model.centers)
+    cosine = torch.einsum("dhw,kd->khw", codes, centers)
     return (dense_crf(pixels(image), (2 * cosine).log_softmax(0)) if crf else cosine).argmax(0).numpy()
 
 
@@ -313,7 +314,9 @@ def test_clusters_of_one_name_are_one(model, drawn, caplog):
     labelled, _ = short(drawn)
     centers = torch.cat([model.centers, model.centers.flip(0) + 1e-3, model.centers])  # 0 1 2 2 1 0 0 1 2
     sha = model.backbone.sha256
-    fitted = Stego(model.config, model.head, centers, torch.ones(9) / 9, backbone_sha256=sha)
+    config = replace(model.config, adaptation=0.0)  # three equal centres would each follow a third of an image
+    model = Stego(config, model.head, model.centers, model.share, backbone_sha256=sha)
+    fitted = Stego(config, model.head, centers, torch.ones(9) / 9, backbone_sha256=sha)
     alone = evaluate(model, labelled, crf=False)["results"][0]
     fitted.rename(dict(enumerate("abccbaabc")))
     report = evaluate(fitted, labelled, crf=False)
