@@ -88,13 +88,10 @@ class Commands(click.Group):
 
 
 def sentence(error: Exception) -> str:
-    """An error for people; one of the system without its number and our temporary names."""
+    """An error for people: the system's without its number."""
     if not (isinstance(error, OSError) and error.strerror):
         return str(error)
-    place = Path(os.fsdecode(error.filename or "the output"))
-    if place.suffix == ".part":
-        return f"Cannot write into {place.parent}: {error.strerror}."
-    return f"Cannot use {place}: {error.strerror}."
+    return f"Cannot use {error.filename or 'an output'} ({error.strerror.lower()})."
 
 
 class StderrHandler(logging.Handler):

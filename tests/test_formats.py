@@ -83,7 +83,7 @@ def test_only_some_clusters(here, scenes, named):
     assert np.array_equal(two, mask_of("each.png"))
     assert (two == np.where(whole == 1, IGNORE, whole)).all() and (two == IGNORE).any()
     result = run("predict", source, "--only", "moon", code=2)
-    assert "no cluster 'moon'" in result.stderr and "sky, block" in result.stderr
+    assert "no cluster 'moon'" in result.stderr and "block, sky" in result.stderr
 
 
 def test_pictures_stay_as_they_are_where_nothing_is_kept():
@@ -216,7 +216,7 @@ def test_shares_and_annotations_leave_255_out():
         (["-o", "x.png", "--format", "npz"], "not a .npz"),
         (["-o", "x.png", "--format", "coco"], "not a .json"),
         (["-o", "x.png", "--format", "json"], "not a .json"),
-        (["-o", "x.tif", "--format", "overlay"], "not a .jpg or .jpeg or .png"),
+        (["-o", "x.tif", "--format", "overlay"], "not a .png or .jpg or .jpeg"),
         (["--format", "json", "--overlay"], "--overlay goes with masks"),
         (["-o", "-", "--overlay"], "one stdout"),
         (["-o", "-", "--skip-existing"], "--skip-existing is for"),

@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_the_old_outputs_alone(model, tmp_path, monkeypatch, 
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir()}
     fill_up(monkeypatch, after)
     result = CliRunner().invoke(main, ["predict", "scene.png", "-o", "mask.png", "--no-crf"])
-    assert result.exit_code == 1 and "No space left" in result.output and "Traceback" not in result.output
+    assert result.exit_code == 1 and "no space left" in result.output and "Traceback" not in result.output
     with pytest.raises(OSError):
         model.save("stego.pt")
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir()} == before
@@ -220,7 +220,7 @@ FORGED = {
         }
     ),
     "numbers for names": lambda state: state | {"names": [1, 2, 3]},
-    "no configuration": lambda state: state | {"config": {}},
+    "an unknown option": lambda state: state | {"config": state["config"] | {"moon": 1}},
     "a list for a backbone": lambda state: state | {"config": state["config"] | {"backbone": ["tiny"]}},
     "another backbone": lambda state: state | {"config": state["config"] | {"backbone": "resnet9000"}},
     "a narrow head": lambda state: (
