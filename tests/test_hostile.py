@@ -220,7 +220,6 @@ FORGED = {
         }
     ),
     "numbers for names": lambda state: state | {"names": [1, 2, 3]},
-    "an unknown option": lambda state: state | {"config": state["config"] | {"moon": 1}},
     "a list for a backbone": lambda state: state | {"config": state["config"] | {"backbone": ["tiny"]}},
     "another backbone": lambda state: state | {"config": state["config"] | {"backbone": "resnet9000"}},
     "a narrow head": lambda state: (
