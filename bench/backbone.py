@@ -28,10 +28,10 @@ from pretrain import IMAGE_SIDE, find_images, learn_dictionary  # noqa: E402
 from pretrain import square as square_tensor  # noqa: E402
 
 from kmeans import CosineKMeans  # noqa: E402
-from stego import mirror_averaged  # noqa: E402
 from stego_parts.backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone  # noqa: E402
 from stego_parts.datasets import SIDE, folder_pairs, read_pair  # noqa: E402
 from stego_parts.images import to_tensor  # noqa: E402
+from stego_parts.maps import unmirror  # noqa: E402
 from stego_parts.protocol import (  # noqa: E402
     PROBE_ROWS,
     class_shares,
@@ -96,7 +96,7 @@ def features(network, folder: Path, split: str, *, mirror: bool):
     for pair in folder_pairs(folder / "images" / split, folder / "labels" / split):
         image, label = read_pair(*pair, side=math.ceil(SIDE / network.patch) * network.patch)
         x = to_tensor(image)[None]
-        maps.append((mirror_averaged(network, x) if mirror else network(x)).half())
+        maps.append((unmirror(network(torch.cat([x, x.flip(-1)]))) if mirror else network(x)).half())
         labels.append(label)
     return torch.cat(maps), labels
 
