@@ -22,6 +22,7 @@ WRITTEN = dict(mask="masks", overlay="overlays", npz="probabilities", json="shar
 NOTICE = logging.INFO + 5  # level of messages that are said unless --quiet
 PIPE = "-"  # stdin as an image, stdout as an output
 MODEL_SUFFIXES = (".pt", ".pth", ".ckpt")
+OUTPUTS = "stego-out"  # folder of what predict writes, which fit leaves out
 FEATURES = "stego-features"  # folder, beside the model, of features that are kept for other fits
 DEMO_SCENES, DEMO_STEPS = {"train": 30, "val": 10}, 300  # two minutes on two cores; steps as `fit` takes them
 REFRESH = 0.2  # seconds between two updates of the progress line
@@ -274,7 +275,7 @@ def fit(progress, images, dataset, root, classes, output, preset, settings, over
     from stego_parts.config import fit_config, parse_settings
     from stego_parts.datasets import PRESET_OF, labelled_set, published_line
     from stego_parts.images import find_images
-    from stego_parts.outputs import PICTURE, check_outputs, check_replacing
+    from stego_parts.outputs import PICTURE, check_outputs, check_replacing, read_note
 
     options |= parse_settings(settings)
     if dataset:
@@ -284,7 +285,8 @@ def fit(progress, images, dataset, root, classes, output, preset, settings, over
     options |= dict(preset=preset or "default", classes=classes or 27)
     config = fit_config(options["preset"], backbone=options["backbone"])
     sheet = output.with_name(f"{output.stem}-fit.png")
-    options["exclude"] = [sheet, *filter(None, [report])]
+    ours = [sheet] if read_note(sheet) else []  # else it may be somebody's picture
+    options["exclude"] = [*ours, output.with_name(OUTPUTS), *filter(None, [report])]
     paths = [path for path, _ in find_images(images, exclude=options["exclude"])]
     inputs = [*paths, *filter(None, [options["weights"]])]
     check_outputs([(output, ()), (sheet, PICTURE)], inputs=inputs, folders=[report])
@@ -324,10 +326,10 @@ def fit_and_save(progress: Progress, images, output: Path, *, keep_features: boo
 
 def write_pictures(progress: Progress, model, paths, output: Path, sheet: Path, report):
     """The pictures of a fit, and what is said at its end."""
-    from stego_parts.images import write_image
+    from stego_parts.outputs import write_picture
     from stego_parts.report import agreement_line, contact_sheet, write_report
 
-    write_image(contact_sheet(model, paths, progress=progress), sheet)
+    write_picture(contact_sheet(model, paths, progress=progress), sheet, "contact sheet")
     if report:
         write_report(model, report)
     if model.record.agreement and not is_quiet():
@@ -350,7 +352,7 @@ def log_config(model):
 @main.command(short_help="Segment images with a fitted model.")
 @click.argument("images", nargs=-1, required=True)
 @model_option
-@option("-o", "--output", default="stego-out", type=PATH, help="A file, a folder, or - for stdout.")
+@option("-o", "--output", default=OUTPUTS, type=PATH, help="A file, a folder, or - for stdout.")
 @option("--format", "kind", default="mask", type=click.Choice(list(WRITTEN)), help="What is written.")
 @option("--overlay", is_flag=True, help="Beside each mask, the picture with its segments and a legend.")
 @option("--only", multiple=True, callback=split_names, metavar="NAMES", help="Clusters to keep: road,7.")
@@ -371,7 +373,6 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
       stego predict img.jpg -o mask.png
       stego predict folder/ "more/*.png" -o out/ --overlay
       stego predict img.jpg -o road.png --only road,3 --resolution 480
-      stego predict folder/ -o segments.json --format coco
       cat img.jpg | stego predict - -o - > mask.png
     """
     formats, piped = check_formats(kind, images, output, overlay, only), str(output) == PIPE
@@ -380,8 +381,8 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
     from stego_parts.images import find_images
     from stego_parts.tokens import check_resolution
 
-    stdin = images == (PIPE,)
-    sources = [(sys.stdin.buffer, Path("stdin"))] if stdin else find_images(images, exclude=[output])
+    stdin, sheet = images == (PIPE,), model.with_name(f"{model.stem}-fit.png")
+    sources = [(sys.stdin.buffer, Path("stdin"))] if stdin else find_images(images, exclude=[output, sheet])
     jobs, document = outputs.plan_outputs(sources, output, formats), outputs.document_path(output, kind)
     if skip_existing and (document or piped):
         raise click.UsageError("--skip-existing is for outputs of each image; choose another format or -o.")
@@ -393,8 +394,7 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
     check_resolution(fitted.backbone, options["resolution"], device=fitted.device)
     writer = outputs.Writer(fitted, keep, outputs.note_of(fitted, keep, options))
     todo, entries = [job for job in jobs if not (skip_existing and job.is_done(writer.note))], []
-    if not document:
-        progress.go_on = "the same command with --skip-existing goes on"
+    progress.go_on = progress.go_on if document else "the same command with --skip-existing goes on"
     for done, (job, entry) in enumerate(writer.results(todo, kind, options), 1):
         if isinstance(entry, Exception):
             who, what = "<stdin>" if stdin else str(job.source), sentence(entry)
@@ -405,8 +405,7 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
     if document:
         writer.write_document(entries, kind, document)
     skipped = f", {len(jobs) - len(todo)} skipped" if skip_existing else ""
-    where = "stdout" if piped else document or output
-    what = f"{' and '.join(WRITTEN[each] for each in formats)} in {where}"
+    what = f"{' and '.join(map(WRITTEN.get, formats))} in {'stdout' if piped else document or output}"
     progress.summary(f"{len(entries)} of {len(todo)} images{skipped}", what, err=piped)
     sys.exit(0 if len(entries) == len(todo) else 1)
 
@@ -653,7 +652,6 @@ def demo(progress, output, seed):
 
     \b
     Example:
-      stego demo
       stego demo -o /tmp/demo --seed 7
     """
     import numpy as np

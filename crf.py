@@ -1,4 +1,4 @@
-"""A fully connected Gaussian CRF in pure torch, for the CPU and CUDA.
+"""A fully connected Gaussian CRF in pure torch, for the CPU and CUDA; mps tensors are computed on the CPU.
 
 After Krähenbühl & Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials"
 (NIPS 2011); the colour kernel runs on the lattice of Adams, Baek & Davis, "Fast High-Dimensional Filtering
@@ -10,7 +10,7 @@ Using the Permutohedral Lattice" (Eurographics 2010).
 """
 
 import math
-from collections import deque
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,18 +22,17 @@ from torch import Tensor
 ITERATIONS = 10
 SXY, SRGB, COMPAT = 67.0, 3.0, 4.0  # pixels, levels of 0..255, weight
 SMOOTH_SXY, SMOOTH_COMPAT = 1.0, 3.0  # pixels, weight
-
 NORM_EPS = 1e-20  # added to the kernel's row sums, as the authors' library does
 TRUNCATE = 4.0  # sigmas at which the small Gaussian ends; what is left out is 6e-5 of its mass
 MIN_SIGMA = 0.2  # pixels or levels; points 5 sigmas apart no longer meet in the lattice: less changes nothing
-STRIP = 25_000  # pixels in work at once on the CPU: their temporaries stay in cache
-MAX_KEY = 2**63 - 1  # lattice vertices bear int64 keys
+STRIP = 25_000  # pixels processed at once on the CPU: their temporaries stay in cache
+MAX_KEY = 2**63 - 1  # lattice vertices have int64 keys
 MAX_PIXELS = (2**31 - 1) // 6  # int32 indices, six vertices a pixel
 
 MEGAPIXELS = 0.5  # working size for photos, 10^6 pixels
 UPSAMPLE_SRGB = 10.0  # levels of 0..255; how far a pixel may be from a coarse neighbour it resembles
-UPSAMPLE_FLOOR = 1e-3  # share of coarse neighbours that bilinear interpolation would not ask
-UPSAMPLE_PIXELS = 1 << 18  # full-size pixels in work at once
+UPSAMPLE_FLOOR = 1e-3  # weight of coarse neighbours that bilinear interpolation leaves out
+UPSAMPLE_PIXELS = 1 << 18  # full-size pixels processed at once
 
 
 # ------------------------------------------------------------------------------------------ mean field
@@ -56,54 +55,59 @@ def dense_crf(
     image   (3, H, W) or (B, 3, H, W) uint8, RGB 0..255.
     scores  (C, H, W) or (B, C, H, W), any float type: logits, that is minus the unary energies, up to a
             constant a pixel. For probabilities pass `probs.log()`; -inf marks a class as impossible there.
+            One image (3, H, W) with scores (S, C, H, W) is S problems that share the image's kernels.
     sxy, srgb, compat            standard deviations (pixels, colour levels) and weight of the colour kernel.
     smooth_sxy, smooth_compat    the same for the small Gaussian. A weight of 0 leaves its kernel out.
 
     Returns probabilities in the shape of `scores`, float32; with both weights 0 that is `scores.softmax(0)`.
-    Both kernels are normalised symmetrically and hold the pixel itself, as in the authors' library.
+    Both kernels are normalised symmetrically and include the pixel itself, as in the authors' library.
     The images of a batch do not influence each other. Raises ValueError for anything else than the above.
     """
     _check_inputs(image, scores)
     _check_settings(iterations, compat, smooth_compat, sxy=sxy, srgb=srgb, smooth_sxy=smooth_sxy)
-    B, C, H, W = (1, *scores.shape)[-4:]
-    image = image.reshape(B, 3, H, W)
+    (H, W), device = image.shape[-2:], _supported_device(image.device)
+    images = image.to(device).reshape(-1, 3, H, W)
+    B = len(images)
+    rows = B * H if device.type == "cuda" else min(B * H, max(1, STRIP // W))  # of pixels, at once
+    delay = math.ceil(min(TRUNCATE * smooth_sxy, H) / rows)
     kernels = []
     if compat:
-        kernels.append(_colour_kernel(image, sxy, srgb, compat))
+        kernels.append(_colour_kernel(images, sxy, srgb, compat))
     if smooth_compat:
-        kernels.append(_smooth_kernel(B, H, W, smooth_sxy, smooth_compat, image.device))
-    rows = _rows_at_once(B * H, W, image.device)
-    delay = math.ceil(_radius(H, smooth_sxy) / rows)
-    logits = scores.reshape(B, C, H, W).permute(0, 2, 3, 1).reshape(-1, C)  # (N, C), N = B H W
-    logits = logits.float().contiguous()  # rows of classes: reading across planes costs a fifth of the time
-    q = _mean_field(logits, kernels, iterations if kernels else 0, rows * W, delay)
-    return q.view(B, H, W, C).permute(0, 3, 1, 2).reshape(scores.shape)
+        kernels.append(_smooth_kernel(B, H, W, rows, smooth_sxy, smooth_compat, device))
+    problems = scores.to(device).reshape(-1, B, scores.shape[-3], H, W)  # (S, B, C, H, W); S or B is 1
+    q = [_mean_field(each, kernels, iterations, rows * W, delay) for each in problems]
+    return torch.cat(q).permute(0, 3, 1, 2).reshape(scores.shape).to(scores.device)  # (S B, C, H, W) at first
 
 
-def _mean_field(logits: Tensor, kernels: list, iterations: int, strip: int, delay: int) -> Tensor:
+def _supported_device(device: torch.device) -> torch.device:
+    """Where to compute: mps has neither embedding_bag nor adaptive pooling to any size."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _mean_field(scores: Tensor, kernels: list, iterations: int, strip: int, delay: int) -> Tensor:
     """Q <- softmax(scores + sum of K Q) (paper, Algorithm 1), strip by strip; a kernel turns Q into a
-    function that gives the messages to pixels a..b. The small Gaussian reads Q of the `delay` strips before
+    function that returns the messages to pixels a..b. The small Gaussian reads Q of the `delay` strips before
     its own: a strip is overwritten that much later."""
+    B, C, H, W = scores.shape
+    logits = scores.float().permute(0, 2, 3, 1).contiguous().view(-1, C)  # (N, C), N = B H W
     q = logits.softmax(1)  # (N, C)
     if not torch.isfinite(q.sum()):  # one NaN spoils the sum; a test of each would need more memory
-        raise ValueError(
-            "scores hold NaN or +inf, or only -inf at some pixel; need a finite score for at "
-            "least one class at each pixel: replace them first"
-        )
-    for _ in range(iterations):
+        raise ValueError("scores contain NaN, +inf or a pixel of -inf only; need a finite one at each pixel")
+    for _ in range(iterations if kernels else 0):
         messages = [kernel(q) for kernel in kernels]
-        waiting = deque()
+        waiting: list[tuple[Tensor, Tensor]] = []  # energies of strips, and where their Q goes
         for a in range(0, len(q), strip):
             b = min(a + strip, len(q))
-            first, *others = (message(a, b) for message in messages)
-            energy = first.add_(logits[a:b])  # (b - a, C)
+            energy, *others = (message(a, b) for message in messages)  # (b - a, C) each
+            energy += logits[a:b]
             for other in others:
                 energy += other
             waiting.append((energy, q[a:b]))
             while len(waiting) > (delay if b < len(q) else 0):
-                energy, old = waiting.popleft()
+                energy, old = waiting.pop(0)
                 torch.softmax(energy, 1, out=old)
-    return q
+    return q.view(B, H, W, C)
 
 
 def _colour_kernel(image: Tensor, sxy: float, srgb: float, weight: float):
@@ -120,35 +124,27 @@ def _colour_kernel(image: Tensor, sxy: float, srgb: float, weight: float):
     lattice.splat_weight *= scale[lattice.splat_pixel, 0]
     lattice.slice_weight *= scale * weight
 
-    def kernel(q):
-        table = lattice.blur(q)
-        return lambda a, b: lattice.slice(table, a, b)
-
-    return kernel
+    return lambda q: partial(lattice.slice, lattice.blur(q))
 
 
-def _smooth_kernel(B: int, H: int, W: int, sigma: float, weight: float, device):
+def _smooth_kernel(B: int, H: int, W: int, rows: int, sigma: float, weight: float, device: torch.device):
     """Small Gaussian in two passes, both weighted sums of gathered rows: image rows, then pixels in a row."""
-    rows = _rows_at_once(B * H, W, device)
     above, vertical = (t.to(device) for t in _taps(H, B, sigma))  # (B H, T)
     beside, horizontal = (t.to(device) for t in _taps(W, rows, sigma))  # (rows W, T')
     horizontal *= weight
 
-    def kernel(q):
-        def message(a, b):
-            top, bottom, n = a // W, b // W, b - a
-            x = _gather(q.view(B * H, -1), above[top:bottom], vertical[top:bottom])  # (rows, W C)
-            return _gather(x.view(n, -1), beside[:n], horizontal[:n])  # (n, C)
+    def message(q: Tensor, a: int, b: int) -> Tensor:
+        top, bottom, n = a // W, b // W, b - a
+        x = _gather(q.view(B * H, -1), above[top:bottom], vertical[top:bottom])  # (rows, W C)
+        return _gather(x.view(n, -1), beside[:n], horizontal[:n])  # (n, C)
 
-        return message
-
-    return kernel
+    return lambda q: partial(message, q)
 
 
 def _taps(n: int, copies: int, sigma: float) -> tuple[Tensor, Tensor]:
     """The symmetrically normalised n x n Gaussian, `copies` times down the diagonal: columns and values of
-    what its rows hold, both (copies n, 2 radius + 1)."""
-    radius = _radius(n, sigma)
+    the entries in its rows, both (copies n, 2 radius + 1)."""
+    radius = min(math.ceil(TRUNCATE * sigma), n - 1)
     step = torch.arange(-radius, radius + 1)
     other = torch.arange(n)[:, None] + step  # (n, 2 radius + 1)
     tap = torch.exp(-0.5 * (step / sigma) ** 2) * ((other >= 0) & (other < n))
@@ -159,11 +155,6 @@ def _taps(n: int, copies: int, sigma: float) -> tuple[Tensor, Tensor]:
     return other.view(copies * n, -1).int(), tap.repeat(copies, 1)
 
 
-def _radius(n: int, sigma: float) -> int:
-    """How far the small Gaussian reaches along an axis of n pixels."""
-    return min(math.ceil(TRUNCATE * sigma), n - 1)
-
-
 def _gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """Sum over k of weight[i, k] table[index[i, k]]: (M, C), (n, T), (n, T) -> (n, C), in one fused pass."""
     n, taps = index.shape
@@ -172,16 +163,9 @@ def _gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     return _bags(table, index.view(-1), start, weight.view(-1))
 
 
-def _bags(table: Tensor, index: Tensor, start: Tensor, weight: Tensor) -> Tensor:
+def _bags(table: Tensor, index: Tensor, start: Tensor, w: Tensor) -> Tensor:
     """Weighted sums of rows of the table; the i-th is of index[start[i]:start[i + 1]]."""
-    return F.embedding_bag(
-        index, table, start, mode="sum", per_sample_weights=weight, include_last_offset=True
-    )
-
-
-def _rows_at_once(rows: int, W: int, device) -> int:
-    """A GPU takes all image rows at once, a CPU as many as fit its cache."""
-    return rows if device.type == "cuda" else min(rows, max(1, STRIP // W))
+    return F.embedding_bag(index, table, start, mode="sum", per_sample_weights=w, include_last_offset=True)
 
 
 # ------------------------------------------------------------------------------- permutohedral lattice
@@ -239,17 +223,16 @@ def _pack(floor: Tensor, index: Tensor, images: int) -> tuple[Tensor, Tensor, in
     A coordinate's span leaves room for the simplex (+ 1) and for neighbours (- 1, + 2): keys never collide.
     """
     low, high = floor.amin(0) - 1, floor.amax(0) + 2
-    stride, size = [], 1
+    strides, size = [], 1
     for span in (high - low + 1).tolist():
-        stride.append(size)
+        strides.append(size)
         size *= span
     if size * images > MAX_KEY:
-        raise ValueError(
-            f"{len(floor)} pixels are too many for sigmas this small: the lattice needs "
-            f"{size * images:.1e} keys and has {MAX_KEY:.1e}; use larger sxy or srgb, a smaller "
-            "image or a smaller batch"
+        needs = (
+            f"{len(floor)} pixels with these sigmas need {size * images:.1e} lattice keys of {MAX_KEY:.1e}"
         )
-    stride = torch.tensor(stride, device=floor.device)
+        raise ValueError(f"{needs}; use larger sxy or srgb, a smaller image or a smaller batch")
+    stride = torch.tensor(strides, device=floor.device)
     return ((floor - low) * stride).sum(1) + index * size, stride, size * images
 
 
@@ -259,8 +242,7 @@ def _sort(key: Tensor, size: int) -> tuple[Tensor, Tensor]:
     bits = len(key).bit_length()
     if key.device.type != "cpu" or size << bits > MAX_KEY:
         return key.sort(stable=True)
-    packed = (key << bits) | torch.arange(len(key))
-    packed = torch.from_numpy(np.sort(packed.numpy()))
+    packed = torch.from_numpy(np.sort(((key << bits) | torch.arange(len(key))).numpy()))
     return packed >> bits, packed & ((1 << bits) - 1)
 
 
@@ -286,10 +268,7 @@ def working_size(size: tuple[int, int], *, megapixels: float = MEGAPIXELS) -> tu
     `megapixels` million pixels, never larger than the photo. Raises ValueError unless all are positive."""
     H, W = size
     if H < 1 or W < 1 or not 0 < megapixels < math.inf:
-        raise ValueError(
-            f"got size {H} x {W} and {megapixels} megapixels; need a size of at least 1 x 1 and "
-            "a positive number of megapixels"
-        )
+        raise ValueError(f"got size {H} x {W} and {megapixels} megapixels; need positive numbers")
     scale = min(1.0, math.sqrt(megapixels * 1e6 / (H * W)))
     return max(1, round(H * scale)), max(1, round(W * scale))
 
@@ -299,7 +278,7 @@ def upsample_along_edges(image: Tensor, probs: Tensor, *, srgb: float = UPSAMPLE
     """Labels at the image's size from class probabilities at a smaller one, edges where the image has them.
 
     Joint bilateral upsampling (Kopf et al. 2007): a pixel mixes the 3 x 3 nearest coarse pixels, weighted by
-    how alike the colours are and as in bilinear interpolation; there five of them count nothing, here
+    how similar the colours are and as in bilinear interpolation; there five of them have weight 0, here
     UPSAMPLE_FLOOR, and so decide where none of the four nearest resembles the pixel.
 
     image  (3, H, W) uint8, RGB.
@@ -307,20 +286,23 @@ def upsample_along_edges(image: Tensor, probs: Tensor, *, srgb: float = UPSAMPLE
     srgb   standard deviation of the colour weight, levels of 0..255.
     Returns (H, W) uint8, the most probable class. Extra memory is at most about 35 bytes a pixel, whatever C.
     """
-    _check_upsampling(image, probs, srgb)
+    _check_upsampling(image, probs)
+    _check_settings(srgb=srgb)
     (C, h, w), (_, H, W) = probs.shape, image.shape
+    origin, device = probs.device, _supported_device(probs.device)
+    image, probs = image.to(device), probs.to(device)
     coarse = probs.max(0).indices  # (h, w); faster than argmax(0)
     if (h, w) == (H, W):
-        return coarse.to(torch.uint8)
-    near_y, tent_y = _tent(H, h, probs.device)
-    near_x, tent_x = _tent(W, w, probs.device)
+        return coarse.to(torch.uint8).to(origin)
+    near_y, tent_y = _tent(H, h, device)
+    near_x, tent_x = _tent(W, w, device)
     labels = coarse.to(torch.uint8)[near_y][:, near_x].reshape(-1)  # (H W,)
-    # where all nine agree their mixture does too: only the seams between segments are left to work out
-    seam = _disagree(coarse)[near_y][:, near_x].reshape(-1).nonzero().view(-1)
+    # where all nine agree their mixture does too: only the borders of segments are left to compute
+    border = _disagree(coarse)[near_y][:, near_x].reshape(-1).nonzero().view(-1)
     guide = F.adaptive_avg_pool2d(image.float(), (h, w)).view(3, -1).T  # (h w, 3)
     table = probs.permute(1, 2, 0).reshape(-1, C).float()  # (h w, C)
-    step = torch.arange(-1, 2, device=probs.device)
-    for pixel in seam.split(UPSAMPLE_PIXELS):
+    step = torch.arange(-1, 2, device=device)
+    for pixel in border.split(UPSAMPLE_PIXELS):
         y, x = pixel.div(W, rounding_mode="floor"), pixel % W  # (n,)
         yy = (near_y[y, None] + step).clamp_(0, h - 1)  # (n, 3)
         xx = (near_x[x, None] + step).clamp_(0, w - 1)
@@ -328,9 +310,9 @@ def upsample_along_edges(image: Tensor, probs: Tensor, *, srgb: float = UPSAMPLE
         space = (tent_y[y][:, :, None] * tent_x[x][:, None]).view(-1, 9) + UPSAMPLE_FLOOR
         colour = image[:, y, x].T.float()[:, None]  # (n, 1, 3)
         distance = (guide[index] - colour).square_().sum(2)  # (n, 9)
-        alike = torch.exp((distance.amin(1, keepdim=True) - distance) / (2 * srgb**2))
-        labels[pixel] = _gather(table, index, space * alike).argmax(1).to(torch.uint8)
-    return labels.view(H, W)
+        similarity = torch.exp((distance.amin(1, keepdim=True) - distance) / (2 * srgb**2))
+        labels[pixel] = _gather(table, index, space * similarity).argmax(1).to(torch.uint8)
+    return labels.view(H, W).to(origin)
 
 
 def _tent(n: int, m: int, device) -> tuple[Tensor, Tensor]:
@@ -343,7 +325,7 @@ def _tent(n: int, m: int, device) -> tuple[Tensor, Tensor]:
 
 
 def _disagree(labels: Tensor) -> Tensor:
-    """(h, w) labels -> True where the 3 x 3 pixels around do not all bear the same."""
+    """(h, w) labels -> True where the 3 x 3 pixels around do not all have the same."""
     x = labels[None].float()
     return (F.max_pool2d(x, 3, 1, 1) != -F.max_pool2d(-x, 3, 1, 1))[0]
 
@@ -351,58 +333,48 @@ def _disagree(labels: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ checks
 
 
+def _check_tensors(image: Tensor, name: str, x: Tensor) -> None:
+    for each, label in ((image, "image"), (x, name)):
+        if not isinstance(each, Tensor):
+            raise ValueError(f"{label} is a {type(each).__name__}; need a torch tensor: use torch.from_numpy")
+    if image.device != x.device:
+        raise ValueError(f"image is on {image.device}, {name} on {x.device}; need both on one device")
+    if image.dtype != torch.uint8 or not x.is_floating_point():
+        raise ValueError(f"image is {image.dtype}, {name} {x.dtype}; need uint8 0..255 and floating point")
+
+
 def _check_inputs(image: Tensor, scores: Tensor) -> None:
-    for name, x in (("image", image), ("scores", scores)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} is a {type(x).__name__}; need a torch tensor: use torch.from_numpy")
-    if image.dtype != torch.uint8:
-        raise ValueError(f"image has dtype {image.dtype}; need uint8 RGB values 0..255")
-    if not scores.is_floating_point():
-        raise ValueError(f"scores have dtype {scores.dtype}; need floating point logits")
-    shape, want = tuple(image.shape), (*scores.shape[:-3], 3, *scores.shape[-2:])
-    if scores.dim() not in (3, 4) or shape != want or 0 in scores.shape:
+    _check_tensors(image, "scores", scores)
+    shape, same = tuple(image.shape), (*scores.shape[:-3], 3, *scores.shape[-2:])
+    if scores.dim() not in (3, 4) or shape not in (same, same[-3:]) or 0 in scores.shape:
         raise ValueError(
-            f"got image {shape} and scores {tuple(scores.shape)}; need (3, H, W) and (C, H, W), "
+            f"got image {shape} and scores {tuple(scores.shape)}; need (3, H, W) and (C, H, W) or (S, C, H, W), "
             "or (B, 3, H, W) and (B, C, H, W), of the same size and not empty"
         )
     if image[..., :1, :, :].numel() > MAX_PIXELS:
         raise ValueError(f"got image {shape}, over {MAX_PIXELS} pixels in one call; use smaller batches")
-    if image.device != scores.device:
-        raise ValueError(f"image is on {image.device}, scores on {scores.device}; need both on one device")
 
 
-def _check_settings(iterations: int, compat: float, smooth_compat: float, **sigmas: float) -> None:
+def _check_settings(iterations: int = 0, compat: float = 0, smooth: float = 0, **sigmas: float) -> None:
     if not isinstance(iterations, int) or iterations < 0:
         raise ValueError(f"got iterations={iterations!r}; need a whole number, 0 or more")
     for name, value in sigmas.items():
         if not 0 < value < math.inf:
-            raise ValueError(
-                f"got {name}={value}; need a standard deviation above 0 (to leave a kernel out, "
-                "set its compat to 0)"
-            )
-    for name, value in (("compat", compat), ("smooth_compat", smooth_compat)):
+            raise ValueError(f"got {name}={value}; need a standard deviation above 0")
+    for name, value in (("compat", compat), ("smooth_compat", smooth)):
         if not 0 <= value < math.inf:
             raise ValueError(f"got {name}={value}; need a weight of 0 or more")
 
 
-def _check_upsampling(image: Tensor, probs: Tensor, srgb: float) -> None:
-    for name, x in (("image", image), ("probs", probs)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} is a {type(x).__name__}; need a torch tensor: use torch.from_numpy")
-    if image.dtype != torch.uint8 or image.dim() != 3 or len(image) != 3:
-        raise ValueError(f"got image {tuple(image.shape)} {image.dtype}; need (3, H, W) uint8")
-    if not probs.is_floating_point() or probs.dim() != 3 or not 1 <= len(probs) <= 256:
-        raise ValueError(
-            f"got probs {tuple(probs.shape)} {probs.dtype}; need (C, h, w) floating point with "
-            "1 to 256 classes"
-        )
+def _check_upsampling(image: Tensor, probs: Tensor) -> None:
+    _check_tensors(image, "probs", probs)
+    if image.dim() != 3 or len(image) != 3 or probs.dim() != 3 or not 1 <= len(probs) <= 256:
+        got = f"got image {tuple(image.shape)} and probs {tuple(probs.shape)}"
+        raise ValueError(f"{got}; need (3, H, W) and (C, h, w) with 1 to 256 classes")
     (h, w), (H, W) = probs.shape[1:], image.shape[1:]
     if not (1 <= h <= H and 1 <= w <= W):
         raise ValueError(
-            f"got probs of size {h} x {w} for an image of {H} x {W}; need them no larger than "
-            "the image and not empty"
+            f"got probs of {h} x {w} for {H} x {W}; need them no larger than the image, not empty"
         )
     if torch.isnan(probs).any():
-        raise ValueError("probs hold NaN; need a number for every class and pixel")
-    if not 0 < srgb < math.inf:
-        raise ValueError(f"got srgb={srgb}; need a standard deviation above 0, in levels of 0..255")
+        raise ValueError("probs contain NaN; need a number for every class and pixel")

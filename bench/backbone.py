@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from pretrain import IMAGE_SIDE, find_images, learn_dictionary  # noqa: E402
-from pretrain import square as square_tensor  # noqa: E402
+from pretrain import IMAGE_SIDE, find_images, learn_dictionary
+from pretrain import square as square_tensor
 
-from kmeans import CosineKMeans  # noqa: E402
-from stego_parts.backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone  # noqa: E402
-from stego_parts.datasets import SIDE, folder_pairs, read_pair  # noqa: E402
-from stego_parts.images import to_tensor  # noqa: E402
-from stego_parts.maps import unmirror  # noqa: E402
-from stego_parts.protocol import (  # noqa: E402
+from kmeans import CosineKMeans
+from stego_parts.backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone
+from stego_parts.datasets import SIDE, folder_pairs, read_pair
+from stego_parts.images import to_tensor
+from stego_parts.maps import unmirror
+from stego_parts.protocol import (
     PROBE_ROWS,
     class_shares,
     cluster_map,
@@ -41,7 +41,7 @@ from stego_parts.protocol import (  # noqa: E402
     match_clusters,
     scores,
 )
-from stego_parts.tiny import Dictionary, Tiny  # noqa: E402
+from stego_parts.tiny import Dictionary, Tiny
 
 UNLABELLED = (
     "unlabelled",

@@ -24,8 +24,8 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cli import keep_memory  # noqa: E402
-from stego_parts.backbones import BACKBONES, ViT  # noqa: E402
+from cli import keep_memory
+from stego_parts.backbones import BACKBONES, ViT
 
 BATCHES = {"5 crops": (5, 224, 224), "mirrored pair": (2, 320, 424)}
 COLUMNS = (

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from crf import dense_crf  # noqa: E402
+from crf import dense_crf
 
 CLASSES = 27
 MEAN_MAX = {"soft": 0.10, "sharp": 0.62}  # mean maximum probability

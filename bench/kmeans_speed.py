@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kmeans import CosineKMeans  # noqa: E402
-from stego import nearest_neighbors, shifts_from_data, train_head  # noqa: E402
-from stego_parts.backbones import load_backbone  # noqa: E402
-from stego_parts.config import fit_config  # noqa: E402
-from stego_parts.images import find_images  # noqa: E402
-from stego_parts.tokens import encode  # noqa: E402
+from kmeans import CosineKMeans
+from stego import nearest_neighbors, shifts_from_data, train_head
+from stego_parts.backbones import load_backbone
+from stego_parts.config import fit_config
+from stego_parts.images import find_images
+from stego_parts.tokens import encode
 
 
 @torch.inference_mode()

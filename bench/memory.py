@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stego_parts.images import find_images  # noqa: E402
+from stego_parts.images import find_images
 
 
 def megabytes(pid: int) -> dict:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stego import NEIGHBORS, nearest_neighbors  # noqa: E402
+from stego import NEIGHBORS, nearest_neighbors
 
 
 def timed(function) -> tuple[float, float, object]:

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from evaluation import random_model  # noqa: E402
+from evaluation import random_model
 
-import cli  # noqa: E402
-from stego_parts.backbones import BACKBONES, ViT, load_backbone  # noqa: E402
-from stego_parts.images import find_images, read_image, to_tensor  # noqa: E402
-from stego_parts.tokens import BILINEAR  # noqa: E402
+import cli
+from stego_parts.backbones import BACKBONES, ViT, load_backbone
+from stego_parts.images import find_images, read_image, to_tensor
+from stego_parts.tokens import BILINEAR
 
 
 def network_of(name: str):

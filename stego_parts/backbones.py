@@ -160,7 +160,7 @@ def _empty(name: str, stride: int | None) -> nn.Module:
     if stride not in (None, module.patch):
         resnets = ", ".join(name for name, spec in BACKBONES.items() if not spec.heads)
         raise ValueError(
-            f"Got stride {stride}; {name} sees patches of {module.patch} pixels, leave --stride out. "
+            f"Got stride {stride}; {name} sees patches of {module.patch} pixels, leave the stride out. "
             f"It is for {resnets}."
         )
     return module
@@ -290,11 +290,14 @@ def _net_timeout(seconds: float):
 
 
 def _read_tiny(weights) -> dict:
-    path = Path(weights or TINY_FILE)
-    if not weights and not path.exists():
-        raise FileNotFoundError(f"The bundled weights {path} are missing; reinstall stego.")
+    if weights:
+        raise ValueError(
+            "tiny comes with its weights; leave them out, or name the backbone that they are of."
+        )
+    if not TINY_FILE.exists():
+        raise FileNotFoundError(f"The bundled weights {TINY_FILE} are missing; reinstall stego.")
     try:
-        return _read_weights(path, "" if weights else TINY_SHA256)
+        return _read_weights(TINY_FILE, TINY_SHA256)
     except ValueError as error:
         raise ValueError(f"{error} Reinstall stego to get the bundled weights again.") from error
 

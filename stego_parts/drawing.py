@@ -6,7 +6,6 @@ from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from scipy import ndimage
 
 from stego_parts.images import IGNORE, mask_image
 
@@ -17,6 +16,7 @@ VIVID = ((255, 40, 40), (70, 110, 255), (40, 190, 40), (255, 170, 0), (230, 60, 
 OPACITY = 0.55  # of segments over a picture
 SPOT_SIDE = 320  # positions of the longer side of a mask on which places for text are looked for
 SHEET_CELL = (300, 220)  # pixels: what a picture on the contact sheet fits into (width, height)
+SHEET_EM = 18  # pixels: height of the letters of its legend
 SHEET_COLUMNS = 3  # pairs of pictures side by side on it
 REGION_CELL = 120  # pixels: side of a region on the sheet of clusters
 CHART, PANEL = (560, 400), (560, 180)  # pixels: size of a chart; of one of several
@@ -26,7 +26,7 @@ Color = tuple[int, int, int]
 font = cache(ImageFont.load_default)
 
 
-# ---- text and layout -----------------------------------------------------------------------------------------
+# ---- text and layout -------------------------------------------------------------------------------------------
 
 
 def text_picture(text: str, em: int = EM, *, width: int = 1) -> Image.Image:
@@ -44,7 +44,7 @@ def stack(pictures: Iterable[Image.Image], *, across: bool = False, gap: int = G
     """Pictures below each other, or side by side, on white."""
     pictures = list(pictures)
     axis = 0 if across else 1
-    sizes = np.array([picture.size for picture in pictures]).reshape(-1, 2)  # (n, 2): width, height
+    sizes = np.array([picture.size for picture in pictures], int).reshape(-1, 2)  # (n, 2): width, height
     starts = np.cumsum([0, *(sizes[:, axis] + gap)]).tolist()
     size = [max(sizes.max(0, initial=1)[1 - axis], 1)] * 2
     size[axis] = max(starts[-1] - gap, 1)
@@ -79,7 +79,7 @@ def legend(entries: Iterable[tuple[str, Color]], width: int, *, em: int = EM) ->
     return flow((stack(pair, across=True, gap=em // 2) for pair in pairs), width, gap=em)
 
 
-# ---- segments ------------------------------------------------------------------------------------------------
+# ---- segments --------------------------------------------------------------------------------------------------
 
 
 def cluster_name(k: int, labels: Sequence[str]) -> str:
@@ -113,7 +113,7 @@ def overlay(
     *,
     opacity: float = OPACITY,
 ) -> Image.Image:
-    """Segments over the picture in grey, with thin outlines; with labels (K,) also a name or number on large ones.
+    """Segments over the picture in grey, thinly outlined; labels (K,) or numbers are written on large ones.
 
     The picture stays as it is where the mask is 255.
     """
@@ -137,7 +137,9 @@ def _edges(mask: np.ndarray) -> np.ndarray:
 
 
 def _spots(mask: np.ndarray) -> Iterator[tuple[int, int, int, float]]:
-    """For each connected region of a mask (H, W) its cluster, the point furthest inside, the distance to its edge."""
+    """For each connected region of a mask (H, W): cluster, point (x, y) furthest inside, distance to its edge."""
+    from scipy import ndimage  # here: masks alone need it not
+
     step = max(max(mask.shape) // SPOT_SIDE, 1)
     small = mask[::step, ::step]
     inside = ndimage.distance_transform_edt(np.pad(~_edges(small), 1))[1:-1, 1:-1]
@@ -160,7 +162,7 @@ def _write_inside(picture: Image.Image, at: tuple[int, int], radius: float, text
 def contact_sheet(
     pairs: Iterable[tuple[Image.Image, np.ndarray]], palette: np.ndarray, labels: Sequence[str]
 ) -> Image.Image:
-    """Pictures beside their segments, and a legend: pairs of (RGB picture, mask (H, W)) -> one RGB picture."""
+    """Pictures beside their segments over a legend: pairs of (RGB picture, mask (H, W)) -> one picture."""
     cells, masks = [], []
     for image, mask in pairs:
         scale = min(most / side for most, side in zip(SHEET_CELL, image.size))
@@ -171,13 +173,15 @@ def contact_sheet(
     width = SHEET_COLUMNS * (2 * SHEET_CELL[0] + 2 + GAP)
     sheet = flow(cells, width)
     names = (
-        segment_legend(masks, palette, labels, max(sheet.width, SHEET_CELL[0])) if masks else legend([], 1)
+        segment_legend(masks, palette, labels, max(sheet.width, SHEET_CELL[0]), em=SHEET_EM)
+        if masks
+        else legend([], 1)
     )
     return framed(stack([sheet, names], gap=2 * GAP))
 
 
 def region_sheet(rows: Sequence[tuple[str, Color, Sequence]], *, columns: int = 2) -> Image.Image:
-    """For each cluster its caption, colour and regions, (picture, where it is (h, w) bool): pale elsewhere."""
+    """For each cluster caption, colour and regions, (picture, where it is (h, w) bool): pale elsewhere."""
     width = max((text_picture(caption).width for caption, _, _ in rows), default=1)
     entries = []
     for caption, color, regions in rows:
@@ -213,7 +217,7 @@ def image_rows(
     return framed(sheet)
 
 
-# ---- correspondences -----------------------------------------------------------------------------------------
+# ---- correspondences -------------------------------------------------------------------------------------------
 
 
 def spotlight(image: Image.Image, weight: np.ndarray, color: Color, *, opacity: float = 0.8) -> Image.Image:
@@ -230,7 +234,7 @@ def mark(image: Image.Image, x: float, y: float, color: Color, *, radius: int = 
         draw.ellipse([x - r, y - r, x + r, y + r], fill=fill)
 
 
-# ---- charts --------------------------------------------------------------------------------------------------
+# ---- charts ----------------------------------------------------------------------------------------------------
 
 
 class _Axes:
@@ -281,7 +285,7 @@ def line_chart(
     """
     curves = {name: np.array([xs, ys], dtype=float).T for name, (xs, ys) in series.items()}  # (n, 2) each
     curves = {name: points[np.isfinite(points).all(1)] for name, points in curves.items()}
-    every = np.concatenate(list(curves.values()))
+    every = np.concatenate([np.zeros((0, 2)), *curves.values()])
     low, high = (every.min(0), every.max(0)) if len(every) else (np.zeros(2), np.ones(2))
     if y_range:
         low[1], high[1] = y_range

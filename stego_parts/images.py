@@ -40,7 +40,7 @@ XYZ_OF_RGB = np.array(  # of linear sRGB (IEC 61966-2-1)
 LIGHTNESS, CHROMA = (35, 90), (25, 85)  # CIELAB: neither near-black nor near-white, neither grey nor neon
 
 
-# ---- the door in -------------------------------------------------------------------------------------------
+# ---- the door in -----------------------------------------------------------------------------------------------
 
 
 def find_images(sources: Sources, *, exclude: Iterable = ()) -> list[tuple[Path, Path]]:
@@ -244,7 +244,7 @@ def square(image: Image.Image, side: int) -> Image.Image:
     return ImageOps.fit(image, (side, side), method=Image.Resampling.BILINEAR)
 
 
-# ---- the door out ------------------------------------------------------------------------------------------
+# ---- the door out ----------------------------------------------------------------------------------------------
 
 
 def distinct_colors(count: int = IGNORE + 1) -> np.ndarray:
@@ -327,7 +327,7 @@ def write_image(image: Image.Image, path: Path | str):
         image.save(part, format=form, **({"quality": 90} if form == "JPEG" else {}))
 
 
-# ---- segments as JSON: shares and COCO ---------------------------------------------------------------------
+# ---- segments as JSON: shares and COCO -------------------------------------------------------------------------
 
 
 def cluster_shares(mask: np.ndarray, labels: Sequence[str]) -> list[dict]:

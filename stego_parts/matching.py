@@ -4,7 +4,6 @@ import logging
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from stego_parts.config import MAX_CLASSES
 from stego_parts.images import distinct_colors
@@ -34,6 +33,8 @@ def match_clusters_to(earlier, model, cache: TokenCache) -> dict[int, int]:
 
     Hungarian matching on intersection over union; pairs that overlap less than MATCH_OVERLAP are left out.
     """
+    from scipy.optimize import linear_sum_assignment  # here: a third of a second that no prediction needs
+
     each, K, L = max(ROWS // len(cache), 1), len(model.centers), len(earlier.centers)
     joint = torch.zeros(K, L)
     for crops in torch.arange(len(cache)).split(256):

@@ -71,16 +71,14 @@ def _released(state: dict) -> dict:
         for ours, theirs in RELEASED_HEAD.items()
         for part in ("weight", "bias")
     }
-    centers, patch = (
-        F.normalize(state["cluster_probe.clusters"].float(), dim=1),
+    centers = F.normalize(state["cluster_probe.clusters"].float(), dim=1)
+    (code_size, channels), count, patch = (
+        head["linear.weight"].shape,
+        len(centers),
         state[RELEASED_PATCH].shape[-1],
     )
-    (code_size, channels), count = head["linear.weight"].shape, len(centers)
-    backbone = next(
-        name
-        for name, spec in BACKBONES.items()
-        if name.startswith("dino_vit") and (spec.channels, spec.patch) == (channels, patch)
-    )
+    known = [(name, spec) for name, spec in reversed(BACKBONES.items()) if name.startswith("dino_vit")]
+    backbone = {(spec.channels, spec.patch): name for name, spec in known}[channels, patch]
     linear = None
     if "linear_probe.weight" in state:
         linear = state["linear_probe.weight"].flatten(1), state["linear_probe.bias"]

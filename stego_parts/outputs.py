@@ -41,10 +41,7 @@ ONE_FILE = ("json", "coco")  # formats with one file for all images
 PICTURE, JSON = (".png", ".jpg", ".jpeg"), (".json",)  # suffixes of sheets and overlays, of documents
 SUFFIXES = {"mask": (".png",), "overlay": PICTURE, "npz": (".npz",), "json": JSON, "coco": JSON}
 OVERLAY_SUFFIX = ".overlay.jpg"
-READ_AHEAD, WRITE_BEHIND = (
-    3,
-    2,
-)  # images that are decoded before, and written after, the one that is segmented
+READ_AHEAD, WRITE_BEHIND = 3, 2  # images decoded before, and written after, the one that is segmented
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -125,10 +122,7 @@ class Job(NamedTuple):
 
 
 def plan_outputs(sources, output: Path, formats) -> list[Job]:
-    """The outputs of each image: the one file named, or in a folder, places like the images have in theirs.
-
-    Images whose names differ in the suffix alone keep it: of a.gif and a.png, a.gif.png and a.png.
-    """
+    """The outputs of each image: the one file named, or in a folder, places like the images have in theirs."""
     if formats[0] in ONE_FILE:
         return [Job(source, place, {}) for source, place in sources]
     if str(output) == PIPE or (output.suffix and not output.is_dir()):
@@ -207,7 +201,7 @@ class Writer(NamedTuple):
         for kind, target in job.targets.items():
             colors = self.model.colors
             picture = mask_image(mask, colors) if kind == "mask" else legend_overlay(self.model, image, mask)
-            self._write_picture(picture, target)
+            write_picture(picture, target, self.note)
         if job.targets:
             return {}
         entry = {"file_name": job.place.as_posix(), "height": image.height, "width": image.width}
@@ -244,15 +238,6 @@ class Writer(NamedTuple):
         with opened(target) as file:
             file.write(packed.getvalue())
 
-    def _write_picture(self, picture: Image.Image, target: Path):
-        """In the format of the target's suffix, PNG on stdout."""
-        text = PngInfo()
-        text.add_text("stego", self.note)
-        jpeg = dict(format="JPEG", quality=90, comment=self.note)
-        is_jpeg = target.suffix.lower() in (".jpg", ".jpeg")
-        with opened(target) as file:
-            picture.save(file, **(jpeg if is_jpeg else dict(format="PNG", pnginfo=text)))
-
 
 def _attempt(function, *args):
     """What a function returns, or the error that it or one before it ended with."""
@@ -263,6 +248,16 @@ def _attempt(function, *args):
         return function(*args)
     except (ValueError, OSError) as error:
         return error
+
+
+def write_picture(picture: Image.Image, target: Path, note: str):
+    """A picture with a note in it, in the format of the target's suffix, PNG on stdout."""
+    text = PngInfo()
+    text.add_text("stego", note)
+    jpeg = target.suffix.lower() in (".jpg", ".jpeg")
+    options = dict(format="JPEG", quality=90, comment=note) if jpeg else dict(format="PNG", pnginfo=text)
+    with opened(target) as file:
+        picture.save(file, **options)
 
 
 def legend_overlay(model, image: Image.Image, mask: np.ndarray) -> Image.Image:

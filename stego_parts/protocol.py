@@ -23,8 +23,8 @@ from crf import dense_crf
 from kmeans import CosineKMeans
 from stego import CLUSTER_STARTS, Stego
 from stego_parts.config import RELEASED
-from stego_parts.datasets import PUBLISHED, SIDE, LabelledSet, image_set
-from stego_parts.images import IGNORE, replacing, to_tensor
+from stego_parts.datasets import PUBLISHED, SIDE, LabelledSet
+from stego_parts.images import IGNORE, find_images, replacing, to_tensor
 from stego_parts.maps import adapted_centers, class_scores, dot_products, pixels, unmirror
 from stego_parts.tokens import Progress, dense_features, no_progress, prefetch
 
@@ -257,10 +257,12 @@ def protocol_side(patch: int) -> int:
     return math.ceil(SIDE / patch) * patch
 
 
-def images_of(model: Stego) -> list[Path]:
-    """The images a model was fitted on, as far as it tells and they are there; else none."""
+def images_of(model: Stego | None) -> list[Path]:
+    """The images a model was fitted on, as far as it tells and they are there; without a model none."""
+    if model is None or not model.config.images:
+        return []
     try:
-        return [path for path, _ in image_set(model.config.images).pairs] if model.config.images else []
+        return [path for path, _ in find_images(model.config.images)]
     except FileNotFoundError as error:
         log.warning("The images that the model was fitted on are not here: %s", error)
         return []

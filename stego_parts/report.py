@@ -41,7 +41,7 @@ CROP_HEIGHT = 112  # pixels: height of the crops that show nearest neighbours
 log = logging.getLogger("stego")
 
 
-# ---- a fit ---------------------------------------------------------------------------------------------------
+# ---- a fit -----------------------------------------------------------------------------------------------------
 
 
 def contact_sheet(
@@ -314,7 +314,7 @@ def heatmap(
     return drawing.spotlight(picture, weight[0, 0].clamp(0, 1).cpu().numpy(), color)
 
 
-# ---- an evaluation -------------------------------------------------------------------------------------------
+# ---- an evaluation ---------------------------------------------------------------------------------------------
 
 
 def write_figures(report: dict, model: Stego, labelled: LabelledSet, folder: Path | str) -> list[Path]:
@@ -325,7 +325,7 @@ def write_figures(report: dict, model: Stego, labelled: LabelledSet, folder: Pat
     counts = np.array(best["confusion"], dtype=float)
     with np.errstate(invalid="ignore"):
         shares = counts / counts.sum(1, keepdims=True)  # a class that does not occur: NaN
-    title = f"{report['dataset']}: clusters, and the classes assigned to them, that the pixels of a class go to, %"
+    title = f"{report['dataset']}: clusters (with their classes) of the pixels of each class, %"
     pictures = {
         "confusion": matrix_picture(shares[:, columns], classes, names, title=title),
         "strips": _examples(best, model, labelled),

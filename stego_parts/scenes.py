@@ -130,10 +130,10 @@ class _Scene:
         self.pixels[region] = clear * np.asarray(colour) * texture[region][:, None] + (1 - clear) * self.pale
         self.labels[region] = label
 
-    def shade(self, left: float, right: float, z: float, end: float, high: float):
+    def shade(self, left: float, right: float, z: float, end: float, height: float):
         """Darken the ground where a thing of this outline and height keeps the sun off."""
-        ends = sorted((left, right, left + self.sun * high, right + self.sun * high))
-        dark = self.region([self.flat(ends[0], ends[-1], z, end)] if self.sun and high else [])
+        ends = sorted((left, right, left + self.sun * height, right + self.sun * height))
+        dark = self.region([self.flat(ends[0], ends[-1], z, end)] if self.sun and height else [])
         dark = dark & np.isin(self.labels, (GRASS, ROAD)) & ~self.shaded
         self.pixels[dark] *= (0.57, 0.6, 0.66)
         self.shaded |= dark
@@ -146,16 +146,16 @@ class _Scene:
         self.pixels[:] = top + (self.pale - top) * np.clip(rows / self.horizon, 0, 1)[..., None]
         clouds = np.clip(self.noise(60) - rng.uniform(0, 0.8), 0, 1)[..., None]
         self.pixels += (245 - self.pixels) * clouds * (0.9 if self.sun else 0.4)
-        high = height * rng.uniform(0.1, 0.3)
+        rise = height * rng.uniform(0.1, 0.3)
         for z in (90, 50, 25):
             waves = sum(np.sin(columns * rng.uniform(2, 5) * k + rng.uniform(0, 7)) / k for k in (1, 2, 4, 7))
-            ridge = rows > self.horizon - high * (0.45 + 0.35 * waves)
+            ridge = rows > self.horizon - rise * (0.45 + 0.35 * waves)
             self.paint(ridge, HILLS, (74, 104, 70) + rng.normal(0, 8, 3), z, patches=0.15)
-            high *= 0.7
+            rise *= 0.7
         z, ground = EYE * self.focus / np.maximum(rows - self.horizon, 1), rows > self.horizon
         self.paint(ground, GRASS, (96, 128, 58) + rng.normal(0, 12, 3), z, grain=0.12, patches=0.15)
-        for wide, colour in ((half + 0.5, (150, 146, 140)), (half, np.full(3, rng.uniform(88, 118)))):
-            self.paint(self.region([self.flat(-wide, wide, 0, 300)]) & ground, ROAD, colour, z)
+        for half_width, colour in ((half + 0.5, (150, 146, 140)), (half, np.full(3, rng.uniform(88, 118)))):
+            self.paint(self.region([self.flat(-half_width, half_width, 0, 300)]) & ground, ROAD, colour, z)
         marks = [self.flat(-0.08, 0.08, start, start + 2.2) for start in np.arange(rng.uniform(0, 5), 80, 5)]
         marks += [self.flat(edge - 0.06, edge + 0.06, 0, 300) for edge in (-0.93 * half, 0.93 * half)]
         self.paint(self.region(marks) & ground, ROAD, (225, 225, 215), z)
@@ -200,18 +200,23 @@ class _Scene:
             (0.7, 0.7, 3, 0.9, 1.4, (58, 66, 78)),
             (0.65, 0.8, 2.9, 1.4, 1.5, colour),
         )  # windows, roof
-        for wide, start, end, low, high, shown in parts:
-            self.block(x + wide * inner, x - wide * inner, z + start, z + end, low, high, CAR, shown)
+        for half_width, start, end, low, high, shown in parts:
+            self.block(
+                x + half_width * inner, x - half_width * inner, z + start, z + end, low, high, CAR, shown
+            )
 
     def tree(self, x: float, z: float):
-        rng, high = self.rng, self.rng.uniform(3, 8)
-        self.shade(x - high / 4, x + high / 4, z, z + high / 3, high)
-        trunk = [self.at(x - 0.15, 0, z), self.at(x + 0.15, 0, z), self.at(x, 0.8 * high, z)]
+        rng, height = self.rng, self.rng.uniform(3, 8)
+        self.shade(x - height / 4, x + height / 4, z, z + height / 3, height)
+        trunk = [self.at(x - 0.15, 0, z), self.at(x + 0.15, 0, z), self.at(x, 0.8 * height, z)]
         self.paint(self.region([trunk]), TREE, (84, 66, 50), z)
         green = (58, 92, 42) + rng.normal(0, 10, 3)
-        for lit in np.linspace(-0.5, 0.5, 24):  # clumps of leaves, the sunny ones last
-            dx, dy = rng.normal(0, high / 8, 2).clip(-high / 6, high / 6)
-            dx, dy = dx - lit * high / 5 * np.sign(self.sun), dy + lit * high / 5
-            (u, v), r = self.at(x + dx, 0.66 * high + dy, z), self.focus * high * rng.uniform(0.06, 0.13) / z
+        for sunny in np.linspace(-0.5, 0.5, 24):  # clumps of leaves, the sunny ones last
+            dx, dy = rng.normal(0, height / 8, 2).clip(-height / 6, height / 6)
+            dx, dy = dx - sunny * height / 5 * np.sign(self.sun), dy + sunny * height / 5
+            (u, v), r = (
+                self.at(x + dx, 0.66 * height + dy, z),
+                self.focus * height * rng.uniform(0.06, 0.13) / z,
+            )
             leaves = self.region([(u - r, v - r, u + r, v + r)], "ellipse")
-            self.paint(leaves, TREE, green * (0.95 + 0.6 * lit), z, grain=0.22)
+            self.paint(leaves, TREE, green * (0.95 + 0.6 * sunny), z, grain=0.22)

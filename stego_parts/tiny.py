@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIDE, STRIDE = 8, 4      # pixels: side of a dictionary patch, and the step from one patch to the next
-SCALES = (1, 3, 7, 15)   # sides, in positions of 8 pixels, of the windows over which activations are averaged
+SIDE, STRIDE = 8, 4  # pixels: side of a dictionary patch, and the step from one patch to the next
+SCALES = (1, 3, 7, 15)  # sides, in positions of 8 pixels, of the windows over which activations are averaged
 
 
 class Dictionary(nn.Module):
@@ -28,7 +28,7 @@ class Dictionary(nn.Module):
         self.channels = channels
         self.register_buffer("whiten", torch.zeros(dims, 3, SIDE, SIDE))
         self.register_buffer("whiten_bias", torch.zeros(dims))
-        self.register_buffer("atom", torch.zeros(atoms, dims))               # in whitened coordinates
+        self.register_buffer("atom", torch.zeros(atoms, dims))  # in whitened coordinates
         self.register_buffer("mean", torch.zeros(atoms * len(SCALES)))
         self.register_buffer("project", torch.zeros(channels, atoms * len(SCALES)))
 
@@ -36,7 +36,7 @@ class Dictionary(nn.Module):
         near = self.activations(x)
         # Projecting first and pooling then is the same, and pools far fewer channels.
         maps = [F.conv2d(near, part[:, :, None, None]) for part in self.project.chunk(len(SCALES), 1)]
-        pooled = sum(_box(part, side) for part, side in zip(maps, SCALES))   # (B, channels, h, w)
+        pooled = sum(_box(part, side) for part, side in zip(maps, SCALES))  # (B, channels, h, w)
         return pooled - (self.project @ self.mean)[:, None, None]
 
     def pooled(self, x: Tensor) -> Tensor:
@@ -48,12 +48,12 @@ class Dictionary(nn.Module):
         """Triangle activations max(0, mean distance - distance to the atom): (B, atoms, h, w)."""
         margin = (SIDE - STRIDE) // 2
         x = F.pad(x, (margin,) * 4, mode="reflect")
-        white = F.conv2d(x, self.whiten, self.whiten_bias, stride=STRIDE)    # (B, dims, 2h, 2w)
-        dots = F.conv2d(white, self.atom[:, :, None, None])                  # (B, atoms, 2h, 2w)
+        white = F.conv2d(x, self.whiten, self.whiten_bias, stride=STRIDE)  # (B, dims, 2h, 2w)
+        dots = F.conv2d(white, self.atom[:, :, None, None])  # (B, atoms, 2h, 2w)
         norms = white.square().sum(1, keepdim=True) + self.atom.square().sum(1)[:, None, None]
         distance = (norms - 2 * dots).clamp(min=0).sqrt()
         near = (distance.mean(1, keepdim=True) - distance).clamp(min=0)
-        return F.avg_pool2d(near, self.patch // STRIDE)                      # (B, atoms, h, w)
+        return F.avg_pool2d(near, self.patch // STRIDE)  # (B, atoms, h, w)
 
 
 def _box(x: Tensor, side: int) -> Tensor:
@@ -72,12 +72,12 @@ class Block(nn.Module):
         self.look = nn.Conv2d(width, width, 7, padding=3, groups=width)
         self.norm = nn.LayerNorm(width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-        self.scale = nn.Parameter(torch.full((width,), 0.3))                 # near identity: trains steadily
+        self.scale = nn.Parameter(torch.full((width,), 0.3))  # near identity: trains steadily
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.look(x).permute(0, 2, 3, 1))                      # (B, h, w, width)
+        y = self.norm(self.look(x).permute(0, 2, 3, 1))  # (B, h, w, width)
         y = self.down(F.gelu(self.up(y))) * self.scale
-        return x + y.permute(0, 3, 1, 2)                                     # (B, width, h, w)
+        return x + y.permute(0, 3, 1, 2)  # (B, width, h, w)
 
 
 class Trunk(nn.Module):
@@ -91,7 +91,7 @@ class Trunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.enter(x.contiguous(memory_format=torch.channels_last)))
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)          # (B, width, h, w)
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, width, h, w)
 
 
 class Tiny(nn.Module):
@@ -111,7 +111,7 @@ class Tiny(nn.Module):
         self.head = nn.Conv2d(2 * width, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.levels(x))                                     # (B, channels, h, w)
+        return self.head(self.levels(x))  # (B, channels, h, w)
 
     def levels(self, x: Tensor) -> Tensor:
         """What the head reads: dictionary and trunk features (B, 2 * width, h, w)."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import crf
 from crf import dense_crf, upsample_along_edges, working_size
@@ -145,6 +146,15 @@ def test_a_batch_is_its_images_one_by_one():
     torch.testing.assert_close(dense_crf(images, scores), single)
 
 
+def test_score_sets_of_one_image_are_solved_one_by_one(monkeypatch):
+    scores = torch.stack([draw_scores(i) for i in range(3)])
+    single = torch.stack([dense_crf(scene(), each) for each in scores])
+    built, build = [], crf._colour_kernel
+    monkeypatch.setattr(crf, "_colour_kernel", lambda *settings: built.append(1) or build(*settings))
+    assert torch.equal(dense_crf(scene(), scores), single)
+    assert len(built) == 1  # they share the lattice
+
+
 def test_one_and_two_threads_agree():
     image, scores = scene(H=100, W=300), draw_scores(H=100, W=300)  # two strips
     one = dense_crf(image, scores)
@@ -152,11 +162,13 @@ def test_one_and_two_threads_agree():
     assert torch.equal(dense_crf(image, scores), one)
 
 
-def test_strips_and_the_whole_agree(monkeypatch):
-    image, scores = scene(), draw_scores()
-    whole = dense_crf(image, scores)
-    monkeypatch.setattr(crf, "STRIP", 5 * W)  # 12 rows in strips of 5, 5 and 2
-    assert torch.equal(dense_crf(image, scores), whole)
+@pytest.mark.parametrize("rows, sigma", [(5, 1), (1, 1), (1, 20), (2, 1.2)])
+def test_strips_and_the_whole_agree(monkeypatch, rows, sigma):
+    """Q is overwritten strip by strip: also where the small Gaussian reaches across several of them."""
+    images, scores = torch.stack([scene(0), scene(1)]), torch.stack([draw_scores(0), draw_scores(1)])
+    whole = dense_crf(images, scores, smooth_sxy=sigma)
+    monkeypatch.setattr(crf, "STRIP", rows * W)  # 24 rows in strips of this many
+    assert torch.equal(dense_crf(images, scores, smooth_sxy=sigma), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -285,8 +297,8 @@ def test_barycentric_weights_give_the_point_back():
 
 BAD = {
     "numpy image": (lambda: (scene().numpy(), draw_scores()), "image is a ndarray"),
-    "float image": (lambda: (scene().float(), draw_scores()), "image has dtype torch.float32; need uint8"),
-    "integer scores": (lambda: (scene(), draw_scores().long()), "need floating point"),
+    "float image": (lambda: (scene().float(), draw_scores()), "image is torch.float32, .*; need uint8"),
+    "integer scores": (lambda: (scene(), draw_scores().long()), "scores torch.int64; need .*floating point"),
     "sizes differ": (lambda: (scene(), draw_scores(H=13)), r"image \(3, 12, 16\) and scores \(5, 13, 16\)"),
     "H and W swapped": (lambda: (scene().transpose(1, 2), draw_scores()), "of the same size"),
     "channels last": (lambda: (scene().permute(1, 2, 0), draw_scores()), r"need \(3, H, W\)"),
@@ -402,7 +414,7 @@ BAD_UPSAMPLING = {
     "probs larger": (lambda: (scene(), draw_scores(H=H + 1)), "need them no larger than the image"),
     "too many classes": (lambda: (scene(), draw_scores(C=257, H=2, W=2)), "1 to 256 classes"),
     "integer probs": (lambda: (scene(), draw_scores().long()), "floating point"),
-    "a batch": (lambda: (scene()[None], draw_scores()[None]), r"need \(3, H, W\) uint8"),
+    "a batch": (lambda: (scene()[None], draw_scores()[None]), r"need \(3, H, W\) and"),
     "a list": (lambda: (scene(), [1]), "probs is a list"),
     "a NaN": (lambda: (scene(), draw_scores(H=2, W=2) * math.nan), "NaN"),
 }
@@ -421,7 +433,48 @@ def test_crf_imports_nothing_of_ours():
     tree = ast.parse(Path(crf.__file__).read_text())
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert {name.split(".")[0] for name in names} == {"collections", "math", "numpy", "torch"}
+    assert {name.split(".")[0] for name in names} == {"functools", "math", "numpy", "torch"}
+
+
+class OnMps(torch.Tensor):
+    """A tensor that says it is on mps."""
+
+    device = property(lambda self: torch.device("mps"))
+
+
+class FakeMps(TorchFunctionMode):
+    """Moves tensors to a pretended mps device and back, and refuses what the real one does not have."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        here = any(isinstance(x, OnMps) for x in tensors)
+        target = [torch.device(x).type for x in args[1:] if isinstance(x, (torch.device, str))]
+        if function is torch.Tensor.to and target == ["mps"]:
+            return args[0].as_subclass(OnMps)
+        if function is torch.Tensor.to and target == ["cpu"]:
+            return args[0].as_subclass(torch.Tensor)
+        if here and any(
+            name in function.__name__ for name in ("embedding_bag", "adaptive", "double", "numpy")
+        ):
+            raise NotImplementedError(f"{function.__name__} is not implemented for mps")
+        return function(*args, **(kwargs or {}))
+
+
+def test_mps_tensors_are_computed_on_the_cpu():
+    image, scores = scene(H=48, W=64), draw_scores(H=48, W=64)
+    q = dense_crf(image, scores)
+    probs = F.avg_pool2d(q, 4)
+    labels = upsample_along_edges(image, probs)
+    with FakeMps():
+        with pytest.raises(NotImplementedError):  # the pretended device is as strict as it should be
+            F.adaptive_avg_pool2d(image.float().to("mps"), (4, 4))
+        fake_q = dense_crf(image.to("mps"), scores.to("mps"))
+        fake_labels = upsample_along_edges(image.to("mps"), probs.to("mps"))
+        same_size = upsample_along_edges(image.to("mps"), q.to("mps"))
+        assert all(isinstance(x, OnMps) for x in (fake_q, fake_labels, same_size))
+        fake_q, fake_labels, same_size = (x.to("cpu") for x in (fake_q, fake_labels, same_size))
+    assert torch.equal(fake_q, q) and torch.equal(fake_labels, labels)
+    assert torch.equal(same_size.long(), q.argmax(0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

@@ -76,11 +76,13 @@ def test_what_is_no_picture_on_stdin(here, saved):
 
 def test_only_some_clusters(here, scenes, named):
     source = scenes / "scene00.png"
-    for name, only in {"all": [], "two": ["--only", "sky,2"]}.items():
-        run("predict", source, "-o", f"{name}.png", *FAST, *only)
+    only = {"all": [], "two": ["--only", "SKY, 2"], "each": ["--only", "sky", "--only", "Block"]}
+    for name, options in only.items():
+        run("predict", source, "-o", f"{name}.png", *FAST, *options)
     whole, two = mask_of("all.png"), mask_of("two.png")
+    assert np.array_equal(two, mask_of("each.png"))
     assert (two == np.where(whole == 1, IGNORE, whole)).all() and (two == IGNORE).any()
-    result = run("predict", source, "--only", "moon", code=1)
+    result = run("predict", source, "--only", "moon", code=2)
     assert "no cluster 'moon'" in result.stderr and "sky, block" in result.stderr
 
 
@@ -105,11 +107,10 @@ def test_legend_shows_the_clusters_present(width):
 
 def test_overlay_formats(here, scenes, saved):
     run("predict", scenes / "sub", "-m", saved, "-o", "a", "--format", "overlay", *FAST)
-    run("predict", scenes / "sub", "-m", saved, "-o", "b", "--format", "both", *FAST)
-    run("predict", scenes / "sub", "-m", saved, "-o", "c", "--overlay", *FAST)
-    names = {each: sorted(path.name for path in (here / each).iterdir()) for each in "abc"}
+    run("predict", scenes / "sub", "-m", saved, "-o", "b", "--overlay", *FAST)
+    names = {each: sorted(path.name for path in (here / each).iterdir()) for each in "ab"}
     assert names["a"] == [f"scene{i:02d}.overlay.jpg" for i in range(8, 12)]
-    assert names["b"] == names["c"] and len(names["b"]) == 8
+    assert len(names["b"]) == 8 and set(names["a"]) < set(names["b"])
     run("predict", scenes / "scene00.png", "-m", saved, "-o", "over.jpg", "--format", "overlay", *FAST)
     assert Image.open("over.jpg").format == "JPEG"
 
@@ -216,10 +217,10 @@ def test_shares_and_annotations_leave_255_out():
         (["-o", "x.png", "--format", "coco"], "not a .json"),
         (["-o", "x.png", "--format", "json"], "not a .json"),
         (["-o", "x.tif", "--format", "overlay"], "not a .jpg or .jpeg or .png"),
-        (["-o", "-", "--format", "both"], "one stdout"),
+        (["--format", "json", "--overlay"], "--overlay goes with masks"),
         (["-o", "-", "--overlay"], "one stdout"),
-        (["-o", "-", "--skip-existing"], "--skip-existing looks"),
-        (["--format", "coco", "--skip-existing"], "--skip-existing looks"),
+        (["-o", "-", "--skip-existing"], "--skip-existing is for"),
+        (["--format", "coco", "--skip-existing"], "--skip-existing is for"),
         (["--format", "npz", "--only", "1"], "leave --only out"),
         (["--format", "xml"], "xml"),
         (["-o", "-", "scene01.png"], "2 images do not go"),
@@ -250,20 +251,22 @@ def test_quiet_and_verbose(here, scenes, saved):
     source = scenes / "scene00.png"
     result = run("predict", source, "-m", saved, "-o", "a.png", *FAST, "-q")
     assert result.output == "" and (here / "a.png").is_file()
-    assert "No model" in run("predict", source, "-q", code=1).stderr
+    assert "No model" in run("predict", source, "-q", code=2).stderr
     assert "Wrote a.png" in run("predict", source, "-m", saved, "-o", "a.png", *FAST, "-v").stderr
     assert "seed: 0" in run("show", saved, "-v").stderr
     result = run("fit", scenes / "scene00.png", "-k", 2, "--backbone", "tiny", "--steps", 2, "-v")
     assert "b_rand: " in result.stderr and "1 images" in result.stdout
+    assert result.stdout.count("cluster ") == 2
 
 
 def test_colours_only_where_wanted(here, saved, monkeypatch):
     (here / "stego.pt").write_bytes(saved.read_bytes())
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\x1b[38;2;128;0;0m" in run("name", "stego.pt", "0=sky", color=True).stdout
-    assert "\x1b" not in run("name", "stego.pt", "0=sky").stdout
+    red, green, blue = Stego.load(saved).palette[0].tolist()
+    assert f"\x1b[38;2;{red};{green};{blue}m" in run("show", "stego.pt", color=True).stdout
+    assert "\x1b" not in run("show", "stego.pt").stdout
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b" not in run("name", "stego.pt", "0=sky", color=True).stdout
+    assert "\x1b" not in run("show", "stego.pt", color=True).stdout
 
 
 def test_a_binary_file_is_read(scenes):

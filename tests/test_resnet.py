@@ -11,8 +11,9 @@ from torchvision.models import resnet50
 
 import stego
 from stego import Stego
-from stego_parts import tokens
+from stego_parts import checkpoint, tokens
 from stego_parts.backbones import BACKBONES, checkpoint_path, load_backbone
+from stego_parts.config import Config
 
 RESNETS = ("dino_resnet50", "mocov2", "resnet50")
 
@@ -133,7 +134,8 @@ def test_stride_survives_saving(reference, scenes, here, monkeypatch):
     assert (model.config.backbone, model.config.stride, model.backbone.patch) == ("dino_resnet50", 16, 16)
     assert model.predict(image, crf=False, resolution=64).shape == (96, 128)
     assert (
-        "sees patches of 8 pixels" in run("fit", image, "--backbone", "tiny", "--stride", 16, code=1).stderr
+        "sees patches of 8 pixels"
+        in run("fit", image, "--backbone", "tiny", "--set", "stride=16", code=2).stderr
     )
 
 
@@ -172,10 +174,10 @@ def test_any_callable_is_a_backbone(function, patch, channels, scenes, tmp_path,
 
 def test_a_changed_callable_gets_new_features(scenes):
     """Nothing tells whether a function is the one of last time: its features are not reused, a module's are."""
-    config = dict(views="five", cache_size=1, seed=0)
+    config = Config(views="five", cache_size=1, seed=0)
     for function, same in ((half, False), (Strided(), True)):
         network = load_backbone(function)
-        one, other = (tokens.features_key([scenes / "scene00.png"], network, config) for _ in range(2))
+        one, other = (checkpoint.features_key([scenes / "scene00.png"], network, config) for _ in range(2))
         assert (one == other) is same
 
 

@@ -152,6 +152,16 @@ def test_dropout_takes_whole_channels_of_an_image():
     assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.02)
 
 
+def test_dropout_is_drawn_on_the_cpu_for_every_device():
+    """So that a fit that goes on with --resume drops the same channels on a GPU: a meta tensor stands for one."""
+    torch.manual_seed(0)
+    drop_channels(torch.empty(4, 6, 10, device="meta"))
+    there = torch.get_rng_state()
+    torch.manual_seed(0)
+    drop_channels(torch.ones(4, 6, 10))
+    assert torch.equal(torch.get_rng_state(), there)
+
+
 @pytest.mark.parametrize("count", [2, 3, 5, 32])
 def test_derangements(count):
     draws = [derangement(count) for _ in range(50)]
@@ -276,6 +286,19 @@ def test_sample_takes_tokens_of_the_crops_asked_for():
     cache.finalize()
     got = cache.sample(torch.tensor([2, 0, 3]), 5)
     assert got.shape == (3, 5, 2) and got[:, :, 0].tolist() == [[2.0] * 5, [0.0] * 5, [3.0] * 5]
+
+
+def test_features_beyond_float16_are_one_sentence(scenes):
+    """They are kept in float16; infinite ones would become NaN in the loss, long after."""
+
+    class Large(Mean):
+        def forward(self, x):
+            return 1e6 * super().forward(x)
+
+    with pytest.raises(
+        ValueError, match=r"features reach [\d.e+]+; they are kept in float16, which holds 65504"
+    ):
+        Stego.fit(scenes, classes=2, backbone=Large(), steps=1)
 
 
 def test_a_full_disk_is_one_sentence(monkeypatch):
@@ -770,6 +793,7 @@ MAY_IMPORT = {  # of ours; nobody imports cli, and only cli imports click
     "scenes": "images",
     "datasets": "images",
     "diagnostics": "kmeans",
+    "outputs": "backbones drawing images model_files tokens",
     "model_files": "backbones checkpoint config images",
     "matching": "config images tokens",
     "stego": "crf kmeans backbones checkpoint config diagnostics distributed images maps matching model_files tokens",

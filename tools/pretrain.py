@@ -29,35 +29,44 @@ from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stego_parts.images import MEAN, STD  # noqa: E402
-from stego_parts.tiny import SIDE, Dictionary, Tiny  # noqa: E402
+from stego_parts.images import MEAN, STD
+from stego_parts.tiny import SIDE, Dictionary, Tiny
 
-IMAGE_SIDE = 224             # pixels: images are kept as squares of this side
-CROP_SIDE = 112              # pixels: what the network sees in training, 14 x 14 positions
-CROP_FROM = (64, 176)        # pixels of the kept image, smallest and largest crop side
-CROP_ASPECT = 0.15           # relative spread of a crop's aspect
-CONTRAST, TINT, GREY = 0.4, 0.1, 0.1  # strength of the brightness, contrast and colour changes; share turned grey
-PATCHES = 80_000             # patches the dictionary is learned from
-WHITEN_FLOOR = 0.1           # added to the variance of a whitened direction: noise is not blown up
+IMAGE_SIDE = 224  # pixels: images are kept as squares of this side
+CROP_SIDE = 112  # pixels: what the network sees in training, 14 x 14 positions
+CROP_FROM = (64, 176)  # pixels of the kept image, smallest and largest crop side
+CROP_ASPECT = 0.15  # relative spread of a crop's aspect
+CONTRAST, TINT, GREY = (
+    0.4,
+    0.1,
+    0.1,
+)  # strength of the brightness, contrast and colour changes; share turned grey
+PATCHES = 80_000  # patches the dictionary is learned from
+WHITEN_FLOOR = 0.1  # added to the variance of a whitened direction: noise is not blown up
 KMEANS_ROUNDS = 15
-SAMPLE = 400                 # images from which covariances are measured
-POINTS = 32                  # corresponding positions drawn per pair of crops
+SAMPLE = 400  # images from which covariances are measured
+POINTS = 32  # corresponding positions drawn per pair of crops
 PROTOTYPES, EMBEDDING = 256, 64
 TEMPERATURE, SINKHORN = 0.1, 0.05
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 2e-3, 50, 0.02  # the rate falls to zero on a cosine
 NEIGHBOURS = ((3, 0), (0, 3), (6, 0), (0, 6), (3, 3), (3, -3))  # positions of 8 pixels: (rows, columns) apart
-DETAIL = 0.3                 # length of the head's second half, the dictionary's detail, to that of the first
+DETAIL = 0.3  # length of the head's second half, the dictionary's detail, to that of the first
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 # ---- images ----------------------------------------------------------------------------------------------------
 
+
 def find_images(places) -> list[Path]:
     """All image files under the given files and folders, sorted."""
-    paths = [path for place in map(Path, places) for path in ([place] if place.is_file() else place.rglob("*"))]
+    paths = [
+        path for place in map(Path, places) for path in ([place] if place.is_file() else place.rglob("*"))
+    ]
     paths = sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise ValueError(f"No images in {', '.join(map(str, places))}; give folders that hold {', '.join(SUFFIXES)}.")
+        raise ValueError(
+            f"No images in {', '.join(map(str, places))}; give folders that hold {', '.join(SUFFIXES)}."
+        )
     return paths
 
 
@@ -80,26 +89,29 @@ def normalise(images: Tensor) -> Tensor:
 
 # ---- 1. the dictionary -----------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
-def learn_dictionary(images: Tensor, dictionary: Dictionary, *, whitened: bool = True, seed: int = 0) -> Dictionary:
+def learn_dictionary(
+    images: Tensor, dictionary: Dictionary, *, whitened: bool = True, seed: int = 0
+) -> Dictionary:
     """Fill a Dictionary from images (N, side, side, 3) uint8.
 
     whitened: its output directions have variance 1 each; otherwise those of the plain principal components.
     """
     generator = torch.Generator().manual_seed(seed)
-    patches = draw_patches(images, PATCHES, generator).flatten(1)            # (n, 192)
+    patches = draw_patches(images, PATCHES, generator).flatten(1)  # (n, 192)
     mean, (values, vectors) = patches.mean(0), spectrum(patches)
     dims, atoms = dictionary.atom.shape[1], len(dictionary.atom)
-    whiten = (vectors / (values + WHITEN_FLOOR).sqrt())[:, :dims].T          # (dims, 192)
+    whiten = (vectors / (values + WHITEN_FLOOR).sqrt())[:, :dims].T  # (dims, 192)
     white = (patches - mean) @ whiten.T
     dictionary.whiten.copy_(whiten.view_as(dictionary.whiten))
     dictionary.whiten_bias.copy_(-whiten @ mean)
     dictionary.atom.copy_(kmeans(white, atoms, generator))
-    pooled = sample_features(images, dictionary.pooled)                      # (n, scales * atoms)
+    pooled = sample_features(images, dictionary.pooled)  # (n, scales * atoms)
     values, vectors = spectrum(pooled)
-    project = vectors[:, :dictionary.channels]
+    project = vectors[:, : dictionary.channels]
     if whitened:
-        project = project / (values[:dictionary.channels] + 1e-3 * values[0]).sqrt()
+        project = project / (values[: dictionary.channels] + 1e-3 * values[0]).sqrt()
     dictionary.mean.copy_(pooled.mean(0))
     dictionary.project.copy_(project.T)
     return dictionary
@@ -109,8 +121,11 @@ def draw_patches(images: Tensor, count: int, generator: torch.Generator, each: i
     """Random patches (count, 3, 8, 8), `each` to an image."""
     chosen = torch.randint(len(images), (count // each,), generator=generator).tolist()
     corners = torch.randint(images.shape[1] - SIDE, (count // each, each, 2), generator=generator).tolist()
-    return normalise(torch.stack([images[i, y:y + SIDE, x:x + SIDE]
-                                  for i, places in zip(chosen, corners) for y, x in places]))
+    return normalise(
+        torch.stack(
+            [images[i, y : y + SIDE, x : x + SIDE] for i, places in zip(chosen, corners) for y, x in places]
+        )
+    )
 
 
 def spectrum(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,8 +138,10 @@ def kmeans(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Euclidean k-means centres (k, d); an empty cluster keeps its centre."""
     centres = rows[torch.randperm(len(rows), generator=generator)[:k]].clone()
     for _ in range(KMEANS_ROUNDS):
-        nearest = torch.cat([(part @ centres.T - centres.square().sum(1) / 2).argmax(1) for part in rows.split(8192)])
-        count = torch.bincount(nearest, minlength=k)[:, None]                # (k, 1)
+        nearest = torch.cat(
+            [(part @ centres.T - centres.square().sum(1) / 2).argmax(1) for part in rows.split(8192)]
+        )
+        count = torch.bincount(nearest, minlength=k)[:, None]  # (k, 1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, rows)
         centres = torch.where(count > 0, sums / count.clamp(min=1), centres)
     return centres
@@ -144,6 +161,7 @@ def sample_features(images: Tensor, features, *, every: int = 3) -> Tensor:
 
 # ---- 2. the trunk ----------------------------------------------------------------------------------------------
 
+
 def two_crops(images: Tensor, generator: torch.Generator):
     """Two augmented crops of each image (B, side, side, 3) uint8 that mostly overlap.
 
@@ -156,10 +174,10 @@ def two_crops(images: Tensor, generator: torch.Generator):
     for _ in range(2):
         side = torch.exp(uniform(*map(math.log, CROP_FROM), (len(x), 1), generator)) / images.shape[1]
         aspect = torch.exp(uniform(-CROP_ASPECT / 2, CROP_ASPECT / 2, (len(x), 1), generator))
-        half = torch.cat([side * aspect, side / aspect], 1).clamp(max=1)     # (B, 2)
+        half = torch.cat([side * aspect, side / aspect], 1).clamp(max=1)  # (B, 2)
         centre = (middle + uniform(-0.5, 0.5, (len(x), 2), generator) * half).clamp(half - 1, 1 - half)
         half[:, 0] *= torch.randint(2, (len(x),), generator=generator) * 2 - 1
-        frame = torch.stack([half, centre], 1).to(x.device)                  # (B, 2, 2)
+        frame = torch.stack([half, centre], 1).to(x.device)  # (B, 2, 2)
         views.append((recolour(cut(x, frame), generator), frame))
     return views
 
@@ -178,7 +196,9 @@ def cut(x: Tensor, frame: Tensor) -> Tensor:
 def recolour(x: Tensor, generator: torch.Generator) -> Tensor:
     """Random brightness, contrast, saturation, tint; some grey. RGB in 0..1 -> normalised."""
     one = (len(x), 1, 1, 1)
-    light, contrast, colour = (uniform(1 - CONTRAST, 1 + CONTRAST, one, generator).to(x.device) for _ in range(3))
+    light, contrast, colour = (
+        uniform(1 - CONTRAST, 1 + CONTRAST, one, generator).to(x.device) for _ in range(3)
+    )
     tint = uniform(1 - TINT, 1 + TINT, (len(x), 3, 1, 1), generator).to(x.device)
     colour = torch.where(torch.rand(one, generator=generator).to(x.device) < GREY, 0 * colour, colour)
     x = x * light * tint
@@ -205,8 +225,9 @@ class Projector(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.embed = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(),
-                                   nn.Linear(width, EMBEDDING))
+        self.embed = nn.Sequential(
+            nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, EMBEDDING)
+        )
         self.prototype = nn.Parameter(F.normalize(torch.randn(PROTOTYPES, EMBEDDING), dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -238,14 +259,20 @@ class Training:
         self.tiny, self.steps, self.batch, self.step = tiny, steps, batch, 0
         self.projector = Projector(tiny.trunk.norm.normalized_shape[0]).to(tiny.head.weight.device)
         self.parameters = [*tiny.trunk.parameters(), *self.projector.parameters()]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.95),
-                                           weight_decay=WEIGHT_DECAY)
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY
+        )
         self.generator = torch.Generator().manual_seed(seed)
         self.parts = {"tiny": tiny, "projector": self.projector, "optimiser": self.optimiser}
 
     def advance(self, images: Tensor) -> float:
         """One step on a random batch; returns the loss."""
-        rate = LEARNING_RATE * min(1, (self.step + 1) / WARM_UP) * (1 + math.cos(math.pi * self.step / self.steps)) / 2
+        rate = (
+            LEARNING_RATE
+            * min(1, (self.step + 1) / WARM_UP)
+            * (1 + math.cos(math.pi * self.step / self.steps))
+            / 2
+        )
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         chosen = torch.randint(len(images), (self.batch,), generator=self.generator)
@@ -262,21 +289,22 @@ class Training:
             found = self.tiny.dictionary(torch.cat([first, second]))
         with torch.autocast(found.device.type, torch.bfloat16, enabled=found.is_cuda):
             maps = self.tiny.trunk(found)
-        one, two = maps.float().chunk(2)                                     # (B, width, h, w) each
+        one, two = maps.float().chunk(2)  # (B, width, h, w) each
         here, there, seen = correspondences(frame1, frame2, self.generator)
         rows = torch.cat([sample_at(one, here)[seen], sample_at(two, there)[seen]])
         return swapped_loss(self.projector(rows))
 
     def save(self, path: Path):
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        write(path, {**state, "step": self.step, "batch": self.batch,
-                     "random": self.generator.get_state()})
+        write(path, {**state, "step": self.step, "batch": self.batch, "random": self.generator.get_state()})
 
     def load(self, path: Path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["batch"] != self.batch:
-            raise ValueError(f"{path} is of a run with --batch {state['batch']}, not {self.batch}; "
-                             "give the same, or delete it to start afresh.")
+            raise ValueError(
+                f"{path} is of a run with --batch {state['batch']}, not {self.batch}; "
+                "give the same, or delete it to start afresh."
+            )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.step = state["step"]
@@ -292,16 +320,18 @@ def write(path: Path, content: dict):
 
 # ---- 3. the head -----------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
 def learn_head(images: Tensor, tiny: Tiny):
     """Fill tiny.head: half of the channels for what neighbours share, half for the detail of the dictionary."""
     maps = torch.cat([tiny.levels(normalise(part)).float().cpu() for part in spread(images, SAMPLE).split(4)])
     mean, half = maps.mean((0, 2, 3)), tiny.channels // 2
-    maps = maps - mean[:, None, None]                                        # (N, C, h, w)
+    maps = maps - mean[:, None, None]  # (N, C, h, w)
     total = covariance(maps, maps)
-    detail = torch.eye(len(total))[:, :half]                                 # the dictionary's leading directions
-    weight = torch.cat([unit_power(shared_directions(maps, total, half), total),
-                        DETAIL * unit_power(detail, total)], 1)              # (C, channels)
+    detail = torch.eye(len(total))[:, :half]  # the dictionary's leading directions
+    weight = torch.cat(
+        [unit_power(shared_directions(maps, total, half), total), DETAIL * unit_power(detail, total)], 1
+    )  # (C, channels)
     tiny.head.weight.copy_(weight.T[:, :, None, None])
     tiny.head.bias.copy_(-mean @ weight)
 
@@ -309,7 +339,7 @@ def learn_head(images: Tensor, tiny: Tiny):
 def shared_directions(maps: Tensor, total: Tensor, count: int) -> Tensor:
     """Canonical directions (C, count) between neighbouring positions, each of variance r ** 2 for correlation r."""
     values, vectors = torch.linalg.eigh(total)
-    whiten = vectors / (values + 0.01 * values.mean()).sqrt()                # (C, C)
+    whiten = vectors / (values + 0.01 * values.mean()).sqrt()  # (C, C)
     shared = sum(neighbour_covariance(maps, *step) for step in NEIGHBOURS) / len(NEIGHBOURS)
     correlation, turn = torch.linalg.eigh(whiten.T @ shared @ whiten)
     kept = correlation.argsort(descending=True)[:count]
@@ -322,7 +352,7 @@ def unit_power(directions: Tensor, total: Tensor) -> Tensor:
 
 
 def covariance(a: Tensor, b: Tensor) -> Tensor:
-    a, b = (x.transpose(0, 1).flatten(1) for x in (a, b))                    # (C, N * h * w)
+    a, b = (x.transpose(0, 1).flatten(1) for x in (a, b))  # (C, N * h * w)
     return a @ b.T / a.shape[1]
 
 
@@ -330,11 +360,12 @@ def neighbour_covariance(maps: Tensor, rows: int, columns: int) -> Tensor:
     """Symmetric covariance (C, C) of positions that lie (rows, columns) apart."""
     h, w = maps.shape[2:]
     left, right = max(0, -columns), max(0, columns)
-    shared = covariance(maps[:, :, :h - rows, left:w - right], maps[:, :, rows:, right:w - left])
+    shared = covariance(maps[:, :, : h - rows, left : w - right], maps[:, :, rows:, right : w - left])
     return (shared + shared.T) / 2
 
 
 # ---- how good is it --------------------------------------------------------------------------------------------
+
 
 @torch.no_grad()
 def probe(tiny: Tiny, folder: Path, *, count: int = 60, side: int = 320) -> float:
@@ -343,8 +374,12 @@ def probe(tiny: Tiny, folder: Path, *, count: int = 60, side: int = 320) -> floa
     classes = int(max(y.max(), y_val.max())) + 1
     mean, deviation = x.mean(0), x.std(0) + 1e-6
     x, x_val = (torch.cat([(rows - mean) / deviation, torch.ones(len(rows), 1)], 1) for rows in (x, x_val))
-    ridge = torch.linalg.solve(x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1]), x.T @ F.one_hot(y, classes).float())
-    hits = torch.bincount(y_val * classes + (x_val @ ridge).argmax(1), minlength=classes ** 2).view(classes, classes)
+    ridge = torch.linalg.solve(
+        x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1]), x.T @ F.one_hot(y, classes).float()
+    )
+    hits = torch.bincount(y_val * classes + (x_val @ ridge).argmax(1), minlength=classes**2).view(
+        classes, classes
+    )
     union = hits.sum(0) + hits.sum(1) - hits.diagonal()
     return float((hits.diagonal() / union)[union > 0].mean())
 
@@ -356,19 +391,36 @@ def labelled_rows(tiny: Tiny, folder: Path, split: str, count: int, side: int) -
     stems = {path.stem: path for path in find_images([folder / "labels" / split])}
     device = tiny.head.weight.device
     x = torch.cat([tiny(normalise(square(path, side)[None].to(device))).float().cpu() for path in paths])
-    y = torch.stack([square(stems[path.stem], side, label=True)[4::8, 4::8] for path in paths]).long().flatten()
-    x = x.permute(0, 2, 3, 1).flatten(0, 2)                                  # (n, C)
+    y = (
+        torch.stack([square(stems[path.stem], side, label=True)[4::8, 4::8] for path in paths])
+        .long()
+        .flatten()
+    )
+    x = x.permute(0, 2, 3, 1).flatten(0, 2)  # (n, C)
     return x[y != 255], y[y != 255]
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------
 
+
 def say(*words):
     print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
 
 
-def pretrain(images: Tensor, output: Path, *, steps: int = 700, batch: int = 32, device: str = "cpu", seed: int = 0,
-             log_every: int = 50, save_every: int = 50, probe_every: int = 250, probes=(), stop_at: int | None = None):
+def pretrain(
+    images: Tensor,
+    output: Path,
+    *,
+    steps: int = 700,
+    batch: int = 32,
+    device: str = "cpu",
+    seed: int = 0,
+    log_every: int = 50,
+    save_every: int = 50,
+    probe_every: int = 250,
+    probes=(),
+    stop_at: int | None = None,
+):
     """Train on images (N, side, side, 3) uint8 and write the float16 state dict of a Tiny.
 
     The checkpoint lies beside the output as OUTPUT.ckpt; stop_at ends the run early, to be taken up again later.
@@ -407,14 +459,21 @@ def report(tiny: Tiny, probes):
 
 
 @click.command()
-@click.argument("places", metavar="IMAGES...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument(
+    "places", metavar="IMAGES...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path)
+)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Weight file to write.")
 @click.option("--steps", default=700, show_default=True)
 @click.option("--batch", default=32, show_default=True, help="Images a step, two crops each.")
 @click.option("--device", default="auto", show_default=True, help="auto: a GPU if there is one.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--probe", "probes", multiple=True, type=click.Path(exists=True, path_type=Path),
-              help="A labelled set (images/{train,val}, labels/{train,val}) to report a linear probe on. Repeatable.")
+@click.option(
+    "--probe",
+    "probes",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="A labelled set (images/{train,val}, labels/{train,val}) to report a linear probe on. Repeatable.",
+)
 def main(places, output, steps, batch, device, seed, probes):
     """Pretrain tiny on all images under IMAGES."""
     start = time.time()
@@ -426,7 +485,9 @@ def main(places, output, steps, batch, device, seed, probes):
         pretrain(images, output, steps=steps, batch=batch, device=device, seed=seed, probes=probes)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    say(f"{output} written after {(time.time() - start) / 60:.0f} min on {device}, {torch.get_num_threads()} thread(s)")
+    say(
+        f"{output} written after {(time.time() - start) / 60:.0f} min on {device}, {torch.get_num_threads()} thread(s)"
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ accuracy / mIoU in percent, means of the seeds (standard deviation).
 import json
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,16 +23,13 @@ import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-from quality import fit_head, val_features  # noqa: E402
-
-from stego import cluster_codes, fit_config, pixels, unit, unmirror  # noqa: E402
-from stego_parts.backbones import load_backbone  # noqa: E402
-from stego_parts.datasets import folder_set  # noqa: E402
-from stego_parts.images import (
-    find_images,  # noqa: E402
-    replacing,  # noqa: E402
-)
-from stego_parts.protocol import (  # noqa: E402
+from stego import cluster_codes, nearest_neighbors, shifts_from_data, train_head, unit
+from stego_parts.backbones import load_backbone
+from stego_parts.config import Config, fit_config
+from stego_parts.datasets import folder_set
+from stego_parts.images import find_images, replacing, to_tensor
+from stego_parts.maps import pixels, unmirror
+from stego_parts.protocol import (
     cluster_map,
     confusion_matrix,
     linear_probe,
@@ -39,7 +37,7 @@ from stego_parts.protocol import (  # noqa: E402
     probe_rows,
     scores,
 )
-from stego_parts.tokens import encode  # noqa: E402
+from stego_parts.tokens import encode
 
 PAPER = dict(evenness=0.0, views="five")  # what the paper's whole method has and `fit`'s default has not
 TABLE_2 = {  # {row: options of fit}; the last but one is scored with the CRF as well
@@ -81,16 +79,21 @@ class LabelledFeatures:
     @cache
     def tokens(self, views: str):
         torch.manual_seed(0)  # encode keeps random positions
-        return encode(
-            self.network, [path for path, _ in find_images(self.folder / "images/train")], views=views
-        )
+        paths = [path for path, _ in find_images(self.folder / "images/train")]
+        return encode(self.network, paths, Config(views=views))
 
     @cache
     def val(self):
-        return [
-            (features.half(), image, label)
-            for features, image, label in val_features(self.network, self.folder)
-        ]
+        names = self.folder / "classes.txt"
+        labelled = folder_set(self.folder / "images/val", self.folder / "labels/val", names=names)
+        pairs = (labelled.read(i) for i in range(len(labelled.pairs)))
+        with torch.inference_mode():
+            return [(self._both(image), image, label) for image, label in pairs]
+
+    def _both(self, image):
+        """Features of an image and its mirror image (2, C, h, w)."""
+        x = to_tensor(image)[None]
+        return self.network(torch.cat([x, x.flip(-1)])).half()
 
     @cache
     def train_rows(self):
@@ -98,6 +101,12 @@ class LabelledFeatures:
             self.folder / "images/train", self.folder / "labels/train", names=self.folder / "classes.txt"
         )
         return probe_rows(SimpleNamespace(backbone=self.network, device="cpu"), train)
+
+
+def fit_head(cache, config: Config):
+    """A head trained as `stego fit` does it."""
+    neighbors = nearest_neighbors(cache.means)
+    return train_head(cache, neighbors, replace(config, **shifts_from_data(cache, neighbors, config)))[0]
 
 
 @torch.inference_mode()
@@ -125,10 +134,10 @@ def run_row(data: LabelledFeatures, row: str, options: dict | None, steps: int, 
     config = fit_config(
         classes=len(data.classes), seed=seed, steps=steps, **(PAPER if options is None else options)
     )
-    tokens, (rows, shares) = data.tokens(config["views"]), data.train_rows()
+    tokens, (rows, shares) = data.tokens(config.views), data.train_rows()
     torch.manual_seed(seed)
     head = unit if options is None else fit_head(tokens, config)
-    centers, _ = cluster_codes(head, tokens, len(data.classes), evenness=config["evenness"], seed=seed)
+    centers, _ = cluster_codes(head, tokens, len(data.classes), evenness=config.evenness, seed=seed)
     with torch.inference_mode():
         codes = rows if options is None else torch.cat([head(part.float()) for part in rows.split(65536)])
     probe = linear_probe(codes.clone(), shares, seed=seed)

@@ -1,7 +1,6 @@
 """What do correspondences know about labels? (Sec. 3.1, Fig. 3; App. A.6, Fig. 10)
 
-    python bench/paper/diagnostics.py MODEL --images val/ --labels val_labels/ [--names classes.txt] [-o
-    FOLDER]
+    python bench/paper/diagnostics.py MODEL --images val/ --labels val_labels/ [--names FILE] [-o FOLDER]
 
 Takes the correspondences of backbone features, those of codes and the CRF's kernel as predictors of "these
 two positions of an image have one label". Prints the average precision of each; writes precision-recall.png,
@@ -17,13 +16,13 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY, SRGB, SXY  # noqa: E402
-from stego import Stego, correspondence, nearest_neighbors, unit  # noqa: E402
-from stego_parts.datasets import LabelledSet, folder_set  # noqa: E402
-from stego_parts.drawing import line_chart, matrix_picture  # noqa: E402
-from stego_parts.images import IGNORE, write_image  # noqa: E402
-from stego_parts.maps import pixels  # noqa: E402
-from stego_parts.protocol import both_features, protocol_side  # noqa: E402
+from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY, SRGB, SXY
+from stego import Stego, correspondence, nearest_neighbors, unit
+from stego_parts.datasets import LabelledSet, folder_set
+from stego_parts.drawing import line_chart, matrix_picture
+from stego_parts.images import IGNORE, write_image
+from stego_parts.maps import pixels
+from stego_parts.protocol import both_features, protocol_side
 
 DIAGNOSTIC_POINTS = 121  # positions of an image whose pairs are compared, as many as enter a training step
 CURVE_POINTS = 200  # points of a precision-recall curve that are drawn

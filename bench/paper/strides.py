@@ -13,8 +13,8 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from stego_parts.backbones import BACKBONES, ViT  # noqa: E402
-from stego_parts.resnet import DILATED, ResNet50  # noqa: E402
+from stego_parts.backbones import BACKBONES, ViT
+from stego_parts.resnet import DILATED, ResNet50
 
 
 @click.command()
