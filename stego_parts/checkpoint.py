@@ -94,7 +94,7 @@ class FitCheckpoint:
     def close(self):
         """Give the folder back; it is removed if there is nothing in it to go on from."""
         tokens = self.folder / "tokens"  # of an earlier fit, if this one never came to them
-        begun = bool((self.cache.state == USED).any()) if self.cache else tokens.exists()
+        begun = tokens.exists() if self.cache is None else bool((self.cache.state == USED).any())
         if rank() == 0 and not begun and not (self.folder / "training.pt").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.close()

@@ -67,7 +67,7 @@ def test_two_processes_fit_one_model(images, tmp_path):
 
 
 def test_a_killed_peer_ends_the_others_in_a_sentence(images, tmp_path):
-    run = start_two(images, tmp_path / "two.pt", "--keep-features", steps=100_000)
+    run = start_two(images, tmp_path / "two.pt", steps=100_000)
     kept = tmp_path / "two.pt.scratch"
     until = time.monotonic() + 120
     while not (kept / "fit.pt").exists() and time.monotonic() < until:

@@ -1,5 +1,6 @@
 """A fit that is interrupted, in whatever way, goes on and ends with the same model."""
 
+import logging
 import os
 import random
 import signal
@@ -142,6 +143,7 @@ def test_resuming_something_else_is_refused(images, stage, at):
 
 
 def test_resume_says_what_it_goes_on_from(images, caplog):
+    caplog.set_level(logging.INFO, logger="stego")
     with pytest.raises(Interruption):
         Stego.fit("images", checkpoint="kept", progress=interrupted("training", 7), **OPTIONS)
     caplog.clear()
