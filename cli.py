@@ -178,6 +178,13 @@ def dataset_root(dataset: str, root) -> Path:
     return Path(root) if root else Path(os.environ.get("STEGO_DATA", "data")) / dataset
 
 
+def made_in(folder: Path) -> list[Path]:
+    """Outputs in a folder of images, which are none to work on."""
+    from stego_parts.outputs import contact_sheets
+
+    return [*contact_sheets(folder), folder / OUTPUTS]
+
+
 def class_count(text: str):
     """A number of clusters, or auto."""
     if text != "auto" and not (text.isdecimal() and 1 <= int(text) <= 255):
@@ -272,7 +279,7 @@ def fit(progress, images, dataset, root, classes, output, preset, settings, over
     from stego_parts.config import fit_config, parse_settings
     from stego_parts.datasets import PRESET_OF, labelled_set, published_line
     from stego_parts.images import find_images
-    from stego_parts.outputs import PICTURE, check_outputs, check_replacing, read_note
+    from stego_parts.outputs import PICTURE, check_outputs, check_replacing
 
     options |= parse_settings(settings)
     if dataset:
@@ -282,8 +289,7 @@ def fit(progress, images, dataset, root, classes, output, preset, settings, over
     options |= dict(preset=preset or "default", classes=classes or 27)
     config = fit_config(options["preset"], backbone=options["backbone"])
     sheet = output.with_name(f"{output.stem}-fit.png")
-    ours = [sheet] if read_note(sheet) else []  # else it may be somebody's picture
-    options["exclude"] = [*ours, output.with_name(OUTPUTS), *filter(None, [report])]
+    options["exclude"] = [*made_in(output.parent), *filter(None, [report])]
     paths = [path for path, _ in find_images(images, exclude=options["exclude"])]
     inputs = [*paths, *filter(None, [options["weights"]])]
     check_outputs([(output, ()), (sheet, PICTURE)], inputs=inputs, folders=[report])
@@ -378,8 +384,8 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
     from stego_parts.images import find_images
     from stego_parts.tokens import check_resolution
 
-    stdin, sheet = images == (PIPE,), model.with_name(f"{model.stem}-fit.png")
-    sources = [(sys.stdin.buffer, Path("stdin"))] if stdin else find_images(images, exclude=[output, sheet])
+    stdin, exclude = images == (PIPE,), [output, *made_in(model.parent)]
+    sources = [(sys.stdin.buffer, Path("stdin"))] if stdin else find_images(images, exclude=exclude)
     jobs, document = outputs.plan_outputs(sources, output, formats), outputs.document_path(output, kind)
     if skip_existing and (document or piped):
         raise click.UsageError("--skip-existing is for outputs of each image; choose another format or -o.")
@@ -578,7 +584,7 @@ def show(progress, things, model, sheet, at, output, backbone, device, weights):
     from stego_parts.report import cluster_sheet
 
     model = model or Path("stego.pt")
-    paths = [path for path, _ in find_images(images)] if images else []
+    paths = [path for path, _ in find_images(images, exclude=made_in(model.parent))] if images else []
     check_outputs([(sheet, PICTURE)], inputs=[*paths, model])
     fitted = Stego.load(model, device=device, weights=weights)
     for line in description(fitted):

@@ -121,10 +121,11 @@ def test_the_folder_of_the_images_can_hold_the_outputs(here, scenes, saved):
     """cd images; stego fit .; stego predict .: again and again."""
     for i in range(2):
         shutil.copy(scenes / f"scene0{i}.png", here)
-    for _ in range(2):
-        fitted = run("fit", ".", "-k", 2, "--backbone", "tiny", "--steps", 2)
+    for name in ("stego.pt", "stego.pt", "other.pt"):
+        fitted = run("fit", ".", "-k", 2, "--backbone", "tiny", "--steps", 2, "-o", name)
         predicted = run("predict", ".", "--no-crf", "--overlay")
         assert "2 images" in fitted.stdout and "2 of 2 images" in predicted.stdout
+    assert "2 images" in run("show", ".", "--sheet", "s.png").stdout
 
 
 def test_images_that_share_a_stem(here, scenes, saved):
