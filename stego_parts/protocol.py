@@ -148,15 +148,15 @@ def class_maps(features: dict, probes: dict, size: tuple[int, int], image: Tenso
         for key, probe in probes.items()
     }
     stages = {False: scores}
-    if image is not None:
-        stages[True] = {key: dense_crf(image, each) for key, each in scores.items()}
+    if image is not None:  # one lattice for all: classes that a probe does not have are impossible
+        most = max(map(len, scores.values()))
+        padded = [F.pad(each, (0, 0, 0, 0, 0, most - len(each)), value=-math.inf) for each in scores.values()]
+        stages[True] = dict(zip(scores, dense_crf(image, torch.stack(padded))))  # (K, H, W) each
     maps = {}
     for crf, stage in stages.items():
         for key, each in stage.items():
-            mask, merged = (
-                each.max(0).indices.byte().cpu().numpy(),
-                probes[key].merged,
-            )  # faster than argmax(0)
+            mask = each.max(0).indices.byte().cpu().numpy()  # faster than argmax(0)
+            merged = probes[key].merged
             maps[(*key, crf)] = mask if merged is None else merged[mask]
     return maps
 
