@@ -41,7 +41,6 @@ SPARE_CLUSTERS = (
     "%d clusters for %d classes: those left over count as errors. Rows named many-to-one give each cluster to "
     "its majority class, by the labels: compare them with nothing published."
 )
-IN_FLIGHT = 2  # images between the backbone and their confusions
 
 
 # ---- metrics ----------------------------------------------------------------------------------------------
@@ -330,27 +329,13 @@ def both_features(model: Stego, image: Image.Image) -> dict:
 def confusions(
     model: Stego, labelled: LabelledSet, probes: dict, *, crf: bool = True, progress: Progress = no_progress
 ) -> dict:
-    """{(features, probe, crf): (images, n_classes, K) int64} of every probe on every image, with and without
-    CRF.
-
-    A thread sharpens and counts an image while the backbone works on the next.
-    """
-    side, n = protocol_side(model.backbone.patch), len(labelled.classes)
-
-    @torch.inference_mode()  # a thread has its own
-    def count(item) -> dict:
-        image, label, features = item
-        picture = pixels(image).to(model.device) if crf else None
-        return {
-            key: confusion_matrix(label, mask, n_classes=n, n_clusters=len(probes[key[:2]].weight))
-            for key, mask in class_maps(features, probes, label.shape, picture).items()
-        }
-
+    """{(features, probe, crf): (images, n_classes, K) int64} of every probe on every image, also after a CRF."""
+    side, n, counts = protocol_side(model.backbone.patch), len(labelled.classes), {}
     pairs = prefetch(lambda i: labelled.read(i, side=side), range(len(labelled.pairs)))
-    items = ((image, label, both_features(model, image)) for image, label in pairs)
-    counts: dict = {}
-    for done, each in enumerate(prefetch(count, items, window=IN_FLIGHT), 1):
-        for key, matrix in each.items():
+    for done, (image, label) in enumerate(pairs, 1):
+        picture = pixels(image).to(model.device) if crf else None
+        for key, mask in class_maps(both_features(model, image), probes, label.shape, picture).items():
+            matrix = confusion_matrix(label, mask, n_classes=n, n_clusters=len(probes[key[:2]].weight))
             counts.setdefault(key, []).append(matrix)
         progress("evaluate", done, len(labelled.pairs))
     return {key: np.stack(matrices) for key, matrices in counts.items()}

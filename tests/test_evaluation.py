@@ -377,10 +377,9 @@ class NoDouble(TorchDispatchMode):
         return result
 
 
-def test_nothing_that_mps_lacks(model, drawn, monkeypatch):
+def test_nothing_that_mps_lacks(model, drawn):
     val, train = sets(drawn)
     val.pairs, train.pairs = val.pairs[:1], train.pairs[:1]
-    monkeypatch.setattr(protocol, "prefetch", lambda function, items, **options: map(function, items))
     with NoDouble():
         assert len(evaluate(model, val, train=train, crf=False)["results"]) == 4
 
