@@ -160,17 +160,9 @@ def class_maps(features: dict, probes: dict, size: tuple[int, int], image: Tenso
     return maps
 
 
-def cluster_map(
-    codes: Tensor, centers: Tensor, size, *, bias=None, pixels: Tensor | None = None
-) -> np.ndarray:
-    """Cluster of each pixel from codes (1, D, h, w), upsampled to size (H, W), and unit centres (K, D): (H,
-    W) uint8.
-
-    bias: (K,) of a linear probe, whose weights then stand for the centres. pixels: the image (3, H, W) uint8
-    if a CRF is to sharpen the result.
-    """
-    maps = class_maps({"codes": codes}, {("codes", "probe"): Probe(centers, bias)}, size, pixels)
-    return maps["codes", "probe", pixels is not None]
+def cluster_probe(model: Stego) -> Probe:
+    """The model's own clusters."""
+    return Probe(model.centers, None, model.merged, model.config.adaptation)
 
 
 def class_shares(label: np.ndarray, classes: int, patch: int) -> Tensor:
@@ -289,7 +281,7 @@ def fit_probes(
     The model's own clusters need no fitting. The others are fitted on `train`: the backbone's clusters, as
     many as the model has, and where it has labels the linear probes.
     """
-    probes = {("stego", "cluster"): Probe(model.centers, None, model.merged, model.config.adaptation)}
+    probes = {("stego", "cluster"): cluster_probe(model)}
     rows, shares = probe_rows(model, train, seed=seed, progress=progress)
     progress("k-means", 0, 1)
     kmeans = CosineKMeans(cluster_count(model), n_init=CLUSTER_STARTS, seed=seed).fit(rows.float())
