@@ -81,11 +81,6 @@ def match_clusters(confusion) -> np.ndarray:
     return assignment
 
 
-def majority_classes(confusion) -> np.ndarray:
-    """(K,) int64: the class that most pixels of each cluster have, so that several clusters may share one."""
-    return np.asarray(confusion).argmax(0)
-
-
 def scores(confusion, assignment) -> dict:
     """Accuracy, mIoU and IoU of each class once clusters are named.
 
@@ -311,9 +306,8 @@ def cluster_count(model: Stego) -> int:
 def both_features(model: Stego, image: Image.Image) -> dict:
     """What is clustered and the backbone's features of an image, averaged with its mirror's: (1, D, h, w)."""
     x = to_tensor(image)[None]
-    maps = dense_features(
-        model.backbone, torch.cat([x, x.flip(-1)]), model.device, exact=True
-    )  # (2, C, h, w)
+    x = torch.cat([x, x.flip(-1)])
+    maps = dense_features(model.backbone, x, model.device, exact=True)  # (2, C, h, w)
     return {"stego": unmirror(model.head.on_map(maps)), "backbone": unmirror(maps)}
 
 
@@ -386,7 +380,7 @@ def _result(counts: np.ndarray, probe: Probe, spare: bool) -> dict:
         assignment = match_clusters(confusion)
         if probe.merged is not None:  # what has become part of another cluster matches nothing
             assignment[probe.merged != np.arange(len(assignment))] = -1
-        many_to_one = _plain_scores(confusion, majority_classes(confusion)) if spare else None
+        many_to_one = _plain_scores(confusion, confusion.argmax(0)) if spare else None
     accuracies = [scores(one, assignment)["accuracy"] for one in counts]
     return _plain_scores(confusion, assignment) | dict(
         confusion=confusion.tolist(), image_accuracy=accuracies, many_to_one=many_to_one
@@ -401,13 +395,10 @@ def _plain_scores(confusion: np.ndarray, assignment: np.ndarray) -> dict:
 def _protocol(model: Stego, labelled: LabelledSet, train: LabelledSet, probes: dict, crf: bool) -> str:
     """What was done, and what the reference implementation does differently."""
     side, clusters, n = protocol_side(model.backbone.patch), cluster_count(model), len(labelled.classes)
-    used, released = (
-        f"{min(len(train.pairs), PROBE_IMAGES)} images ({train.source})",
-        model.linear is not None,
-    )
+    used = f"{min(len(train.pairs), PROBE_IMAGES)} images ({train.source})"
     linear = "no linear probe: no train labels"
     if ("stego", "linear") in probes:
-        linear = "linear probe of the checkpoint" if released else "linear probes fitted on their labels"
+        linear = "linear probe of the checkpoint" if model.linear else "linear probes fitted on their labels"
     differences = ["images bilinear (reference: nearest)"]
     if train.classes:
         differences.append(
@@ -431,11 +422,7 @@ def _protocol(model: Stego, labelled: LabelledSet, train: LabelledSet, probes: d
 
 def headline(report: dict) -> dict:
     """The result a model is known by: its clusters, with the CRF where there was one."""
-    return [
-        result
-        for result in report["results"]
-        if (result["features"], result["probe"]) == ("stego", "cluster")
-    ][-1]
+    return [r for r in report["results"] if (r["features"], r["probe"]) == ("stego", "cluster")][-1]
 
 
 def table(report: dict) -> str:
