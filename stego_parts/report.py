@@ -126,9 +126,8 @@ def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image
 def write_report(model: Stego, folder: Path | str):
     """Write how the fit went into a folder, as pictures (Fig. 14, 15) and a few words.
 
-    loss.png and similarity.png over the steps; neighbors.png, some crops and their nearest neighbours; with -k auto
-    classes.png; report.txt. Raises ValueError for a model that was not fitted in this process: the record of a fit is
-    not saved.
+    loss.png and similarity.png over the steps; neighbors.png, some crops and their nearest neighbours; report.txt.
+    Raises ValueError for a model that was not fitted in this process: the record of a fit is not saved.
     """
     if (record := model.record) is None:
         raise ValueError("This model has no history to report; a report is written right after fit.")
@@ -141,14 +140,6 @@ def write_report(model: Stego, folder: Path | str):
         "similarity": line_chart(means, title="Mean similarity of codes", x_label="step"),
         "neighbors": _neighbor_rows(record, model.config.views),
     }
-    if record.agreement:
-        scores = [np.mean(each) for each in record.agreement.values()]
-        pictures["classes"] = line_chart(
-            {"agreement": (list(record.agreement), scores)},
-            title="Do halves of the images agree?",
-            x_label="clusters",
-            y_label="adjusted Rand index",
-        )
     for name, picture in pictures.items():
         write_image(picture, Path(folder) / f"{name}.png")
     with replacing(Path(folder) / "report.txt") as part:
@@ -259,12 +250,20 @@ def correspondence_sheet(
 def _heatmaps(
     pictures: list[tuple], kind: str, at: tuple[int, int], color: drawing.Color
 ) -> list[Image.Image]:
-    """Pictures, of which the first has the point, where their maps of one kind correspond with it."""
+    """Pictures, of which the first has the point, coloured where their maps of one kind correspond with it.
+
+    By more than the point's mean correspondence with its own image.
+    """
     (picture, own), (x, y) = pictures[0], at
     h, w = own[kind].shape[1:]
     code = own[kind][:, int(y * h / picture.height), int(x * w / picture.width)]  # (D,)
     floor = float((code @ own[kind].flatten(1)).mean())
-    shown = [heatmap(each, code, maps[kind], floor, color) for each, maps in pictures]
+    shown = []
+    for image, maps in pictures:
+        image = _of_height(image, HEATMAP_HEIGHT)
+        weight = (torch.einsum("chw,c->hw", maps[kind], code)[None, None] - floor) / max(1 - floor, 1e-6)
+        weight = F.interpolate(weight, image.size[::-1], mode="bilinear", align_corners=False)  # (1, 1, H, W)
+        shown.append(drawing.spotlight(image, weight[0, 0].clamp(0, 1).cpu().numpy(), color))
     drawing.mark(shown[0], x * shown[0].width / picture.width, y * shown[0].height / picture.height, color)
     return shown
 
@@ -288,16 +287,6 @@ def _nearest_images(network, mean: Tensor, paths, device, progress: Progress) ->
             log.warning("Skipped: %s", error)
         progress("neighbors", done, len(paths))
     return [path for _, path in sorted(near, key=lambda each: -each[0])[:SHOWN]]
-
-
-def heatmap(
-    picture: Image.Image, code: Tensor, maps: Tensor, floor: float, color: drawing.Color
-) -> Image.Image:
-    """A picture coloured where its unit features (C, h, w) correspond with a unit vector (C,) by more than floor."""
-    picture = _of_height(picture, HEATMAP_HEIGHT)
-    weight = (torch.einsum("chw,c->hw", maps, code) - floor) / max(1 - floor, 1e-6)
-    weight = F.interpolate(weight[None, None], size=picture.size[::-1], mode="bilinear", align_corners=False)
-    return drawing.spotlight(picture, weight[0, 0].clamp(0, 1).cpu().numpy(), color)
 
 
 # ---- an evaluation ---------------------------------------------------------------------------------------------
