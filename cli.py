@@ -332,7 +332,8 @@ def write_pictures(progress: Progress, model, paths, output: Path, sheet: Path, 
     from stego_parts.outputs import write_picture
     from stego_parts.report import agreement_line, contact_sheet, write_report
 
-    write_picture(contact_sheet(model, paths, progress=progress), sheet, "contact sheet")
+    parts = model.record.paths  # of large images, what was seen at once
+    write_picture(contact_sheet(model, parts, progress=progress), sheet, "contact sheet")
     if report:
         write_report(model, report)
     if model.record.agreement and not is_quiet():
@@ -362,6 +363,7 @@ def log_config(model):
 @option("--crf/--no-crf", default=True, help="Sharpen the segments with a dense CRF.")
 @option("--crf-size", default=0.5, type=POSITIVE, help="Megapixels that the CRF works on, of larger photos.")
 @option("--resolution", default=320, help="Pixels of the shorter side that the backbone sees.")
+@option("--tile", type=click.IntRange(0), metavar="PIXELS", help="See larger images in parts of this side.")
 @option("--skip-existing", is_flag=True, help="Leave images alone whose outputs are there and up to date.")
 @network_options
 @verbosity_options
@@ -376,6 +378,7 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
       stego predict img.jpg -o mask.png
       stego predict folder/ "more/*.png" -o out/ --overlay
       stego predict img.jpg -o road.png --only road,3 --resolution 480
+      stego predict mosaic.tif -o mask.png --tile 1000
       cat img.jpg | stego predict - -o - > mask.png
     """
     formats, piped = check_formats(kind, images, output, overlay, only), str(output) == PIPE
@@ -398,7 +401,7 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
     writer = outputs.Writer(fitted, keep, outputs.note_of(fitted, keep, options))
     todo, entries = [job for job in jobs if not (skip_existing and job.is_done(writer.note))], []
     progress.go_on = progress.go_on if document else "the same command with --skip-existing goes on"
-    for done, (job, entry) in enumerate(writer.results(todo, kind, options), 1):
+    for done, (job, entry) in enumerate(writer.results(todo, kind, options, progress), 1):
         if isinstance(entry, Exception):
             who, what = "<stdin>" if stdin else str(job.source), sentence(entry)
             log.error("%s", what if who in what else f"{who}: {what}")
@@ -522,9 +525,7 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
     if not train_labels:
         return labelled, image_set(train_images) if train_images else None
     train = folder_set(train_images, train_labels, names=names)
-    larger = max(
-        labelled, train, key=lambda each: len(each.classes)
-    )  # without names, a class may occur in one only
+    larger = max(labelled, train, key=lambda each: len(each.classes))  # a class may occur in one only
     for each in (labelled, train):
         each.classes, each.lookup = larger.classes, larger.lookup
     return labelled, train

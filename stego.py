@@ -34,6 +34,7 @@ from stego_parts.images import distinct_colors, find_images, read_image, to_tens
 from stego_parts.maps import adapted_centers, class_scores, dot_products, pixels, unmirror, upsampled_argmax
 from stego_parts.matching import check_same_features, inherit_ids, match_clusters_to
 from stego_parts.model_files import check_backbone, check_model, damaged, read_model, write_model
+from stego_parts.tiles import blended_codes, label_blocks, tile_side, tiles_of
 from stego_parts.tokens import (
     BILINEAR,
     RESOLUTION,
@@ -64,15 +65,10 @@ MEAN_CROPS = 256  # crops whose features' mean direction stands for all
 LOOK_EVERY = 10  # steps between two measurements of the codes' similarities
 SIMILARITIES = 32_000_000  # similarities in memory at once: 128 MB
 CLUSTER_ROWS = 100_000  # codes that k-means sees
-CLUSTER_STARTS = (
-    12  # of k-means: with three, mIoU swings by one to two points between seeds, with twelve less
-)
+CLUSTER_STARTS = 12  # of k-means: with three, mIoU swings by one to two points between seeds
 CROWD_ROWS = 500  # codes that stand for all where crowding is measured
 CROWD_SHARPNESS = 10.0  # crowding: mean of exp(10 (cosine - 1)), which halves at an angle of 21 degrees
 AGREEMENT_ROWS = 20_000  # codes of each half of the images, for -k auto
-MATCH_OVERLAP = (
-    1 / 3
-)  # intersection over union from which clusters of two models are one: a Dice score of a half
 NOTED_SOURCES = 16  # folders, patterns and files given to fit up to which a model notes their names
 
 
@@ -91,9 +87,7 @@ def nearest_neighbors(means: Tensor, count: int = NEIGHBORS, *, device="cpu") ->
     neighbors = []
     for rows in torch.arange(n, device=device).split(len(room)):
         similarity = torch.mm(means[rows], means.T, out=room[: len(rows)])  # (rows, n)
-        similarity[
-            torch.arange(len(rows), device=device), rows
-        ] = -torch.inf  # an image is not its own neighbour
+        similarity[torch.arange(len(rows)), rows] = -torch.inf  # an image is not its own neighbour
         neighbors.append(similarity.topk(min(count, n - 1), dim=1).indices)
     return torch.cat(neighbors).cpu()
 
@@ -435,11 +429,10 @@ class Stego:
         Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
         """
         named = None if callable(backbone) else backbone
-        config = fit_config(
-            preset, backbone=named, **settings
-        )  # whatever is wrong shows before the work begins
+        config = fit_config(preset, backbone=named, **settings)  # what is wrong shows before the work begins
         sources = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-        paths, device = [path for path, _ in find_images(sources, exclude=exclude)], pick_device(device)
+        found, device = [path for path, _ in find_images(sources, exclude=exclude)], pick_device(device)
+        paths = tiles_of(found, config.tile)
         load = partial(load_backbone, weights=weights, device=device, progress=progress is not no_progress)
         network = load(backbone or config.backbone, stride=config.stride)
         config = fit_config(preset, backbone=network.name, **settings | dict(stride=network.patch))
@@ -486,13 +479,7 @@ class Stego:
         for k, name in names.items():
             if not 0 <= k < len(self.names):
                 raise ValueError(f"There is no cluster {k}; the model has 0 to {len(self.names) - 1}.")
-            if (
-                name.isdecimal()
-                or "," in name
-                or "=" in name
-                or not name.isprintable()
-                or name != name.strip()
-            ):
+            if name.isdecimal() or {",", "="} & set(name) or not name.isprintable() or name != name.strip():
                 raise ValueError(
                     f"Got the name {name!r}; use a word that is no number, without comma and equals sign."
                 )
@@ -504,10 +491,8 @@ class Stego:
 
         A number of a cluster that has a name means all of that name.
         """
-        asked, labels = (
-            {str(each).strip().casefold() for each in wanted},
-            [label.casefold() for label in self.labels],
-        )
+        asked = {str(each).strip().casefold() for each in wanted}
+        labels = [label.casefold() for label in self.labels]
         if unknown := asked - {str(k) for k in range(len(labels))} - set(labels):
             raise ValueError(
                 f"The model has no cluster {sorted(unknown)[0]!r}; it has the numbers 0 to {len(labels) - 1} and the "
@@ -534,48 +519,65 @@ class Stego:
         return adapted_centers(codes, self.centers, self.config.adaptation)
 
     @torch.inference_mode()
-    def predict(
-        self, image, *, resolution: int = RESOLUTION, crf: bool = True, crf_size: float = CRF_SIZE
-    ) -> np.ndarray:
+    def predict(self, image, *, crf: bool = True, crf_size: float = CRF_SIZE, **seen) -> np.ndarray:
         """Segment one image of any size: a mask (H, W) uint8 of cluster ids at the displayed size of the image.
 
         Of clusters that share a name, the mask has the lowest number.
 
         Args:
             image: a path, a PIL image or an array (H, W, 3) uint8.
-            resolution: pixels of the shorter side that the backbone sees; finer segments at quadratic cost.
-            crf: sharpen with a dense CRF; crf_size: the megapixels it works on, larger images are brought down.
+            resolution: pixels of the shorter side that the backbone sees, 320; finer segments at quadratic cost.
+            tile: side in pixels of the parts in which a larger image is seen, each at `resolution`, in bounded memory;
+                0: whole, None: as in the fit. progress: called as progress(stage, done, total) for those.
+            crf: sharpen with a dense CRF; crf_size: the megapixels it works on, of larger images and tiles.
         """
         image = read_image(image)
-        codes = self._image_codes(image, resolution)
-        if not crf:
-            scores = dot_products(codes, self.image_centers(codes))[0]  # (K, h, w)
-            mask = upsampled_argmax(scores, image.height, image.width)
+        codes, tile = self._image_codes(image, **seen)
+        label = partial(self._labels, centers=self.image_centers(codes), crf=crf)
+        if tile:
+            mask = label_blocks(
+                label, image, codes, tile, crf_size, progress=seen.get("progress", no_progress)
+            )
         else:
-            q = self._probabilities(image, codes, crf=True, crf_size=crf_size)
-            mask = upsample_along_edges(pixels(image).to(self.device), q).cpu().numpy()
+            mask = label(image, codes, crf_size)
         return self.merged[mask]
 
     @torch.inference_mode()
-    def probabilities(
-        self, image, *, resolution: int = RESOLUTION, crf: bool = True, crf_size: float = CRF_SIZE
-    ) -> np.ndarray:
+    def probabilities(self, image, *, crf: bool = True, crf_size: float = CRF_SIZE, **seen) -> np.ndarray:
         """Probability of each cluster at each pixel, (K, h, w) float32; the arguments are those of `predict`.
 
         (h, w) is the displayed size of the image where that is at most crf_size megapixels, else it is brought down
         to that many: bounded memory, 54 MB for 27 clusters at the default.
         """
         image = read_image(image)
-        codes = self._image_codes(image, resolution)
-        return self._probabilities(image, codes, crf=crf, crf_size=crf_size).cpu().numpy()
+        codes = self._image_codes(image, **seen)[0].float()  # (1, D, h, w)
+        return self._probabilities(image, codes, self.image_centers(codes), crf, crf_size).cpu().numpy()
 
-    def _image_codes(self, image, resolution: int) -> Tensor:
-        """Codes (1, D, h, w) of one picture of any size."""
-        return self.codes(to_tensor(image.resize(self.working_size(image, resolution), BILINEAR))[None])
+    def _image_codes(
+        self,
+        image,
+        *,
+        resolution: int = RESOLUTION,
+        tile: int | None = None,
+        progress: Progress = no_progress,
+    ) -> tuple[Tensor, int]:
+        """Codes (1, D, h, w) of one picture of any size, and the side of its tiles, 0 if it was seen whole."""
+        if side := tile_side(image.size, self.config.tile if tile is None else tile):
+            check_resolution(self.backbone, resolution, device=self.device)
+            sizes = dict(resolution=resolution, patch=self.backbone.patch)
+            return blended_codes(self.codes, image, side, **sizes, progress=progress), side
+        return self.codes(to_tensor(image.resize(self.working_size(image, resolution), BILINEAR))[None]), 0
 
-    def _probabilities(self, image, codes: Tensor, *, crf: bool, crf_size: float) -> Tensor:
+    def _labels(self, image, codes: Tensor, crf_size: float, *, centers: Tensor, crf: bool) -> np.ndarray:
+        """The cluster of each pixel of a picture with these codes (1, D, h, w): (H, W) uint8."""
+        if not crf:
+            return upsampled_argmax(dot_products(codes, centers)[0], image.height, image.width)
+        q = self._probabilities(image, codes, centers, crf, crf_size)
+        return upsample_along_edges(pixels(image).to(self.device), q).cpu().numpy()
+
+    def _probabilities(self, image, codes: Tensor, centers: Tensor, crf: bool, crf_size: float) -> Tensor:
         height, width = working_size((image.height, image.width), megapixels=crf_size)
-        scores = class_scores(codes[0], self.image_centers(codes), (height, width))  # (K, h, w)
+        scores = class_scores(codes[0], centers, (height, width))  # (K, h, w)
         if not crf:
             return scores.softmax(0)
         small = pixels(image.resize((width, height), BILINEAR)).to(self.device)  # (3, h, w)

@@ -118,11 +118,11 @@ def write_state(state: dict, path):
 
 def features_key(paths, network, config) -> dict:
     """What cached features depend on: each image's path, size and time, the backbone, how images are cut up."""
-    stats = [(os.path.abspath(path), os.stat(path)) for path in paths]
-    listed = [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
+    stats = [(os.path.abspath(path), str(path), os.stat(path)) for path in paths]
+    listed = [(*names, status.st_size, status.st_mtime_ns) for *names, status in stats]
     images = hashlib.sha256("\n".join(map(repr, listed)).encode()).hexdigest()
     known = network.sha256 or os.urandom(16).hex()  # a callable may have changed since
-    key = dict(version=3, images=images, backbone=known, stride=network.patch)
+    key = dict(version=4, images=images, backbone=known, stride=network.patch)
     return key | dict(views=config.views, cache_size=config.cache_size, seed=config.seed)
 
 

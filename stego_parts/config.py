@@ -38,6 +38,7 @@ class Config:
     evenness: float = 0.0  # 0: clusters follow what is frequent, 1: also what is rare
     feature_weight: float = 0.0  # of the features themselves beside the codes in what is clustered
     adaptation: float = 0.0  # of an image's codes in its own centres, see maps.adapted_centers
+    tile: int = 0  # side in pixels of the parts in which larger images are seen; 0: whole
     cache_size: float = 8.0  # GB (10^9 bytes) of features
     crops: int = 0  # that the fit saw
     images: tuple = ()  # what the fit was given, by name
@@ -66,9 +67,9 @@ class Config:
             raise ValueError(f"Unknown views {self.views!r}; choose one of: {', '.join(VIEWS)}.")
         if not 0 <= self.evenness <= 1:
             raise ValueError(f"Got evenness {self.evenness}; it lies between 0 and 1.")
-        for name in ("steps", "batch_size", "code_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Got {name} {getattr(self, name)}; it must be at least 1.")
+        for name, least in (("steps", 1), ("batch_size", 1), ("code_size", 1), ("tile", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"Got {name} {getattr(self, name)}; it must be at least {least}.")
         weights = [getattr(self, f"lambda_{term}") for term in TERMS]
         if (
             min(*weights, self.feature_weight, self.adaptation) < 0

@@ -9,18 +9,19 @@ import io
 import logging
 import math
 import os
+import sys
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 log = logging.getLogger("stego")
@@ -30,9 +31,8 @@ IMAGE_SUFFIXES = set(".jpg .jpeg .png .bmp .tif .tiff .webp .gif .ppm .pgm .pnm 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB 0..1: all backbones were trained so
 BACKDROP = (255, 255, 255)  # transparent pixels are shown on white
 IGNORE = 255  # mask value of "no segment"
-WHITE_PERCENTILE = (
-    99.9  # of the values of a deep image: what the brightest pixels but for a few hot ones reach
-)
+WHITE_PERCENTILE = 99.9  # of the values of a deep image: what its brightest pixels but a few hot ones reach
+SCALE_SAMPLE = 4_000_000  # values of a deep image, about, whose percentiles are taken
 FIRST_COLOR = (0, 135, 195)  # of cluster 0
 XYZ_OF_RGB = np.array(  # of linear sRGB (IEC 61966-2-1)
     [(0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041)]
@@ -115,10 +115,35 @@ def output_names(places: Iterable[Path], suffix: str) -> list[Path]:
     return [name if count[name] == 1 else f for name, f in zip(names, full)]
 
 
-def read_image(source: Path | str | BinaryIO | Image.Image | np.ndarray) -> Image.Image:
-    """An upright 8-bit RGB picture of a path, a binary file, a PIL image or an array (H, W, 3) uint8.
+class Window(NamedTuple):
+    """A part of an image file: its box (left, top, right, bottom) in pixels as displayed."""
 
-    EXIF rotation is applied, 16-bit and float greys are scaled to 8 bits, transparency is laid on white; an
+    path: Path
+    box: tuple[int, int, int, int]
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
+        return f"{self.path} at {self.box[0]},{self.box[1]}"
+
+
+@lru_cache(1)  # its windows are read one after the other
+def _whole_image(path: Path) -> Image.Image:
+    return read_image(path)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image file as displayed, from its head; errors as those of `read_image`."""
+    with open_image(path, "an image") as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        return image.size[::-1] if turned else image.size
+
+
+def read_image(source: Path | str | BinaryIO | Image.Image | np.ndarray | Window) -> Image.Image:
+    """An upright 8-bit RGB picture of a path or part of it, a binary file, a PIL image or an array (H, W, 3) uint8.
+
+    EXIF rotation is applied, what has 16 bits or is float is scaled to 8 bits, transparency is laid on white; an
     animation shows its first frame. Raises FileNotFoundError, or ValueError: the file and what is wrong.
     """
     if isinstance(source, np.ndarray):
@@ -127,6 +152,8 @@ def read_image(source: Path | str | BinaryIO | Image.Image | np.ndarray) -> Imag
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
         return _to_rgb(source)
+    if isinstance(source, Window):
+        return _whole_image(source.path).crop(source.box)
     name = source
     if hasattr(source, "read"):  # a pipe cannot be wound back: read it whole
         name, source = str(getattr(source, "name", "the image")), io.BytesIO(source.read())
@@ -135,6 +162,7 @@ def read_image(source: Path | str | BinaryIO | Image.Image | np.ndarray) -> Imag
     if Path(name).suffix.lower() == ".mat":
         return Image.fromarray(np.ascontiguousarray(read_mat(source, "img")[..., :3]))
     with open_image(source, "an image", name=name) as image:
+        _restore_depth(image, source)
         return _to_rgb(image)
 
 
@@ -192,21 +220,48 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _scale_to_8_bit(grey: np.ndarray) -> np.ndarray:
-    """Deep greys (H, W) by the bits that their values use, 12 of 16, say; floats up to 1 are shares of white.
+def _restore_depth(image: Image.Image, source):
+    """Scale a picture with 16 bits a channel by the bits that it uses, in place.
 
-    Where there are negative values, the least is black and the largest white.
+    Pillow keeps the first byte of each value and knows both orders of bytes: reading them in either gives all.
     """
-    floor = 1e-12 if grey.dtype.kind == "f" else 255
-    grey = np.nan_to_num(grey.astype(np.float64), posinf=0, neginf=0)
-    low, high = np.percentile(grey, [100 - WHITE_PERCENTILE, WHITE_PERCENTILE]).tolist()
+    given = [tile[3] for tile in image.tile]  # arguments of the decoder, the order of bytes first or alone
+    modes = [str(each[0] if isinstance(each, tuple) and each else each) for each in given]
+    if not modes or any(mode[:-1] not in ("RGB;16", "RGBA;16", "RGBX;16") for mode in modes):
+        return
+    other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+    swapped = [mode[:-1] + other[mode[-1]] for mode in modes]
+    swapped = [(mode, *args[1:]) if isinstance(args, tuple) else mode for mode, args in zip(swapped, given)]
+    tiles, high = image.tile, np.asarray(image)  # (H, W, 3 or 4); loading empties image.tile
+    if hasattr(source, "seek"):
+        source.seek(0)
+    with Image.open(source) as again:
+        make = getattr(type(tiles[0]), "_make", tuple)  # named tuples since Pillow 11
+        again.tile = [make((*tile[:3], args)) for tile, args in zip(tiles, swapped)]
+        colors = high[..., :3].astype(np.uint16) << 8 | np.asarray(again)[..., :3]
+    image.paste(Image.fromarray(np.concatenate([_scale_to_8_bit(colors), high[..., 3:]], 2)))
+
+
+def _scale_to_8_bit(grey: np.ndarray) -> np.ndarray:
+    """Deep greys (H, W) or colours (H, W, C) by the bits that their values use, 12 of 16, say.
+
+    Floats up to 1 are shares of white. Where there are negative values, the least is black and the largest white.
+    """
+    every = math.ceil(math.sqrt(grey.size / SCALE_SAMPLE))
+    sample = np.nan_to_num(grey[::every, ::every].astype(np.float64), posinf=0, neginf=0)
+    low, high = np.percentile(sample, [100 - WHITE_PERCENTILE, WHITE_PERCENTILE]).tolist()
     if low < 0:
-        grey, white = grey - low, high - low
+        white = high - low
     else:
+        low, floor = 0.0, 1e-12 if grey.dtype.kind == "f" else 255
         white = max(2.0 ** math.frexp(high)[1] - (high >= 1), floor)  # 1, 3, 7, ... or 1/2, 1/4, ...
         if white not in (1, 255, 65535):
             _warn_scaled(white)
-    return (grey * (255 / max(white, 1e-12))).clip(0, 255).round().astype(np.uint8)
+    scaled = np.empty(grey.shape, np.uint8)
+    for row, values in enumerate(grey):  # a row at a time, in little memory
+        values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0) - low
+        scaled[row] = (values * (255 / max(white, 1e-12))).clip(0, 255).round()
+    return scaled
 
 
 @cache

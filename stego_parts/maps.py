@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOGIT_SCALE = 2.0  # cosine to a centre -> class score for the CRF (reference implementation)
+ADAPTATION_ROWS = 100_000  # codes, at most, that stand for those of a large image
 ADAPTATION_ROUNDS = 4  # assignments after which the centres of an image hardly move
 BLOCK_VALUES = 1_000_000  # numbers of a large photo that are upsampled at once: temporaries stay in cache
 
@@ -21,9 +22,9 @@ def unmirror(both: Tensor) -> Tensor:
 def upsample_row_blocks(maps: Tensor, height: int, width: int) -> Iterator[tuple[slice, Tensor]]:
     """Maps (C, h, w) upsampled bilinearly, in blocks of rows: yields (rows, (C, rows, width)), in bounded memory."""
     channels, h, _ = maps.shape
-    wide = F.interpolate(maps[None], size=(h, width), mode="bilinear", align_corners=False)[
-        0
-    ]  # (C, h, width)
+    (wide,) = F.interpolate(
+        maps[None], size=(h, width), mode="bilinear", align_corners=False
+    )  # (C, h, width)
     for rows in torch.arange(height).split(max(BLOCK_VALUES // (width * channels), 1)):
         y = ((rows + 0.5) * h / height - 0.5).clamp(0, h - 1).to(maps.device)
         above = y.floor().long()
@@ -63,9 +64,11 @@ def adapted_centers(codes: Tensor, centers: Tensor, weight: float) -> Tensor:
     1994), on the sphere. weight: of the codes of the whole image together, against one of each centre; with 0, as
     in STEGO, all images have the same centres.
     """
-    rows, adapted = F.normalize(codes[0].flatten(1), dim=0).T, centers  # (h * w, D)
+    rows = codes[0].flatten(1)  # (D, h * w)
+    rows = F.normalize(rows[:, :: -(-rows.shape[1] // ADAPTATION_ROWS)].float(), dim=0).T  # (n, D)
+    adapted = centers
     for _ in range(ADAPTATION_ROUNDS if weight else 0):
-        members = F.one_hot((rows @ adapted.T).argmax(1), len(centers)).to(rows.dtype)  # (h * w, K)
+        members = F.one_hot((rows @ adapted.T).argmax(1), len(centers)).to(rows.dtype)  # (n, K)
         adapted = F.normalize(centers + weight / len(rows) * members.T @ rows, dim=1)
     return adapted
 

@@ -34,7 +34,7 @@ from stego_parts.images import (
     replacing,
 )
 from stego_parts.model_files import read_model
-from stego_parts.tokens import prefetch
+from stego_parts.tokens import no_progress, prefetch
 
 PIPE = "-"  # stdin as an image, stdout as an output
 ONE_FILE = ("json", "coco")  # formats with one file for all images
@@ -189,10 +189,10 @@ class Writer(NamedTuple):
     keep: list | None
     note: str
 
-    def results(self, jobs: list[Job], kind: str, options: dict) -> Iterator[tuple]:
+    def results(self, jobs: list[Job], kind: str, options: dict, progress=no_progress) -> Iterator[tuple]:
         """(job, what `write` returned, or the error) for each; threads read and write meanwhile."""
         segment = self.model.probabilities if kind == "npz" else self.model.predict
-        segment = functools.partial(segment, **options)
+        segment = functools.partial(segment, **options, progress=progress)
         images = prefetch(lambda job: _attempt(read_image, job.source), jobs, window=READ_AHEAD)
         masks = ((job, image, _attempt(segment, image)) for job, image in zip(jobs, images))
         yield from zip(jobs, prefetch(lambda each: _attempt(self.write, *each), masks, window=WRITE_BEHIND))

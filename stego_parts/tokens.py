@@ -103,7 +103,7 @@ def check_resolution(network, resolution: int, *, size=(1, 1), device="cpu"):
         most = int(math.sqrt(room / square)) // network.patch * network.patch
         raise ValueError(
             f"Resolution {resolution} needs about {square * resolution**2 / 1e9:.1f} GB with {network.name}, "
-            f"{room / 1e9:.1f} GB are available; at most {most} fits."
+            f"{room / 1e9:.1f} GB are available; at most {most} fits, or --tile for parts of the image."
         )
 
 

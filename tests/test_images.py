@@ -1,6 +1,10 @@
 """The door in: every kind of file becomes upright RGB. The door out: masks as the conventions say."""
 
+import io
 import os
+import struct
+import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +105,59 @@ def test_values_are_scaled_by_the_bits_they_use(tmp_path, caplog, kind, top, whi
         assert got[0, 0] == 255 and np.abs(got - values * 255 / white)[:, 1:].max() <= 1
     assert [message for message in caplog.messages if f"up to {white:g}" in message] == caplog.messages
     assert len(caplog.messages) == 1
+
+
+def png_of(values):
+    """A PNG of 16 bits a channel (H, W, 3 or 4), written by the standard: Pillow writes none."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = values.shape
+    head = struct.pack(">IIBBBBB", width, height, 16, 2 if channels == 3 else 6, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def tiff_of(values, order="<", packed=False):
+    """A TIFF of 16 bits a channel (H, W, 3), one strip, little- or big-endian, deflated or not (TIFF 6.0)."""
+    height, width, channels = values.shape
+    data = values.astype(f"{order}u2").tobytes()
+    data = zlib.compress(data) if packed else data
+    bits = 8 + 2 + 9 * 12 + 4
+    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 8 if packed else 1), (262, 3, 2)]
+    tags += [(273, 4, bits + 6), (277, 3, channels), (278, 4, height), (279, 4, len(data))]
+    entries = b"".join(
+        struct.pack(f"{order}HHII", tag, kind, 3, value)
+        if tag == 258
+        else struct.pack(
+            f"{order}HHI{'I' if kind == 4 else 'HH'}", tag, kind, 1, *([value] if kind == 4 else [value, 0])
+        )
+        for tag, kind, value in tags
+    )
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8)
+    return (
+        head + struct.pack(f"{order}H", 9) + entries + bytes(4) + struct.pack(f"{order}3H", 16, 16, 16) + data
+    )
+
+
+@pytest.mark.parametrize("top", [4095, 65535])
+@pytest.mark.parametrize(
+    "write", [png_of, tiff_of, partial(tiff_of, order=">"), partial(tiff_of, packed=True)]
+)
+def test_deep_colours_keep_their_depth(write, top):
+    """12 bits of 16 in each of three colours: all values come out, not the 16 that the first byte tells apart."""
+    values = np.linspace(0, top, 12 * 16 * 3).round().reshape(12, 16, 3).astype(np.uint16)
+    got = np.asarray(read_image(io.BytesIO(write(values))))
+    assert np.abs(got - values * (255 / top)).max() <= 0.51
+
+
+def test_deep_colours_keep_their_transparency():
+    values = np.full((6, 8, 4), 4095, np.uint16) * np.array([1, 0, 0, 0], np.uint16)
+    values[:, 4:, 3] = 65535
+    got = np.asarray(read_image(io.BytesIO(png_of(values))))
+    assert (got[:, :4] == 255).all() and (got[:, 4:] == (255, 0, 0)).all()
 
 
 def test_a_black_deep_image_stays_black(tmp_path):

@@ -49,6 +49,7 @@ def place(tmp_path_factory, scenes):
         for i in range(start, start + 3):
             Image.open(scenes / f"scene{i:02d}.png").save(folder / name / f"{i}.jpg")
     Image.open(scenes / "scene00.png").save(folder / "img.jpg")
+    Image.open(scenes / "scene00.png").resize((700, 650)).save(folder / "mosaic.tif")
     tool = folder / "bin" / "stego"
     tool.parent.mkdir()
     tool.write_text(f'#!/bin/sh\nexec {sys.executable} -m cli "$@"\n')

@@ -790,7 +790,9 @@ MAY_IMPORT = {  # of ours; nobody imports cli, and only cli imports click
     "outputs": "backbones drawing images model_files tokens",
     "model_files": "backbones checkpoint config images",
     "matching": "config images tokens",
-    "stego": "crf kmeans backbones checkpoint config diagnostics distributed images maps matching model_files tokens",
+    "tiles": "images tokens",
+    "stego": "crf kmeans backbones checkpoint config diagnostics distributed images maps matching model_files tiles "
+    "tokens",
     "protocol": "crf kmeans stego config datasets images maps tokens",
     "report": "stego config datasets diagnostics drawing images maps protocol tokens",
 }
