@@ -23,17 +23,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from stego_parts.backbones import fingerprint
 from stego_parts.drawing import overlay, with_legend
-from stego_parts.images import (
-    IGNORE,
-    IMAGE_SUFFIXES,
-    cluster_shares,
-    coco_annotations,
-    mask_image,
-    output_names,
-    read_image,
-    replacing,
-)
+from stego_parts.images import IGNORE, IMAGE_SUFFIXES, mask_image, output_names, read_image, replacing
 from stego_parts.model_files import read_model
+from stego_parts.segments import cluster_shares, coco_annotations
 from stego_parts.tokens import no_progress, prefetch
 
 PIPE = "-"  # stdin as an image, stdout as an output

@@ -12,14 +12,8 @@ from PIL import Image
 
 from stego import Stego
 from stego_parts.drawing import overlay, with_legend
-from stego_parts.images import (
-    IGNORE,
-    cluster_shares,
-    coco_annotations,
-    distinct_colors,
-    read_image,
-    run_lengths,
-)
+from stego_parts.images import IGNORE, distinct_colors, read_image
+from stego_parts.segments import cluster_shares, coco_annotations, run_lengths
 
 FAST = ["--no-crf", "--resolution", 96]
 PNG = b"\x89PNG\r\n\x1a\n"
