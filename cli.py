@@ -529,9 +529,7 @@ def labelled_sets(dataset, root, images, labels, names, train_images, train_labe
     if not train_labels:
         return labelled, image_set(train_images) if train_images else None
     train = folder_set(train_images, train_labels, names=names)
-    larger = max(
-        labelled, train, key=lambda each: len(each.classes)
-    )  # without names, a class may occur in one only
+    larger = max(labelled, train, key=lambda each: len(each.classes))  # a class may occur in one only
     for each in (labelled, train):
         each.classes, each.lookup = larger.classes, larger.lookup
     return labelled, train

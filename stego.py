@@ -87,9 +87,7 @@ def nearest_neighbors(means: Tensor, count: int = NEIGHBORS, *, device="cpu") ->
     neighbors = []
     for rows in torch.arange(n, device=device).split(len(room)):
         similarity = torch.mm(means[rows], means.T, out=room[: len(rows)])  # (rows, n)
-        similarity[
-            torch.arange(len(rows), device=device), rows
-        ] = -torch.inf  # an image is not its own neighbour
+        similarity[torch.arange(len(rows)), rows] = -torch.inf  # an image is not its own neighbour
         neighbors.append(similarity.topk(min(count, n - 1), dim=1).indices)
     return torch.cat(neighbors).cpu()
 
@@ -431,9 +429,7 @@ class Stego:
         Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
         """
         named = None if callable(backbone) else backbone
-        config = fit_config(
-            preset, backbone=named, **settings
-        )  # whatever is wrong shows before the work begins
+        config = fit_config(preset, backbone=named, **settings)  # what is wrong shows before the work begins
         sources = [images] if isinstance(images, (str, os.PathLike)) else list(images)
         found, device = [path for path, _ in find_images(sources, exclude=exclude)], pick_device(device)
         paths = tiles_of(found, config.tile)
@@ -483,13 +479,7 @@ class Stego:
         for k, name in names.items():
             if not 0 <= k < len(self.names):
                 raise ValueError(f"There is no cluster {k}; the model has 0 to {len(self.names) - 1}.")
-            if (
-                name.isdecimal()
-                or "," in name
-                or "=" in name
-                or not name.isprintable()
-                or name != name.strip()
-            ):
+            if name.isdecimal() or {",", "="} & set(name) or not name.isprintable() or name != name.strip():
                 raise ValueError(
                     f"Got the name {name!r}; use a word that is no number, without comma and equals sign."
                 )
@@ -501,10 +491,8 @@ class Stego:
 
         A number of a cluster that has a name means all of that name.
         """
-        asked, labels = (
-            {str(each).strip().casefold() for each in wanted},
-            [label.casefold() for label in self.labels],
-        )
+        asked = {str(each).strip().casefold() for each in wanted}
+        labels = [label.casefold() for label in self.labels]
         if unknown := asked - {str(k) for k in range(len(labels))} - set(labels):
             raise ValueError(
                 f"The model has no cluster {sorted(unknown)[0]!r}; it has the numbers 0 to {len(labels) - 1} and the "

@@ -22,9 +22,9 @@ def unmirror(both: Tensor) -> Tensor:
 def upsample_row_blocks(maps: Tensor, height: int, width: int) -> Iterator[tuple[slice, Tensor]]:
     """Maps (C, h, w) upsampled bilinearly, in blocks of rows: yields (rows, (C, rows, width)), in bounded memory."""
     channels, h, _ = maps.shape
-    wide = F.interpolate(maps[None], size=(h, width), mode="bilinear", align_corners=False)[
-        0
-    ]  # (C, h, width)
+    (wide,) = F.interpolate(
+        maps[None], size=(h, width), mode="bilinear", align_corners=False
+    )  # (C, h, width)
     for rows in torch.arange(height).split(max(BLOCK_VALUES // (width * channels), 1)):
         y = ((rows + 0.5) * h / height - 0.5).clamp(0, h - 1).to(maps.device)
         above = y.floor().long()
