@@ -21,7 +21,6 @@ DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")
 WRITTEN = dict(mask="masks", tif="masks", overlay="overlays", cutout="cut-outs", npz="probabilities")
 WRITTEN |= dict(json="shares", csv="shares", coco="segments", labelme="outlines")
 NOTICE = logging.INFO + 5  # level of messages that are said unless --quiet
-PIPE = "-"  # stdin as an image, stdout as an output
 MODEL_SUFFIXES = (".pt", ".pth", ".ckpt")
 OUTPUTS = "stego-out"  # folder of what predict writes, which fit leaves out
 FEATURES = "stego-features"  # folder, beside the model, of features that are kept for other fits
@@ -387,19 +386,17 @@ def predict(progress, images, model, output, kind, limit, dry_run, device, weigh
       stego predict mosaic.tif -o mask.tif --tile 1000
       stego predict folder/ -o coco.json --format coco --min-area 50
       stego predict folder/ -o shares.csv --format csv --limit 9
+      stego predict folder/ --format labelme --dry-run
       stego predict img.jpg -o dog.png --format cutout --only dog
       cat img.jpg | stego predict - -o - > mask.png
     """
     from stego import Stego
     from stego_parts import outputs
-    from stego_parts.images import find_images
-    from stego_parts.tokens import check_resolution
 
-    formats, piped = outputs.check_formats(kind, images, output, **options), str(output) == PIPE
+    formats, piped = outputs.check_formats(kind, images, output, **options), str(output) == outputs.PIPE
     _, only, min_area, skip_existing = map(options.pop, ("overlay", "only", "min_area", "skip_existing"))
-    exclude = [output, *made_in(model.parent)]
-    sources = [(sys.stdin.buffer, Path("stdin"))] if PIPE in images else find_images(images, exclude=exclude)
-    jobs, document = outputs.plan_outputs(sources, output, formats, limit=limit, inputs=[model])
+    made = made_in(model.parent)
+    jobs, document = outputs.plan_outputs(images, output, formats, model, limit, exclude=made)
     fitted = Stego.load(model, device=device, weights=weights)
     keep = fitted.select(only) if only else None
     note = outputs.note_of(fitted, keep, options | {"min_area": min_area})
@@ -410,7 +407,6 @@ def predict(progress, images, model, output, kind, limit, dry_run, device, weigh
         for path in [document] if document else [path for job in todo for path in job.targets.values()]:
             click.echo(path)
         return progress.summary(f"{len(todo)} images{skipped}", "nothing was written", err=True)
-    check_resolution(fitted.backbone, options["resolution"], device=fitted.device)
     done = segment_all(progress, writer, todo, document, options)
     what = f"{' and '.join(map(WRITTEN.get, formats))} in {'stdout' if piped else document or output}"
     progress.summary(f"{done} of {len(todo)} images{skipped}", what, err=piped)

@@ -29,6 +29,7 @@ from stego_parts.images import (
     IGNORE,
     IMAGE_SUFFIXES,
     TIFF,
+    find_images,
     geo_tags,
     mask_image,
     mask_tags,
@@ -39,7 +40,7 @@ from stego_parts.images import (
 )
 from stego_parts.model_files import read_model
 from stego_parts.segments import cluster_shares, coco_annotations, coco_document, labelme_document, table
-from stego_parts.tokens import no_progress, prefetch
+from stego_parts.tokens import check_resolution, no_progress, prefetch
 
 PIPE = "-"  # stdin as an image, stdout as an output
 DOCUMENTS = {
@@ -156,22 +157,28 @@ class Job(NamedTuple):
     targets: dict[str, Path]
 
 
-def plan_outputs(sources, output: Path, formats, *, limit: int | None = None, inputs=()) -> tuple:
-    """A job for each of the first images, and the one file of a format that has one, or None; checked."""
-    document = output if is_file(output) else output / DOCUMENTS.get(formats[0], "")
-    if formats[0] in DOCUMENTS:
-        jobs = [Job(source, place, {}) for source, place in sources]
+def plan_outputs(images, output: Path, formats, model: Path, limit=None, *, exclude=()) -> tuple:
+    """A job for each of the first images, and the one file of a format that has one, or None; all checked.
+
+    images: files, folders and patterns, or - for stdin. exclude: outputs of earlier runs.
+    """
+    if PIPE in images:
+        sources, inputs = [(sys.stdin.buffer, Path("stdin"))], [model]
     else:
-        document, jobs = None, _jobs(sources, output, formats, limit)
-    jobs = jobs[:limit]
+        sources = find_images(images, exclude=[output, *exclude])
+        inputs = [model, *(path for path, _ in sources)]
+    jobs, document = _jobs(sources, output, formats, limit), None
+    if formats[0] in DOCUMENTS:
+        document = output if is_file(output) else output / DOCUMENTS[formats[0]]
     files = [(path, SUFFIXES[kind]) for job in jobs for kind, path in job.targets.items()]
-    inputs = [*inputs, *(source for source, _ in sources if isinstance(source, Path))]
     check_outputs([*files, (document, SUFFIXES[formats[0]])], inputs=inputs)
     return jobs, document
 
 
 def _jobs(sources, output: Path, formats, limit) -> list[Job]:
     """The outputs of each image: the one file named, or in a folder, places like the images have in theirs."""
+    if formats[0] in DOCUMENTS:
+        return [Job(source, place, {}) for source, place in sources[:limit]]
     if is_file(output):
         if (count := len(sources[:limit])) > 1:
             raise ValueError(f"{count} images do not go into one output {output}; name a folder with -o.")
@@ -183,7 +190,7 @@ def _jobs(sources, output: Path, formats, limit) -> list[Job]:
     return [
         Job(source, place, {each: output / name for each, name in zip(formats, row)})
         for (source, place), *row in zip(sources, *names)
-    ]
+    ][:limit]
 
 
 def is_file(output: Path) -> bool:
@@ -257,6 +264,7 @@ class Writer(NamedTuple):
 
     def results(self, jobs: list[Job], options: dict, progress=no_progress) -> Iterator[tuple]:
         """(job, what `write` returned, or the error) for each; threads read and write meanwhile."""
+        check_resolution(self.model.backbone, options["resolution"], device=self.model.device)
         segment = self.model.probabilities if self.kind in SOFT else self.model.predict
         segment = functools.partial(segment, **options, progress=progress)
         images = prefetch(lambda job: _attempt(read_image, job.source), jobs, window=READ_AHEAD)
