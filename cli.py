@@ -669,7 +669,7 @@ def demo(progress, output, seed):
     from stego_parts.scenes import SCENE_CLASSES, check_demo_folder, draw_scenes
 
     check_folder(output)
-    check_demo_folder(output, DEMO_SCENES)
+    check_demo_folder(output)
     draw_scenes(output, DEMO_SCENES, seed=seed, progress=progress)
     paths = [path for path, _ in find_images(output / "images" / "train")]
     options = dict(classes=len(SCENE_CLASSES), backbone="tiny", steps=DEMO_STEPS, seed=seed)

@@ -34,8 +34,9 @@ from stego_parts.images import to_tensor
 from stego_parts.maps import unmirror
 from stego_parts.protocol import (
     PROBE_ROWS,
+    Probe,
+    class_maps,
     class_shares,
-    cluster_map,
     confusion_matrix,
     linear_probe,
     match_clusters,
@@ -113,8 +114,9 @@ def percent(maps: Tensor, labels, classes: int, weight: Tensor, bias: Tensor | N
     """(accuracy, mIoU) in percent of a linear probe, or without bias of clusters after Hungarian matching."""
     confusion = np.zeros((classes, classes), np.int64)
     for x, label in zip(maps, labels):
-        found = cluster_map(x[None].float(), weight, label.shape, bias=bias)
-        confusion += confusion_matrix(label, found, n_classes=classes, n_clusters=classes)
+        found = class_maps({"maps": x[None].float()}, {("maps", "probe"): Probe(weight, bias)}, label.shape)
+        mask = found["maps", "probe", False]
+        confusion += confusion_matrix(label, mask, n_classes=classes, n_clusters=classes)
     result = scores(confusion, match_clusters(confusion) if bias is None else np.arange(classes))
     return 100 * np.array([result["accuracy"], result["miou"]])
 

@@ -29,8 +29,8 @@ from stego_parts.backbones import load_backbone
 from stego_parts.config import PRESETS, Config, fit_config
 from stego_parts.datasets import folder_pairs, read_pair
 from stego_parts.images import to_tensor
-from stego_parts.maps import adapted_centers, pixels, unmirror
-from stego_parts.protocol import cluster_map, confusion_matrix, match_clusters, scores
+from stego_parts.maps import pixels, unmirror
+from stego_parts.protocol import Probe, class_maps, confusion_matrix, match_clusters, scores
 from stego_parts.tokens import encode
 
 HELD_OUT = {"camvid": "0001TP", "aerial": "dubai_t6_"}  # stems of train that are scored in place of val
@@ -80,9 +80,10 @@ def score(method: Method, images, classes: int, crf: bool) -> tuple[float, float
     confusion = np.zeros((classes, len(method.centers)), np.int64)
     for features, picture, label in images:
         codes = unmirror(method.on_map(features.float()))
-        centers = adapted_centers(codes, method.centers, method.adaptation)
-        clusters = cluster_map(codes, centers, label.shape, pixels=picture if crf else None)
-        confusion += confusion_matrix(label, clusters, n_classes=classes, n_clusters=len(centers))
+        probes = {("codes", "cluster"): Probe(method.centers, adaptation=method.adaptation)}
+        maps = class_maps({"codes": codes}, probes, label.shape, picture if crf else None)
+        clusters = maps["codes", "cluster", crf]
+        confusion += confusion_matrix(label, clusters, n_classes=classes, n_clusters=len(method.centers))
     result = scores(confusion, match_clusters(confusion))
     return 100 * result["miou"], 100 * result["accuracy"]
 

@@ -52,52 +52,41 @@ class Spec(NamedTuple):
     sha256: str = ""  # of the file, or its first digits, where several sources agree on it
 
 
-DINO, DINOV2 = "https://dl.fbaipublicfiles.com/dino/", "https://dl.fbaipublicfiles.com/dinov2/"
+DINOV2_SHA256 = {  # several sources agree on them
+    "vits14": "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+    "vitb14": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+    "vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+}
+META = "https://dl.fbaipublicfiles.com/"
+SMALL, BASE, LARGE = (384, 6), (768, 12), (1024, 16)  # channels, heads
+RESNET50 = (2048, 0, 32, 0)
+
+
+def _dino(name: str, *sizes: int) -> Spec:
+    return Spec(f"{META}dino/{name}_pretrain/{name}_pretrain.pth", *sizes)
+
+
+def _dinov2(name: str, *sizes: int, registers: int = 0, depth: int = 12) -> Spec:
+    file = f"dinov2_{name}{'_reg4' if registers else ''}_pretrain.pth"
+    sha256 = "" if registers else DINOV2_SHA256[name]
+    return Spec(f"{META}dinov2/dinov2_{name}/{file}", *sizes, 14, 37, registers, depth, sha256)
+
+
 BACKBONES = {
-    "dino_vits8": Spec(DINO + "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth", 384, 6, 8, 28),
-    "dino_vits8_300ep": Spec(
-        DINO + "dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth", 384, 6, 8, 28
-    ),
-    "dino_vits16": Spec(DINO + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", 384, 6, 16, 14),
-    "dino_vitb8": Spec(DINO + "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth", 768, 12, 8, 28),
-    "dino_vitb16": Spec(DINO + "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", 768, 12, 16, 14),
-    "dinov2_vits14": Spec(
-        DINOV2 + "dinov2_vits14/dinov2_vits14_pretrain.pth",
-        384,
-        6,
-        14,
-        37,
-        sha256="b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
-    ),
-    "dinov2_vitb14": Spec(
-        DINOV2 + "dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-        768,
-        12,
-        14,
-        37,
-        sha256="0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
-    ),
-    "dinov2_vitl14": Spec(
-        DINOV2 + "dinov2_vitl14/dinov2_vitl14_pretrain.pth",
-        1024,
-        16,
-        14,
-        37,
-        depth=24,
-        sha256="d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
-    ),
-    "dinov2_vits14_reg": Spec(DINOV2 + "dinov2_vits14/dinov2_vits14_reg4_pretrain.pth", 384, 6, 14, 37, 4),
-    "dinov2_vitb14_reg": Spec(DINOV2 + "dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth", 768, 12, 14, 37, 4),
-    "dino_resnet50": Spec(DINO + "dino_resnet50_pretrain/dino_resnet50_pretrain.pth", 2048, 0, 32, 0),
-    "mocov2": Spec(
-        "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
-        2048,
-        0,
-        32,
-        0,
-    ),
+    "dino_vits8": _dino("dino_deitsmall8", *SMALL, 8, 28),
+    "dino_vits8_300ep": _dino("dino_deitsmall8_300ep", *SMALL, 8, 28),
+    "dino_vits16": _dino("dino_deitsmall16", *SMALL, 16, 14),
+    "dino_vitb8": _dino("dino_vitbase8", *BASE, 8, 28),
+    "dino_vitb16": _dino("dino_vitbase16", *BASE, 16, 14),
+    "dinov2_vits14": _dinov2("vits14", *SMALL),
+    "dinov2_vitb14": _dinov2("vitb14", *BASE),
+    "dinov2_vitl14": _dinov2("vitl14", *LARGE, depth=24),
+    "dinov2_vits14_reg": _dinov2("vits14", *SMALL, registers=4),
+    "dinov2_vitb14_reg": _dinov2("vitb14", *BASE, registers=4),
+    "dino_resnet50": _dino("dino_resnet50", *RESNET50),
+    "mocov2": Spec(f"{META}moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", *RESNET50),
     "resnet50": Spec(
-        "https://download.pytorch.org/models/resnet50-0676ba61.pth", 2048, 0, 32, 0, sha256="0676ba61"
+        "https://download.pytorch.org/models/resnet50-0676ba61.pth", *RESNET50, sha256="0676ba61"
     ),
 }
 NAMES = (*BACKBONES, "tiny")
@@ -172,12 +161,9 @@ def _converted(state: dict, module: nn.Module) -> dict:
         return convert_dino(state)
     from stego_parts.resnet import convert_resnet
 
-    counters = {
-        key: torch.zeros_like(value, device="cpu")
-        for key, value in module.state_dict().items()
-        if key.endswith("num_batches_tracked")
-    }  # features do not depend on them
-    return counters | convert_resnet(state)
+    # features do not depend on these
+    counters = [key for key in module.state_dict() if key.endswith("num_batches_tracked")]
+    return {key: torch.tensor(0) for key in counters} | convert_resnet(state)
 
 
 class Custom(nn.Module):
@@ -194,9 +180,8 @@ class Custom(nn.Module):
         self.name = CUSTOM + getattr(function, "__name__", type(function).__name__)
         state = self.state_dict()
         self.sha256 = fingerprint(state) if state else ""
-        side, patch = PROBE, getattr(function, "patch", None)
-        if patch is not None:
-            side = 2 * patch
+        patch = getattr(function, "patch", None)
+        side = PROBE if patch is None else 2 * patch
         with torch.inference_mode():
             maps = function(torch.zeros(1, 3, side, side, device=device))
         if not isinstance(maps, Tensor) or maps.ndim != 4 or len(maps) != 1 or not maps.is_floating_point():
@@ -264,9 +249,8 @@ def _download(name: str, progress: bool) -> dict:
         path.parent.mkdir(parents=True, exist_ok=True)
         # torch.hub writes to a temporary name and renames, but sets no time-out and announces downloads on stdout
         with _net_timeout(NET_TIMEOUT), redirect_stdout(sys.stderr if watched else io.StringIO()):
-            torch.hub.load_state_dict_from_url(
-                spec.url, map_location="cpu", progress=watched, weights_only=True
-            )
+            options = dict(map_location="cpu", progress=watched, weights_only=True)
+            torch.hub.load_state_dict_from_url(spec.url, **options)
         return _read_weights(path, spec.sha256)
     except OSError as error:
         raise FileNotFoundError(
@@ -330,12 +314,9 @@ def read_checkpoint(path: Path):
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_InertPickle)
-    except (
-        Exception
-    ) as error:  # unpicklers raise whatever a confused file leads them to: struct.error, IndexError, ...
-        raise ValueError(
-            f"{path} is not a weight file that can be loaded safely ({first_line(error)})."
-        ) from error
+    except Exception as error:  # unpicklers raise whatever a confused file leads them to: struct.error, ...
+        reason = first_line(error)
+        raise ValueError(f"{path} is not a weight file that can be loaded safely ({reason}).") from error
 
 
 class Inert:

@@ -122,15 +122,8 @@ def features_key(paths, network, config) -> dict:
     listed = [(*names, status.st_size, status.st_mtime_ns) for *names, status in stats]
     images = hashlib.sha256("\n".join(map(repr, listed)).encode()).hexdigest()
     known = network.sha256 or os.urandom(16).hex()  # a callable may have changed since
-    return dict(
-        version=4,
-        images=images,
-        backbone=known,
-        stride=network.patch,
-        views=config.views,
-        cache_size=config.cache_size,
-        seed=config.seed,
-    )
+    key = dict(version=4, images=images, backbone=known, stride=network.patch)
+    return key | dict(views=config.views, cache_size=config.cache_size, seed=config.seed)
 
 
 class Training:

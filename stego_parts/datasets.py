@@ -12,13 +12,15 @@ from stego_parts.images import IGNORE, find_images, open_image, read_image, read
 
 SIDE = 320  # pixels (Sec. 4); rounded up to whole patches: 322 for patches of 14
 UNKNOWN = -1  # in a lookup: a label id that the set does not know
-CITYSCAPES = """road,sidewalk,parking,rail track,building,wall,fence,guard rail,bridge,tunnel,pole,
+CLASSES = {
+    "cityscapes": """road,sidewalk,parking,rail track,building,wall,fence,guard rail,bridge,tunnel,pole,
 polegroup,traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,bus,caravan,
-trailer,train,motorcycle,bicycle"""
-COCOSTUFF = """electronic,appliance,food,furniture,indoor,kitchen,accessory,animal,outdoor,person,
+trailer,train,motorcycle,bicycle""",
+    "cocostuff27": """electronic,appliance,food,furniture,indoor,kitchen,accessory,animal,outdoor,person,
 sports,vehicle,ceiling,floor,food-stuff,furniture-stuff,rawmaterial,textile,wall,window,building,
-ground,plant,sky,solid,structural,water"""
-POTSDAM = "roads and cars,buildings and clutter,trees and vegetation"
+ground,plant,sky,solid,structural,water""",
+    "potsdam3": "roads and cars,buildings and clutter,trees and vegetation",
+}
 # the coarse class of CocoStuff's fine ids 0..181
 COARSE_IDS = """
 9 11 11 11 11 11 11 11 11 8 8 8 8 8 8 7 7 7 7 7 7 7 7 7 7 6 6 6 6 6 6 6 6 10 10 10 10 10 10 10 10 10 10 5 5 5
@@ -74,21 +76,14 @@ PUBLISHED = {
 PRESET_OF = {"cityscapes": "cityscapes", "cocostuff27": "cocostuff", "potsdam3": "potsdam"}
 
 
-def published_row(dataset: str, *, preset: str, backbone: str) -> Published | None:
-    """The published result that a fit on a dataset with this preset and backbone repeats, if there is one."""
-    for row in PUBLISHED[dataset]:
-        if row.preset and (row.preset, row.backbone) == (preset, backbone):
-            return row
-    return None
-
-
 def published_line(dataset: str, *, preset: str, backbone: str) -> str:
-    """The same in words, with what was chosen: the line that `fit --dataset` says."""
-    if row := published_row(dataset, preset=preset, backbone=backbone):
-        result = f"the published row {row.name!r}, accuracy {row.accuracy}, mIoU {row.miou}"
-    else:
-        pairs = " or ".join(f"{r.backbone} with {r.preset}" for r in PUBLISHED[dataset] if r.preset)
-        result = f"no published row of {dataset}, which took {pairs}"
+    """What a fit on a dataset with this preset and backbone repeats: the line that `fit --dataset` says."""
+    repeated = [row for row in PUBLISHED[dataset] if row.preset]
+    pairs = " or ".join(f"{row.backbone} with {row.preset}" for row in repeated)
+    result = f"no published row of {dataset}, which took {pairs}"
+    for row in repeated:
+        if (row.preset, row.backbone) == (preset, backbone):
+            result = f"the published row {row.name!r}, accuracy {row.accuracy}, mIoU {row.miou}"
     return f"Backbone {backbone}, preset {preset}: {result}."
 
 
@@ -118,10 +113,6 @@ def image_set(sources) -> LabelledSet:
     return LabelledSet(name, [], pairs, None, f"all of {name}, without labels")
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
-
-
 def _lookup(classes, first: int = 0) -> np.ndarray:
     """classes[i] is the class of id first + i; ids before them and 255 are ignored, all others unknown."""
     lookup = np.full(256, UNKNOWN, np.int16)
@@ -137,15 +128,21 @@ def labelled_set(name: str, root: str | os.PathLike, split: str) -> LabelledSet:
     Raises ValueError for an unknown name, FileNotFoundError with the first missing path and the expected
     tree.
     """
-    makers = {"cityscapes": _cityscapes, "cocostuff27": _cocostuff, "potsdam3": _potsdam}
-    if name not in makers:
+    finders = {"cityscapes": _cityscapes, "cocostuff27": _cocostuff, "potsdam3": _potsdam}
+    if name not in finders:
         raise ValueError(
-            f"Unknown dataset {name!r}; choose one of {', '.join(makers)}, or give --images and --labels."
+            f"Unknown dataset {name!r}; choose one of {', '.join(finders)}, or give --images and --labels."
         )
-    labelled = makers[name](Path(root), split)
-    for path in [path for pair in labelled.pairs for path in pair]:
+    pairs, source = finders[name](Path(root), split)
+    for path in [path for pair in pairs for path in pair]:
         _need(path, name, root)
-    return labelled
+    lookups = {
+        "cityscapes": _lookup(range(27), first=7),
+        "cocostuff27": _lookup(list(map(int, COARSE_IDS.split()))),
+        "potsdam3": _lookup([0, 1, 2, 2, 0, 1]),
+    }
+    classes = [each.strip() for each in CLASSES[name].split(",")]
+    return LabelledSet(name, classes, pairs, lookups[name], source)
 
 
 def _need(path: Path, name: str, root):
@@ -153,23 +150,16 @@ def _need(path: Path, name: str, root):
         raise FileNotFoundError(f"{path} is missing. {name} under {root} should look like\n{LAYOUTS[name]}")
 
 
-def _cityscapes(root: Path, split: str) -> LabelledSet:
-    for folder in ("leftImg8bit", "gtFine"):
-        _need(root / folder / split, "cityscapes", root)
-    images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
-    pairs = [
-        (
-            path,
-            root / "gtFine" / split / path.parent.name / path.name.replace("leftImg8bit", "gtFine_labelIds"),
-        )
-        for path in images
-    ]
-    return LabelledSet(
-        "cityscapes", _names(CITYSCAPES), pairs, _lookup(range(27), first=7), f"all of {split}"
-    )
+def _cityscapes(root: Path, split: str) -> tuple[list, str]:
+    images, labels = root / "leftImg8bit" / split, root / "gtFine" / split
+    _need(images, "cityscapes", root)
+    _need(labels, "cityscapes", root)
+    paths = sorted(images.glob("*/*_leftImg8bit.png"))
+    names = [path.name.replace("leftImg8bit", "gtFine_labelIds") for path in paths]
+    return [(path, labels / path.parent.name / name) for path, name in zip(paths, names)], f"all of {split}"
 
 
-def _cocostuff(root: Path, split: str) -> LabelledSet:
+def _cocostuff(root: Path, split: str) -> tuple[list, str]:
     images, labels = root / f"images/{split}2017", root / f"annotations/{split}2017"
     _need(images, "cocostuff27", root)
     _need(labels, "cocostuff27", root)
@@ -179,21 +169,14 @@ def _cocostuff(root: Path, split: str) -> LabelledSet:
     else:
         stems = sorted(path.stem for path in images.glob("*.jpg"))
         source = f"all of {split}2017: no curated list, so not comparable with the published figures"
-    pairs = [(images / f"{stem}.jpg", labels / f"{stem}.png") for stem in stems]
-    return LabelledSet(
-        "cocostuff27",
-        _names(COCOSTUFF),
-        pairs,
-        _lookup([int(coarse) for coarse in COARSE_IDS.split()]),
-        source,
-    )
+    return [(images / f"{stem}.jpg", labels / f"{stem}.png") for stem in stems], source
 
 
-def _potsdam(root: Path, split: str) -> LabelledSet:
+def _potsdam(root: Path, split: str) -> tuple[list, str]:
     listed = root / f"labelled_{'test' if split == 'val' else split}.txt"
     _need(listed, "potsdam3", root)
-    pairs = [(root / f"imgs/{stem}.mat", root / f"gt/{stem}.mat") for stem in listed.read_text().split()]
-    return LabelledSet("potsdam3", _names(POTSDAM), pairs, _lookup([0, 1, 2, 2, 0, 1]), listed.name)
+    stems = listed.read_text().split()
+    return [(root / f"imgs/{stem}.mat", root / f"gt/{stem}.mat") for stem in stems], listed.name
 
 
 def folder_set(images, labels, *, names=None) -> LabelledSet:
@@ -206,16 +189,12 @@ def folder_set(images, labels, *, names=None) -> LabelledSet:
     if names is not None:
         classes = [line.strip() for line in Path(names).read_text().splitlines() if line.strip()]
     else:
-        largest = max(_largest(read_label(label)) for _, label in pairs)
+        labelled = (read_label(label) for _, label in pairs)
+        largest = max(ids[ids != IGNORE].astype(int).max(initial=-1) for ids in labelled)
         classes = [f"class {i}" for i in range(largest + 1)]
     if not 1 <= len(classes) <= IGNORE:
         raise ValueError(f"Got {len(classes)} classes in {names or labels}; there must be 1 to {IGNORE}.")
     return LabelledSet(str(images), classes, pairs, _lookup(range(len(classes))), f"all of {images}")
-
-
-def _largest(label: np.ndarray) -> int:
-    known = label[label != IGNORE]
-    return int(known.max()) if known.size else -1
 
 
 def folder_pairs(images, labels) -> list[tuple[Path, Path]]:
@@ -229,8 +208,7 @@ def folder_pairs(images, labels) -> list[tuple[Path, Path]]:
             raise ValueError(f"Two labels for one image: {by_stem[path.stem]} and {path}; keep one.")
         by_stem[path.stem] = path
     pairs = [(path, by_stem.get(path.stem)) for path, _ in find_images(images)]
-    missing = [path for path, label in pairs if label is None]
-    if missing:
+    if missing := [path for path, label in pairs if label is None]:
         raise ValueError(
             f"{len(missing)} of {len(pairs)} images have no label of the same stem in {labels}: "
             f"the first is {missing[0]}."
@@ -253,8 +231,7 @@ def read_pair(
 ) -> tuple[Image.Image, np.ndarray | None]:
     """The central square of an image (side x side RGB) and of its label map: (side, side) uint8, or None.
 
-    lookup: (256,) the class of each label id, see LabelledSet. Raises ValueError for two sizes or an unknown
-    id.
+    lookup: see LabelledSet. Raises ValueError for two sizes or an unknown id.
     """
     image = read_image(image_path)
     if label_path is None:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from kmeans import CosineKMeans
 
-COLLAPSED = (
-    0.5  # mean code similarity of unrelated images above which a run has collapsed; good runs: 0 to 0.1
-)
+# mean code similarity of unrelated images above which a run has collapsed; good runs: 0 to 0.1
+COLLAPSED = 0.5
 SCATTERED = 0.15  # the same within an image, below which it has scattered; good runs: 0.4 to 0.6
 # What -k auto chooses from; on two clusters, bright and dark, halves agree in any images.
 COUNTS = (3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 24, 29, 35, 42)
@@ -26,10 +25,8 @@ def training_warning(history: list[dict]) -> str | None:
     """
     if len(history) < 5:
         return None
-    rand, same = (
-        np.mean([each[name][0] for each in history[-5:] if name in each] or [np.nan])
-        for name in ("rand", "self")
-    )
+    recent = {name: [each[name][0] for each in history[-5:] if name in each] for name in ("rand", "self")}
+    rand, same = (np.mean(values or [np.nan]) for values in recent.values())
     if rand > COLLAPSED:
         return (
             f"The codes of unrelated images are alike (mean similarity {rand:.2f}, at best near 0): training has "
@@ -80,15 +77,11 @@ def adjusted_rand_index(a: Tensor, b: Tensor) -> float:
         counts = counts.cpu().double()  # mps has no float64
         return float((counts * (counts - 1) / 2).sum())
 
-    width = int(b.max()) + 1
-    both, left, right = (
-        pairs(torch.bincount(a * width + b)),
-        pairs(torch.bincount(a)),
-        pairs(torch.bincount(b)),
-    )
+    both = a * (int(b.max()) + 1) + b
+    joint, left, right = (pairs(torch.bincount(labels)) for labels in (both, a, b))
     chance = left * right / max(len(a) * (len(a) - 1) / 2, 1)
     most = (left + right) / 2
-    return (both - chance) / (most - chance) if most > chance else 1.0
+    return (joint - chance) / (most - chance) if most > chance else 1.0
 
 
 def plausible_counts(agreement: dict[int, list[float]]) -> list[int]:

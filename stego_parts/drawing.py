@@ -19,7 +19,7 @@ SHEET_CELL = (300, 220)  # pixels: what a picture on the contact sheet fits into
 SHEET_EM = 18  # pixels: height of the letters of its legend
 SHEET_COLUMNS = 3  # pairs of pictures side by side on it
 REGION_CELL = 120  # pixels: side of a region on the sheet of clusters
-CHART, PANEL = (560, 400), (560, 180)  # pixels: size of a chart; of one of several
+CHART = (560, 400)  # pixels: size of a chart (width, height)
 CELL = 24  # pixels: side of a cell of a matrix
 
 Color = tuple[int, int, int]
@@ -91,7 +91,8 @@ def segment_legend(
     masks: Iterable[np.ndarray], palette: np.ndarray, labels: Sequence[str], width: int, *, em: int = EM
 ) -> Image.Image:
     """The clusters in masks (H, W), the largest first; palette: (K, 3), labels: (K,)."""
-    sizes = sum(np.bincount(mask.ravel(), minlength=IGNORE + 1)[: len(labels)] for mask in masks)
+    counts = [np.bincount(mask.ravel(), minlength=IGNORE + 1)[: len(labels)] for mask in masks]
+    sizes = sum(counts, np.zeros(len(labels), int))  # (K,)
     present = [k for k in np.argsort(-sizes, kind="stable").tolist() if sizes[k]]
     return legend([(cluster_name(k, labels), tuple(palette[k].tolist())) for k in present], width, em=em)
 
@@ -178,13 +179,8 @@ def contact_sheet(
         image = image.resize(size, Image.Resampling.LANCZOS)
         masks.append(np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)))
         cells.append(stack([image, overlay(image, masks[-1], palette, labels)], across=True, gap=2))
-    width = SHEET_COLUMNS * (2 * SHEET_CELL[0] + 2 + GAP)
-    sheet = flow(cells, width)
-    names = (
-        segment_legend(masks, palette, labels, max(sheet.width, SHEET_CELL[0]), em=SHEET_EM)
-        if masks
-        else legend([], 1)
-    )
+    sheet = flow(cells, SHEET_COLUMNS * (2 * SHEET_CELL[0] + 2 + GAP))
+    names = segment_legend(masks, palette, labels, max(sheet.width, SHEET_CELL[0]), em=SHEET_EM)
     return framed(stack([sheet, names], gap=2 * GAP))
 
 
@@ -245,45 +241,6 @@ def mark(image: Image.Image, x: float, y: float, color: Color, *, radius: int = 
 # ---- charts ----------------------------------------------------------------------------------------------------
 
 
-class _Axes:
-    """An empty chart over x and y ranges, with ticks and labels: `picture`, `place` of points in it."""
-
-    def __init__(self, size: tuple[int, int], low, high, *, title: str, x_label: str, y_label: str = ""):
-        self.low, self.high = np.asarray(low, float), np.asarray(high, float)
-        self.picture = Image.new("RGB", size, "white")
-        self.box = (4 * EM, 3 * EM, size[0] - 2 * EM, size[1] - 3 * EM)  # left, top, right, bottom
-        left, top, right, bottom = self.box
-        draw, style = ImageDraw.Draw(self.picture), dict(fill=INK, font=font(EM))
-        draw.text((size[0] / 2, 6), title, anchor="ma", **style)
-        draw.text(((left + right) / 2, bottom + 1.4 * EM), x_label, anchor="ma", **style)
-        draw.text((left, top - 4), y_label, anchor="lb", **style)
-        for x in _ticks(self.low[0], self.high[0]):
-            at = self.place([x, self.low[1]])[0]
-            draw.line([(at, top), (at, bottom)], fill=FAINT)
-            draw.text((at, bottom + 4), f"{x:g}", anchor="ma", **style)
-        for y in _ticks(self.low[1], self.high[1]):
-            at = self.place([self.low[0], y])[1]
-            draw.line([(left, at), (right, at)], fill=FAINT)
-            draw.text((left - 6, at), f"{y:g}", anchor="rm", **style)
-        draw.rectangle(self.box, outline=INK)
-
-    def place(self, points) -> np.ndarray:
-        """Points (..., 2) -> pixels (..., 2)."""
-        left, top, right, bottom = self.box
-        return np.array([left, bottom]) + (points - self.low) / (self.high - self.low) * [
-            right - left,
-            top - bottom,
-        ]
-
-
-def _ticks(low: float, high: float, count: int = 5) -> np.ndarray:
-    """Round numbers (steps of 1, 2 or 5 times a power of ten) between low and high, about `count` of them."""
-    step = 10 ** np.floor(np.log10((high - low) / count))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= count)
-    ticks = np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step
-    return np.round(ticks, 12) + 0.0  # no -0
-
-
 def line_chart(
     series: dict, *, title: str, x_label: str, y_label: str = "", y_range: tuple[float, float] | None = None
 ) -> Image.Image:
@@ -297,33 +254,45 @@ def line_chart(
     low, high = (every.min(0), every.max(0)) if len(every) else (np.zeros(2), np.ones(2))
     if y_range:
         low[1], high[1] = y_range
-    axes = _Axes(
-        CHART, low, np.where(high > low, high, low + 1), title=title, x_label=x_label, y_label=y_label
-    )
+    picture, place = _axes(low, np.where(high > low, high, low + 1), title, x_label, y_label)
     colors = [VIVID[i % len(VIVID)] for i in range(len(curves))]
     for points, color in zip(curves.values(), colors):
         if len(points) > 1:
-            line = [tuple(point) for point in axes.place(points)]
-            ImageDraw.Draw(axes.picture).line(line, fill=color, width=2, joint="curve")
-    return stack([axes.picture, framed(legend(zip(curves, colors), CHART[0] - 2 * GAP))], gap=0)
+            line = [tuple(point) for point in place(points)]
+            ImageDraw.Draw(picture).line(line, fill=color, width=2, joint="curve")
+    return stack([picture, framed(legend(zip(curves, colors), CHART[0] - 2 * GAP))], gap=0)
 
 
-def density_chart(panels: dict, *, title: str, x_label: str, y_range: tuple[float, float]) -> Image.Image:
-    """How distributions moved: panels {name: (xs, shares (T, bins))}, one below the other.
+def _axes(low: np.ndarray, high: np.ndarray, title: str, x_label: str, y_label: str):
+    """An empty chart from low to high (x, y), and a function from points (..., 2) to pixels in it (..., 2)."""
+    picture = Image.new("RGB", CHART, "white")
+    left, top, right, bottom = 4 * EM, 3 * EM, CHART[0] - 2 * EM, CHART[1] - 3 * EM
 
-    Time goes to the right, the bins upwards over y_range (low, high); darker is more, on a square root scale.
-    """
-    charts = []
-    for name, (xs, shares) in panels.items():
-        low, high = (xs[0], y_range[0]), (max(xs[-1], xs[0] + 1), y_range[1])
-        axes = _Axes(PANEL, low, high, title=f"{title}: {name}", x_label=x_label)
-        left, top, right, bottom = axes.box
-        ink = np.sqrt(np.asarray(shares, dtype=float).T[::-1])  # (bins, T), the highest bin above
-        field = Image.fromarray((255 - 255 * ink).clip(0, 255).astype(np.uint8))
-        size = (right - left - 1, bottom - top - 1)
-        axes.picture.paste(field.resize(size, Image.Resampling.NEAREST), (left + 1, top + 1))
-        charts.append(axes.picture)
-    return stack(charts, gap=0)
+    def place(points):
+        return np.array([left, bottom]) + (points - low) / (high - low) * [right - left, top - bottom]
+
+    draw, style = ImageDraw.Draw(picture), dict(fill=INK, font=font(EM))
+    draw.text((CHART[0] / 2, 6), title, anchor="ma", **style)
+    draw.text(((left + right) / 2, bottom + 1.4 * EM), x_label, anchor="ma", **style)
+    draw.text((left, top - 4), y_label, anchor="lb", **style)
+    for x in _ticks(low[0], high[0]):
+        at = place([x, low[1]])[0]
+        draw.line([(at, top), (at, bottom)], fill=FAINT)
+        draw.text((at, bottom + 4), f"{x:g}", anchor="ma", **style)
+    for y in _ticks(low[1], high[1]):
+        at = place([low[0], y])[1]
+        draw.line([(left, at), (right, at)], fill=FAINT)
+        draw.text((left - 6, at), f"{y:g}", anchor="rm", **style)
+    draw.rectangle((left, top, right, bottom), outline=INK)
+    return picture, place
+
+
+def _ticks(low: float, high: float, count: int = 5) -> np.ndarray:
+    """Round numbers (steps of 1, 2 or 5 times a power of ten) between low and high, about `count` of them."""
+    step = 10 ** np.floor(np.log10((high - low) / count))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= count)
+    ticks = np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step
+    return np.round(ticks, 12) + 0.0  # no -0
 
 
 def matrix_picture(

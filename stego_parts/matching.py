@@ -10,9 +10,8 @@ from stego_parts.images import distinct_colors
 from stego_parts.tokens import NOTICE, TokenCache
 
 ROWS = 100_000  # codes that both models label
-MATCH_OVERLAP = (
-    1 / 3
-)  # intersection over union from which clusters of two models are one: a Dice score of a half
+# intersection over union from which clusters of two models are one: a Dice score of a half
+MATCH_OVERLAP = 1 / 3
 
 log = logging.getLogger("stego")
 
@@ -59,18 +58,10 @@ def inherit_ids(model, earlier, same: dict[int, int]):
     model.centers, model.share = model.centers[order], model.share[order]
     used = set(map(tuple, earlier.palette.tolist()))
     kept = [earlier.palette[m] for m in range(len(earlier.palette)) if m not in same.values()]
-    unused = iter(
-        [color for color in distinct_colors(MAX_CLASSES) if tuple(color.tolist()) not in used] + kept
-    )
-    model.palette = np.array(
-        [earlier.palette[same[k]] if k in same else next(unused) for k in order], np.uint8
-    )
+    unused = [color for color in distinct_colors(MAX_CLASSES) if tuple(color.tolist()) not in used]
+    new = iter(unused + kept)
+    model.palette = np.array([earlier.palette[same[k]] if k in same else next(new) for k in order], np.uint8)
     model.names = [earlier.names[same[k]] if k in same else "" for k in order]
-    lost = {m: name for m, name in enumerate(earlier.names) if name and m not in same.values()}
-    log.log(
-        NOTICE,
-        "%d of %d clusters matched%s",
-        len(same),
-        len(earlier.centers),
-        "; lost: " + ", ".join(f"{m}={name}" for m, name in lost.items()) if lost else "",
-    )
+    names = [f"{m}={name}" for m, name in enumerate(earlier.names) if name and m not in same.values()]
+    lost = "; lost: " + ", ".join(names) if names else ""
+    log.log(NOTICE, "%d of %d clusters matched%s", len(same), len(earlier.centers), lost)

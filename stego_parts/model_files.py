@@ -12,11 +12,8 @@ from stego_parts.config import MAX_CLASSES, RELEASED
 from stego_parts.images import distinct_colors
 
 FORMAT, VERSION = "stego", 1
-RELEASED_HEAD = {
-    "linear": "cluster1.0",
-    "mlp.0": "cluster2.0",
-    "mlp.2": "cluster2.2",
-}  # ours: the reference's
+# ours: the reference's
+RELEASED_HEAD = {"linear": "cluster1.0", "mlp.0": "cluster2.0", "mlp.2": "cluster2.2"}
 RELEASED_PATCH = "net.model.patch_embed.proj.weight"
 
 
@@ -36,13 +33,10 @@ def read_model(path: Path) -> dict:
         state = read_checkpoint(path)
     except ValueError as error:
         raise ValueError(f"{path} is not a stego model; make one with `stego fit IMAGES`.") from error
-    if (
-        isinstance(state, dict)
-        and isinstance(state.get("state_dict"), dict)
-        and RELEASED_PATCH in state["state_dict"]
-    ):
+    weights = state.get("state_dict") if isinstance(state, dict) else None
+    if isinstance(weights, dict) and RELEASED_PATCH in weights:
         with damaged(path, "it is not a usable STEGO checkpoint"):
-            return _released(state["state_dict"])
+            return _released(weights)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a stego model; make one with `stego fit IMAGES`.")
     if state.get("version") != VERSION:
@@ -72,11 +66,8 @@ def _released(state: dict) -> dict:
         for part in ("weight", "bias")
     }
     centers = F.normalize(state["cluster_probe.clusters"].float(), dim=1)
-    (code_size, channels), count, patch = (
-        head["linear.weight"].shape,
-        len(centers),
-        state[RELEASED_PATCH].shape[-1],
-    )
+    (code_size, channels), patch = head["linear.weight"].shape, state[RELEASED_PATCH].shape[-1]
+    count = len(centers)
     known = [(name, spec) for name, spec in reversed(BACKBONES.items()) if name.startswith("dino_vit")]
     backbone = {(spec.channels, spec.patch): name for name, spec in known}[channels, patch]
     linear = None

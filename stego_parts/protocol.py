@@ -41,7 +41,6 @@ SPARE_CLUSTERS = (
     "%d clusters for %d classes: those left over count as errors. Rows named many-to-one give each cluster to "
     "its majority class, by the labels: compare them with nothing published."
 )
-IN_FLIGHT = 2  # images between the backbone and their confusions
 
 
 # ---- metrics ----------------------------------------------------------------------------------------------
@@ -80,11 +79,6 @@ def match_clusters(confusion) -> np.ndarray:
     assignment = np.full(confusion.shape[1], -1, dtype=np.int64)
     assignment[clusters] = classes
     return assignment
-
-
-def majority_classes(confusion) -> np.ndarray:
-    """(K,) int64: the class that most pixels of each cluster have, so that several clusters may share one."""
-    return np.asarray(confusion).argmax(0)
 
 
 def scores(confusion, assignment) -> dict:
@@ -148,30 +142,22 @@ def class_maps(features: dict, probes: dict, size: tuple[int, int], image: Tenso
         for key, probe in probes.items()
     }
     stages = {False: scores}
-    if image is not None:
-        stages[True] = {key: dense_crf(image, each) for key, each in scores.items()}
+    if image is not None:  # one lattice for all: classes that a probe does not have are impossible
+        most = max(map(len, scores.values()))
+        padded = [F.pad(each, (0, 0, 0, 0, 0, most - len(each)), value=-math.inf) for each in scores.values()]
+        stages[True] = dict(zip(scores, dense_crf(image, torch.stack(padded))))  # (K, H, W) each
     maps = {}
     for crf, stage in stages.items():
         for key, each in stage.items():
-            mask, merged = (
-                each.max(0).indices.byte().cpu().numpy(),
-                probes[key].merged,
-            )  # faster than argmax(0)
+            mask = each.max(0).indices.byte().cpu().numpy()  # faster than argmax(0)
+            merged = probes[key].merged
             maps[(*key, crf)] = mask if merged is None else merged[mask]
     return maps
 
 
-def cluster_map(
-    codes: Tensor, centers: Tensor, size, *, bias=None, pixels: Tensor | None = None
-) -> np.ndarray:
-    """Cluster of each pixel from codes (1, D, h, w), upsampled to size (H, W), and unit centres (K, D): (H,
-    W) uint8.
-
-    bias: (K,) of a linear probe, whose weights then stand for the centres. pixels: the image (3, H, W) uint8
-    if a CRF is to sharpen the result.
-    """
-    maps = class_maps({"codes": codes}, {("codes", "probe"): Probe(centers, bias)}, size, pixels)
-    return maps["codes", "probe", pixels is not None]
+def cluster_probe(model: Stego) -> Probe:
+    """The model's own clusters."""
+    return Probe(model.centers, None, model.merged, model.config.adaptation)
 
 
 def class_shares(label: np.ndarray, classes: int, patch: int) -> Tensor:
@@ -290,7 +276,7 @@ def fit_probes(
     The model's own clusters need no fitting. The others are fitted on `train`: the backbone's clusters, as
     many as the model has, and where it has labels the linear probes.
     """
-    probes = {("stego", "cluster"): Probe(model.centers, None, model.merged, model.config.adaptation)}
+    probes = {("stego", "cluster"): cluster_probe(model)}
     rows, shares = probe_rows(model, train, seed=seed, progress=progress)
     progress("k-means", 0, 1)
     kmeans = CosineKMeans(cluster_count(model), n_init=CLUSTER_STARTS, seed=seed).fit(rows.float())
@@ -320,9 +306,8 @@ def cluster_count(model: Stego) -> int:
 def both_features(model: Stego, image: Image.Image) -> dict:
     """What is clustered and the backbone's features of an image, averaged with its mirror's: (1, D, h, w)."""
     x = to_tensor(image)[None]
-    maps = dense_features(
-        model.backbone, torch.cat([x, x.flip(-1)]), model.device, exact=True
-    )  # (2, C, h, w)
+    x = torch.cat([x, x.flip(-1)])
+    maps = dense_features(model.backbone, x, model.device, exact=True)  # (2, C, h, w)
     return {"stego": unmirror(model.head.on_map(maps)), "backbone": unmirror(maps)}
 
 
@@ -330,27 +315,13 @@ def both_features(model: Stego, image: Image.Image) -> dict:
 def confusions(
     model: Stego, labelled: LabelledSet, probes: dict, *, crf: bool = True, progress: Progress = no_progress
 ) -> dict:
-    """{(features, probe, crf): (images, n_classes, K) int64} of every probe on every image, with and without
-    CRF.
-
-    A thread sharpens and counts an image while the backbone works on the next.
-    """
-    side, n = protocol_side(model.backbone.patch), len(labelled.classes)
-
-    @torch.inference_mode()  # a thread has its own
-    def count(item) -> dict:
-        image, label, features = item
-        picture = pixels(image).to(model.device) if crf else None
-        return {
-            key: confusion_matrix(label, mask, n_classes=n, n_clusters=len(probes[key[:2]].weight))
-            for key, mask in class_maps(features, probes, label.shape, picture).items()
-        }
-
+    """{(features, probe, crf): (images, n_classes, K) int64} of every probe on every image, also after a CRF."""
+    side, n, counts = protocol_side(model.backbone.patch), len(labelled.classes), {}
     pairs = prefetch(lambda i: labelled.read(i, side=side), range(len(labelled.pairs)))
-    items = ((image, label, both_features(model, image)) for image, label in pairs)
-    counts: dict = {}
-    for done, each in enumerate(prefetch(count, items, window=IN_FLIGHT), 1):
-        for key, matrix in each.items():
+    for done, (image, label) in enumerate(pairs, 1):
+        picture = pixels(image).to(model.device) if crf else None
+        for key, mask in class_maps(both_features(model, image), probes, label.shape, picture).items():
+            matrix = confusion_matrix(label, mask, n_classes=n, n_clusters=len(probes[key[:2]].weight))
             counts.setdefault(key, []).append(matrix)
         progress("evaluate", done, len(labelled.pairs))
     return {key: np.stack(matrices) for key, matrices in counts.items()}
@@ -409,7 +380,7 @@ def _result(counts: np.ndarray, probe: Probe, spare: bool) -> dict:
         assignment = match_clusters(confusion)
         if probe.merged is not None:  # what has become part of another cluster matches nothing
             assignment[probe.merged != np.arange(len(assignment))] = -1
-        many_to_one = _plain_scores(confusion, majority_classes(confusion)) if spare else None
+        many_to_one = _plain_scores(confusion, confusion.argmax(0)) if spare else None
     accuracies = [scores(one, assignment)["accuracy"] for one in counts]
     return _plain_scores(confusion, assignment) | dict(
         confusion=confusion.tolist(), image_accuracy=accuracies, many_to_one=many_to_one
@@ -424,13 +395,10 @@ def _plain_scores(confusion: np.ndarray, assignment: np.ndarray) -> dict:
 def _protocol(model: Stego, labelled: LabelledSet, train: LabelledSet, probes: dict, crf: bool) -> str:
     """What was done, and what the reference implementation does differently."""
     side, clusters, n = protocol_side(model.backbone.patch), cluster_count(model), len(labelled.classes)
-    used, released = (
-        f"{min(len(train.pairs), PROBE_IMAGES)} images ({train.source})",
-        model.linear is not None,
-    )
+    used = f"{min(len(train.pairs), PROBE_IMAGES)} images ({train.source})"
     linear = "no linear probe: no train labels"
     if ("stego", "linear") in probes:
-        linear = "linear probe of the checkpoint" if released else "linear probes fitted on their labels"
+        linear = "linear probe of the checkpoint" if model.linear else "linear probes fitted on their labels"
     differences = ["images bilinear (reference: nearest)"]
     if train.classes:
         differences.append(
@@ -454,11 +422,7 @@ def _protocol(model: Stego, labelled: LabelledSet, train: LabelledSet, probes: d
 
 def headline(report: dict) -> dict:
     """The result a model is known by: its clusters, with the CRF where there was one."""
-    return [
-        result
-        for result in report["results"]
-        if (result["features"], result["probe"]) == ("stego", "cluster")
-    ][-1]
+    return [r for r in report["results"] if (r["features"], r["probe"]) == ("stego", "cluster")][-1]
 
 
 def table(report: dict) -> str:

@@ -17,7 +17,7 @@ from stego_parts import drawing
 from stego_parts.config import TERMS
 from stego_parts.datasets import LabelledSet
 from stego_parts.diagnostics import plausible_counts, training_warning
-from stego_parts.drawing import density_chart, image_rows, line_chart, matrix_picture
+from stego_parts.drawing import image_rows, line_chart, matrix_picture
 from stego_parts.images import (
     IGNORE,
     distinct_colors,
@@ -29,7 +29,7 @@ from stego_parts.images import (
     write_image,
 )
 from stego_parts.maps import dot_products, upsampled_argmax
-from stego_parts.protocol import both_features, cluster_map, headline, protocol_side
+from stego_parts.protocol import both_features, class_maps, cluster_probe, headline, protocol_side
 from stego_parts.tokens import BILINEAR, RESOLUTION, Progress, backbone_size, no_progress
 
 SHEET_IMAGES, SHEET_SAMPLE = 24, 12  # images up to which the contact sheet shows all; how many of more
@@ -44,12 +44,10 @@ log = logging.getLogger("stego")
 # ---- a fit -----------------------------------------------------------------------------------------------------
 
 
-def contact_sheet(
-    model: Stego, paths: Iterable[Path], *, progress: Progress = no_progress, **options
-) -> Image.Image:
+def contact_sheet(model: Stego, paths: Iterable[Path], *, progress: Progress = no_progress) -> Image.Image:
     """A picture of the images, of many some that are evenly spread, beside their segments.
 
-    options: of `Stego.predict`. Each image is seen as small as the backbone sees it.
+    The CRF works at the size of a picture on the sheet.
     """
     paths, pairs = list(paths), []
     if len(paths) > SHEET_IMAGES:
@@ -58,7 +56,7 @@ def contact_sheet(
         try:
             image = read_image(path)
             image = image.resize(model.working_size(image), BILINEAR)
-            pairs.append((image, model.predict(image, **options)))
+            pairs.append((image, model.predict(image, crf_size=math.prod(drawing.SHEET_CELL) / 1e6)))
         except (ValueError, FileNotFoundError):
             continue  # fit has named it already
         progress("picture", done, len(paths))
@@ -128,25 +126,20 @@ def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image
 def write_report(model: Stego, folder: Path | str):
     """Write how the fit went into a folder, as pictures (Fig. 14, 15) and a few words.
 
-    loss.png and similarity.png over the steps; histogram.png, how the similarities of codes were distributed;
-    neighbors.png, some crops and their nearest neighbours; sheet.png, images beside their segments; report.txt.
+    loss.png and similarity.png over the steps; neighbors.png, some crops and their nearest neighbours; report.txt.
     Raises ValueError for a model that was not fitted in this process: the record of a fit is not saved.
     """
     if (record := model.record) is None:
         raise ValueError("This model has no history to report; a report is written right after fit.")
-    pictures = history_charts(record.history)
-    pictures |= {
+    steps = [entry["step"] for entry in record.history]
+    loss = {"loss": (steps, [entry["loss"] for entry in record.history])}
+    terms = [name for name in TERMS if name in record.history[-1]]
+    means = {name: (steps, [entry[name][0] for entry in record.history]) for name in terms}
+    pictures = {
+        "loss": line_chart(loss, title="Loss", x_label="step"),
+        "similarity": line_chart(means, title="Mean similarity of codes", x_label="step"),
         "neighbors": _neighbor_rows(record, model.config.views),
-        "sheet": contact_sheet(model, record.paths),
     }
-    if record.agreement:
-        means = [np.mean(scores) for scores in record.agreement.values()]
-        pictures["classes"] = line_chart(
-            {"agreement": (list(record.agreement), means)},
-            title="Do halves of the images agree?",
-            x_label="clusters",
-            y_label="adjusted Rand index",
-        )
     for name, picture in pictures.items():
         write_image(picture, Path(folder) / f"{name}.png")
     with replacing(Path(folder) / "report.txt") as part:
@@ -171,12 +164,10 @@ def neighbor_line(record: FitRecord) -> str:
     """How many of a crop's neighbours are of its own image, in words (App. A.12, Fig. 15)."""
     own = (record.images[record.neighbors] == record.images[:, None]).sum(1)  # (n,)
     count = record.neighbors.shape[1]
-    shares = ", ".join(
-        f"{share:.0%}" for share in (torch.bincount(own, minlength=count + 1) / len(own)).tolist()
-    )
+    shares = (torch.bincount(own, minlength=count + 1) / len(own)).tolist()
     return (
         f"Of a crop's {count} nearest neighbours, {own.float().mean():.1f} are of its own image; crops with 0, 1, ... "
-        f"{count} such: {shares}."
+        f"{count} such: {', '.join(f'{share:.0%}' for share in shares)}."
     )
 
 
@@ -188,27 +179,13 @@ def agreement_line(agreement: dict[int, list[float]]) -> str:
     return f"{first} clusters: halves of the images agree on them to {score}; {near}."
 
 
-def history_charts(history: list[dict]) -> dict[str, Image.Image]:
-    """Pictures of a training: loss, similarity, histogram, from what was measured on the way."""
-    steps, terms = [entry["step"] for entry in history], [name for name in TERMS if name in history[-1]]
-    means = {name: (steps, [entry[name][0] for entry in history]) for name in terms}
-    spread = {name: (steps, torch.stack([entry[name][1] for entry in history])) for name in terms}
-    loss = {"loss": (steps, [entry["loss"] for entry in history])}
-    return {
-        "loss": line_chart(loss, title="Loss", x_label="step"),
-        "similarity": line_chart(means, title="Mean similarity of codes", x_label="step"),
-        "histogram": density_chart(spread, title="Similarities of codes", x_label="step", y_range=(-1, 1)),
-    }
-
-
 def _neighbor_rows(record: FitRecord, views: str, rows: int = 6) -> Image.Image:
     """Some crops, evenly spread over all, each before its nearest neighbours."""
     count, shown = len(record.images), []
     for crop in range(0, count, max(count // rows, 1))[:rows]:
+        crops = (crop, *record.neighbors[crop].tolist())
         try:
-            pictures = [
-                _crop_picture(record, each, views) for each in (crop, *record.neighbors[crop].tolist())
-            ]
+            pictures = [_crop_picture(record, each, views) for each in crops]
         except (ValueError, FileNotFoundError):
             continue  # an image is gone since
         shown.append((Path(record.paths[record.images[crop]]).name, pictures))
@@ -273,12 +250,20 @@ def correspondence_sheet(
 def _heatmaps(
     pictures: list[tuple], kind: str, at: tuple[int, int], color: drawing.Color
 ) -> list[Image.Image]:
-    """Pictures, of which the first has the point, where their maps of one kind correspond with it."""
+    """Pictures, of which the first has the point, coloured where their maps of one kind correspond with it.
+
+    By more than the point's mean correspondence with its own image.
+    """
     (picture, own), (x, y) = pictures[0], at
     h, w = own[kind].shape[1:]
     code = own[kind][:, int(y * h / picture.height), int(x * w / picture.width)]  # (D,)
     floor = float((code @ own[kind].flatten(1)).mean())
-    shown = [heatmap(each, code, maps[kind], floor, color) for each, maps in pictures]
+    shown = []
+    for image, maps in pictures:
+        image = _of_height(image, HEATMAP_HEIGHT)
+        weight = (torch.einsum("chw,c->hw", maps[kind], code)[None, None] - floor) / max(1 - floor, 1e-6)
+        weight = F.interpolate(weight, image.size[::-1], mode="bilinear", align_corners=False)  # (1, 1, H, W)
+        shown.append(drawing.spotlight(image, weight[0, 0].clamp(0, 1).cpu().numpy(), color))
     drawing.mark(shown[0], x * shown[0].width / picture.width, y * shown[0].height / picture.height, color)
     return shown
 
@@ -302,16 +287,6 @@ def _nearest_images(network, mean: Tensor, paths, device, progress: Progress) ->
             log.warning("Skipped: %s", error)
         progress("neighbors", done, len(paths))
     return [path for _, path in sorted(near, key=lambda each: -each[0])[:SHOWN]]
-
-
-def heatmap(
-    picture: Image.Image, code: Tensor, maps: Tensor, floor: float, color: drawing.Color
-) -> Image.Image:
-    """A picture coloured where its unit features (C, h, w) correspond with a unit vector (C,) by more than floor."""
-    picture = _of_height(picture, HEATMAP_HEIGHT)
-    weight = (torch.einsum("chw,c->hw", maps, code) - floor) / max(1 - floor, 1e-6)
-    weight = F.interpolate(weight[None, None], size=picture.size[::-1], mode="bilinear", align_corners=False)
-    return drawing.spotlight(picture, weight[0, 0].clamp(0, 1).cpu().numpy(), color)
 
 
 # ---- an evaluation ---------------------------------------------------------------------------------------------
@@ -341,14 +316,13 @@ def _examples(best: dict, model: Stego, labelled: LabelledSet) -> Image.Image:
     accuracy = np.array([np.nan if x is None else x for x in best["image_accuracy"]], dtype=float)
     ranked = np.argsort(-accuracy, kind="stable")[: np.isfinite(accuracy).sum()]  # NaN sorts last
     classes = np.array([c if c >= 0 else IGNORE for c in best["assignment"]], np.uint8)  # of each cluster
-    palette = distinct_colors(len(labelled.classes))
-    rows = []
+    palette, rows = distinct_colors(len(labelled.classes)), []
+    probes = {("stego", "cluster"): cluster_probe(model)}
     for what, i in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
         image, label = labelled.read(i, side=protocol_side(model.backbone.patch))
-        codes, picture = both_features(model, image)["stego"], pixels(image).to(model.device)
-        centers, picture = model.image_centers(codes), picture if best["crf"] else None
-        clusters = cluster_map(codes, centers, label.shape, pixels=picture)
-        predicted = classes[model.merged[clusters]]
+        picture = pixels(image).to(model.device) if best["crf"] else None
+        maps = class_maps(both_features(model, image), probes, label.shape, picture)
+        predicted = classes[maps["stego", "cluster", best["crf"]]]
         masks = [mask_image(mask, palette).convert("RGB") for mask in (label, predicted)]
         name, share = labelled.pairs[i][0].name, accuracy[i]
         rows.append((f"{what}: {name}, accuracy {share:.1%}", [image, *masks]))

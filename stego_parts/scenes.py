@@ -11,25 +11,23 @@ from stego_parts.images import replacing, write_image
 SCENE_CLASSES = ("sky", "hills", "grass", "road", "building", "tree", "car")
 SKY, HILLS, GRASS, ROAD, BUILDING, TREE, CAR = range(7)
 EYE = 2.2  # metres from the ground to the camera
-# What a demo leaves in its folder, beside the names of scenes, as patterns
-DEMO_FILES = ("classes.txt", "stego.pt", "stego-fit.png", "clusters.png", "scores.json", "figures/*.png")
+# What a demo leaves in its folder, as patterns
+DEMO_FILES = """images/*/scene??.png labels/*/scene??.png masks/scene??.png overlays/scene??.jpg figures/*.png
+classes.txt stego.pt stego-fit.png clusters.png scores.json""".split()
 HAZE = 120  # metres after which two thirds of a colour are that of the horizon
+WALLS = ((178, 150, 120), (160, 96, 78), (200, 190, 170), (140, 138, 140), (196, 168, 110))
+PAINTS = ((170, 30, 30), (40, 60, 120), (215, 215, 218), (40, 42, 46), (120, 125, 130), (200, 160, 40))
 
 
 def draw_scene(seed: int, height: int = 240, width: int = 320) -> tuple[Image.Image, np.ndarray]:
     """A synthetic road through a town or a landscape, and its labels (H, W) uint8 into SCENE_CLASSES."""
     scene = _Scene(np.random.default_rng(seed), height, width)
-    rng, half, town = (
-        scene.rng,
-        scene.rng.uniform(3.2, 5),
-        scene.rng.random() < 0.65,
-    )  # half: of the road, metres
+    rng, half = scene.rng, scene.rng.uniform(3.2, 5)  # half the road's width, metres
+    town = rng.random() < 0.65
     scene.land(half)
-    things = [
-        (z, scene.car, (lane * half * 0.48, z))
-        for lane in (-1, 1)
-        for z in rng.uniform(7, 45, rng.integers(3))
-    ]
+    things = []
+    for lane in (-1, 1):
+        things += [(z, scene.car, (lane * half * 0.48, z)) for z in rng.uniform(7, 45, rng.integers(3))]
     for side in (-1, 1):
         z = rng.uniform(4, 12)
         while z < 90:
@@ -51,35 +49,22 @@ def draw_scene(seed: int, height: int = 240, width: int = 320) -> tuple[Image.Im
 
 def draw_scenes(folder: Path, counts: dict[str, int], *, seed: int, progress):
     """images/ and labels/ with so many scenes in each split, and classes.txt, as `stego eval` reads them."""
-    number, total = 0, sum(counts.values())
-    for split, count in counts.items():
-        for _ in range(count):
-            image, labels = draw_scene(1000 * seed + number)
-            write_image(image, folder / "images" / split / _name(number))
-            write_image(Image.fromarray(labels), folder / "labels" / split / _name(number))
-            number += 1
-            progress("drawing", number, total)
+    splits = [split for split, count in counts.items() for _ in range(count)]
+    for number, split in enumerate(splits):
+        name, (image, labels) = f"scene{number:02d}.png", draw_scene(1000 * seed + number)
+        write_image(image, folder / "images" / split / name)
+        write_image(Image.fromarray(labels), folder / "labels" / split / name)
+        progress("drawing", number + 1, len(splits))
     with replacing(folder / "classes.txt") as part:
         part.write_text("\n".join(SCENE_CLASSES) + "\n")
 
 
-def check_demo_folder(folder: Path, counts: dict[str, int]):
+def check_demo_folder(folder: Path):
     """ValueError unless the folder is new, empty, or has nothing in it that a demo does not make."""
-    names = [_name(number) for number in range(sum(counts.values()))]
-    made = {f"{kind}/{split}/{name}" for kind in ("images", "labels") for split in counts for name in names}
-    made |= {f"masks/{name}" for name in names} | {f"overlays/{Path(name).stem}.jpg" for name in names}
     for path in folder.rglob("*"):
-        place = path.relative_to(folder)
-        if (
-            not path.is_dir()
-            and place.as_posix() not in made
-            and not any(fnmatch(place.as_posix(), each) for each in DEMO_FILES)
-        ):
+        place = path.relative_to(folder).as_posix()
+        if not path.is_dir() and not any(fnmatch(place, each) for each in DEMO_FILES):
             raise ValueError(f"{path} is in {folder}, and no demo made it; name a new folder with -o.")
-
-
-def _name(number: int) -> str:
-    return f"scene{number:02d}.png"
 
 
 class _Scene:
@@ -89,9 +74,8 @@ class _Scene:
         self.rng, self.size, self.shape = rng, (width, height), (height, width)
         self.focus, self.middle = 0.9 * width, width * rng.uniform(0.35, 0.65)  # pixels
         self.horizon = height * rng.uniform(0.38, 0.52)
-        self.sun = (
-            rng.choice([-1, 1]) * rng.uniform(0.3, 1.2) * (rng.random() < 0.8)
-        )  # shadow a metre; 0: overcast
+        # metres of shadow that a metre casts to the right; 0 if overcast
+        self.sun = rng.choice([-1, 1]) * rng.uniform(0.3, 1.2) * (rng.random() < 0.8)
         self.warm = 1 + rng.uniform(-0.01, 0.04) * np.array([1, 0.3, -1])
         self.pale = np.array([205, 218, 232]) + rng.normal(0, 6, 3)  # the sky at the horizon
         self.pixels, self.labels = np.zeros((*self.shape, 3)), np.zeros(self.shape, np.uint8)
@@ -173,37 +157,24 @@ class _Scene:
 
             self.paint(self.region([quad(0, 1, low, high)]), label, np.asarray(colour) * light, z)
             count = max(int(max(abs(x1 - x), z1 - z) / 2.4), 1) if windows else 0
-            panes = [
-                quad((i + 0.28) / count, (i + 0.74) / count, y, y + 1.5)
-                for i in range(count)
-                for y in np.arange(0.9, high - 1.8, 2.9)
-            ]
+            storeys = np.arange(0.9, high - 1.8, 2.9)
+            panes = [((i + 0.28) / count, (i + 0.74) / count, y) for i in range(count) for y in storeys]
+            panes = [quad(left, right, y, y + 1.5) for left, right, y in panes]
             self.paint(self.region(panes), label, (60, 72, 88), z, patches=0.2)
 
     def house(self, *box):
-        walls = ((178, 150, 120), (160, 96, 78), (200, 190, 170), (140, 138, 140), (196, 168, 110))
-        self.block(*box, BUILDING, walls[self.rng.integers(5)] + self.rng.normal(0, 8, 3), windows=True)
+        self.block(*box, BUILDING, WALLS[self.rng.integers(5)] + self.rng.normal(0, 8, 3), windows=True)
 
     def car(self, x: float, z: float):
-        paints = (
-            (170, 30, 30),
-            (40, 60, 120),
-            (215, 215, 218),
-            (40, 42, 46),
-            (120, 125, 130),
-            (200, 160, 40),
+        colour, inner = PAINTS[self.rng.integers(6)], -np.sign(x)
+        parts = (  # half the width, from z, to z, from y, to y, colour
+            (0.85, 0.1, 3.9, 0, 0.3, (28, 28, 30)),  # wheels
+            (0.9, 0, 4, 0.3, 0.9, colour),  # body
+            (0.7, 0.7, 3, 0.9, 1.4, (58, 66, 78)),  # windows
+            (0.65, 0.8, 2.9, 1.4, 1.5, colour),  # roof
         )
-        colour, inner = paints[self.rng.integers(6)], -np.sign(x)
-        parts = (
-            (0.85, 0.1, 3.9, 0, 0.3, (28, 28, 30)),
-            (0.9, 0, 4, 0.3, 0.9, colour),  # wheels, body
-            (0.7, 0.7, 3, 0.9, 1.4, (58, 66, 78)),
-            (0.65, 0.8, 2.9, 1.4, 1.5, colour),
-        )  # windows, roof
-        for half_width, start, end, low, high, shown in parts:
-            self.block(
-                x + half_width * inner, x - half_width * inner, z + start, z + end, low, high, CAR, shown
-            )
+        for half, start, end, low, high, shown in parts:
+            self.block(x + half * inner, x - half * inner, z + start, z + end, low, high, CAR, shown)
 
     def tree(self, x: float, z: float):
         rng, height = self.rng, self.rng.uniform(3, 8)
@@ -214,9 +185,7 @@ class _Scene:
         for sunny in np.linspace(-0.5, 0.5, 24):  # clumps of leaves, the sunny ones last
             dx, dy = rng.normal(0, height / 8, 2).clip(-height / 6, height / 6)
             dx, dy = dx - sunny * height / 5 * np.sign(self.sun), dy + sunny * height / 5
-            (u, v), r = (
-                self.at(x + dx, 0.66 * height + dy, z),
-                self.focus * height * rng.uniform(0.06, 0.13) / z,
-            )
+            u, v = self.at(x + dx, 0.66 * height + dy, z)
+            r = self.focus * height * rng.uniform(0.06, 0.13) / z
             leaves = self.region([(u - r, v - r, u + r, v + r)], "ellipse")
             self.paint(leaves, TREE, green * (0.95 + 0.6 * sunny), z, grain=0.22)

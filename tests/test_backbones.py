@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from stego_parts import backbones
 from stego_parts.backbones import BACKBONES, Spec, checkpoint_path, load_backbone
 
-DEPTH = 12
-
 
 def dino_state(spec: Spec, *, v2=False, seed=0, scale=0.05) -> dict:
     """Random weights in the layout of the published files."""
@@ -33,7 +31,7 @@ def dino_state(spec: Spec, *, v2=False, seed=0, scale=0.05) -> dict:
         "norm.weight": 1 + draw(c),
         "norm.bias": draw(c),
     }
-    for i in range(DEPTH):
+    for i in range(spec.depth):
         for name, shape in {
             "norm1": (c,),
             "norm2": (c,),
@@ -94,7 +92,7 @@ def plain_vit(x, state, spec):
     cls = (state["cls_token"] + state["pos_embed"][:, :1]).expand(len(x), -1, -1)
     extra = state.get("register_tokens", torch.zeros(1, 0, c)).expand(len(x), -1, -1)
     x = torch.cat([cls, extra, x + grid], 1)
-    for i in range(DEPTH):
+    for i in range(spec.depth):
         block = {
             key.removeprefix(f"blocks.{i}."): value
             for key, value in state.items()

@@ -66,7 +66,9 @@ def test_contact_sheet_has_every_picture_and_a_legend():
 def test_all_images_are_on_the_sheet_up_to_24(model, scenes, monkeypatch, count, shown):
     seen = []
     monkeypatch.setattr(drawing, "contact_sheet", lambda pairs, palette, labels: seen.extend(pairs))
-    monkeypatch.setattr(type(model), "predict", lambda self, image: np.zeros(image.size[::-1], np.uint8))
+    monkeypatch.setattr(
+        type(model), "predict", lambda self, image, **options: np.zeros(image.size[::-1], np.uint8)
+    )
     report.contact_sheet(model, [scenes / "scene00.png"] * count)
     assert len(seen) == shown
 

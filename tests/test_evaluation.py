@@ -13,6 +13,7 @@ from conftest import draw_scene
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import stego
 from cli import main
 from crf import dense_crf
 from stego import Stego, pixels
@@ -41,6 +42,13 @@ def small_probes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(protocol, "PROBE_ROWS", 1200)
         yield
+
+
+@pytest.fixture
+def short_probes(monkeypatch):
+    """Linear probes that stop early, on smaller pictures: where it does not matter how good they are."""
+    monkeypatch.setattr(protocol, "ROUNDS", 3)
+    monkeypatch.setattr(protocol, "SIDE", 160)
 
 
 @pytest.fixture(scope="module")
@@ -280,14 +288,16 @@ def test_an_unreadable_train_image_is_skipped(model, drawn, tmp_path, caplog):
 # ---- what is clustered, merged, left over -----------------------------------------------------------------
 
 
-def test_codes_with_features_beside_them(scenes, drawn):
+def test_codes_with_features_beside_them(scenes, drawn, monkeypatch):
+    monkeypatch.setattr(stego, "CLUSTER_ROWS", 2000)
+    monkeypatch.setattr(protocol, "ROUNDS", 20)
     val, train = sets(drawn)
     val.pairs, train.pairs = val.pairs[:1], train.pairs[:2]
     fitted = Stego.fit(scenes, classes=3, backbone="tiny", steps=2, batch_size=4, feature_weight=0.5)
-    report = evaluate(fitted, val, train=train, crf=False)
-    linear = result_of(report, "stego", "linear", False)
-    probe = fit_probes(fitted, val, train=train)["stego", "linear"]
-    assert probe.weight.shape == (3, fitted.centers.shape[1]) and linear["accuracy"] > 0.6
+    probes = fit_probes(fitted, val, train=train)
+    assert probes["stego", "linear"].weight.shape == (3, fitted.centers.shape[1])
+    counts = protocol.confusions(fitted, val, probes, crf=False)["stego", "linear", False].sum(0)
+    assert scores(counts, range(3))["accuracy"] > 0.6
 
 
 def test_more_clusters_than_classes_are_scored_both_ways(model, drawn, caplog):
@@ -333,6 +343,7 @@ def test_clusters_of_one_name_are_one(model, drawn, caplog):
 # ---- what is said, and where it runs ----------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("short_probes")
 def test_the_backbone_sees_float32(model, drawn, monkeypatch):
     val, train = sets(drawn)
     val.pairs, train.pairs, exact = val.pairs[:1], train.pairs[:1], []
@@ -352,6 +363,7 @@ def test_differences_from_the_reference_are_named(report):
         assert part in line
 
 
+@pytest.mark.usefixtures("short_probes")
 def test_progress_before_the_first_image(model, drawn):
     val, train = sets(drawn)
     val.pairs, train.pairs, stages = val.pairs[:1], train.pairs[:1], []
@@ -377,14 +389,15 @@ class NoDouble(TorchDispatchMode):
         return result
 
 
-def test_nothing_that_mps_lacks(model, drawn, monkeypatch):
+@pytest.mark.usefixtures("short_probes")
+def test_nothing_that_mps_lacks(model, drawn):
     val, train = sets(drawn)
     val.pairs, train.pairs = val.pairs[:1], train.pairs[:1]
-    monkeypatch.setattr(protocol, "prefetch", lambda function, items, **options: map(function, items))
     with NoDouble():
         assert len(evaluate(model, val, train=train, crf=False)["results"]) == 4
 
 
+@pytest.mark.usefixtures("short_probes")
 def test_probes_of_one_seed_are_the_same(model, drawn):
     val, train = sets(drawn)
     train.pairs = train.pairs[:1]
@@ -446,6 +459,7 @@ def test_dataset_without_its_train_split(model, drawn, tmp_path):
     assert row.split()[-2:] == ["-", "-"] and float(row.split()[1]) > 50  # no linear probe, but a clustering
 
 
+@pytest.mark.usefixtures("short_probes")
 @pytest.mark.parametrize(
     "dataset, folder",
     [("cityscapes", "cityscapes"), ("cocostuff27", "cocostuff"), ("potsdam3", "potsdam_stego_mat")],

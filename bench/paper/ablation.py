@@ -30,7 +30,8 @@ from stego_parts.datasets import folder_set
 from stego_parts.images import find_images, replacing, to_tensor
 from stego_parts.maps import pixels, unmirror
 from stego_parts.protocol import (
-    cluster_map,
+    Probe,
+    class_maps,
     confusion_matrix,
     linear_probe,
     match_clusters,
@@ -114,13 +115,12 @@ def scored(data: LabelledFeatures, code_map, centers, probe, *, crf: bool) -> tu
     """Accuracy and mIoU in percent of clusters, and of the linear probe."""
     n, side = len(data.classes), {"cluster": len(centers), "linear": len(data.classes)}
     confusion = {kind: np.zeros((n, columns), np.int64) for kind, columns in side.items()}
+    probes = {("codes", "cluster"): Probe(centers), ("codes", "linear"): probe}
     for features, image, label in data.val():
         codes, picture = unmirror(code_map(features.float())), pixels(image) if crf else None
-        found = {
-            "cluster": cluster_map(codes, centers, label.shape, pixels=picture),
-            "linear": cluster_map(codes, probe.weight, label.shape, bias=probe.bias, pixels=picture),
-        }
-        for kind, mask in found.items():
+        maps = class_maps({"codes": codes}, probes, label.shape, picture)
+        for kind in side:
+            mask = maps["codes", kind, crf]
             confusion[kind] += confusion_matrix(label, mask, n_classes=n, n_clusters=side[kind])
     results = (
         scores(confusion["cluster"], match_clusters(confusion["cluster"])),
