@@ -200,6 +200,16 @@ def full(region: Region, inside: np.ndarray, size=(60, 80)) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sigma", [0, 1, 3])
+def test_run_lengths_are_those_of_pycocotools(sigma):
+    masks = pytest.importorskip("pycocotools.mask")
+    mask = noise(sigma, sigma)
+    for region in [Region(0, 0, 0, mask == 0), *regions(mask)]:
+        whole = full(region, region.inside)
+        wanted = masks.encode(np.asfortranarray(whole.astype(np.uint8)))
+        assert run_lengths(region, mask.shape)["counts"] == wanted["counts"].decode()
+
+
+@pytest.mark.parametrize("sigma", [0, 1, 3])
 def test_outlines_go_round_their_regions(sigma):
     """pycocotools fills an outline with its region and all holes in it; of those that touch at a corner, no more."""
     masks = pytest.importorskip("pycocotools.mask")
