@@ -174,10 +174,6 @@ def dataset_options(command):
     return option("--dataset", type=click.Choice(DATASET_NAMES), help="A published dataset.")(command)
 
 
-def dataset_root(dataset: str, root) -> Path:
-    return Path(root) if root else Path(os.environ.get("STEGO_DATA", "data")) / dataset
-
-
 def made_in(folder: Path) -> list[Path]:
     """Outputs in a folder of images, which are none to work on."""
     from stego_parts.outputs import contact_sheets
@@ -277,7 +273,7 @@ def fit(progress, images, dataset, root, classes, output, preset, settings, over
     if bool(images) == bool(dataset):
         raise click.UsageError("Give images to fit on, or a --dataset, one of the two.")
     from stego_parts.config import fit_config, parse_settings
-    from stego_parts.datasets import PRESET_OF, labelled_set, published_line
+    from stego_parts.datasets import PRESET_OF, dataset_root, labelled_set, published_line
     from stego_parts.images import find_images
     from stego_parts.outputs import PICTURE, check_outputs, check_replacing
 
@@ -487,7 +483,9 @@ def evaluate(progress, model, crf, json_file, figures, seed, device, weights, **
       stego eval --dataset cityscapes --root ~/data/cityscapes
       stego eval --images val/ --labels val_labels/ --names classes.txt --json scores.json --figures figures/
     """
-    labelled, train = labelled_sets(**data)
+    from stego_parts.datasets import sets_to_score
+
+    labelled, train = sets_to_score(**data)
     pairs = [pair for each in (labelled, train) if each for pair in each.pairs]
     inputs = [model, *(path for pair in pairs for path in pair if path)]
     from stego_parts.outputs import JSON, check_outputs
@@ -506,40 +504,6 @@ def evaluate(progress, model, crf, json_file, figures, seed, device, weights, **
         pictures.write_figures(report, fitted, labelled, figures)
     outputs = " and ".join(str(each) for each in (json_file, figures) if each)
     progress.summary(f"{report['images']} images", outputs)
-
-
-def labelled_sets(dataset, root, images, labels, names, train_images, train_labels):
-    """The set to score on, and the train split or None."""
-    if bool(dataset) == bool(images):
-        raise click.UsageError("Give a --dataset, or your own --images and --labels.")
-    if dataset and (labels or names or train_images or train_labels):
-        raise click.UsageError("A --dataset brings its own labels, names and train images; leave them out.")
-    if bool(images) != bool(labels) or (train_labels and not train_images):
-        raise click.UsageError("Images and labels belong together: give both folders.")
-    from stego_parts.datasets import folder_set, image_set, labelled_set
-
-    if dataset:
-        root = dataset_root(dataset, root)
-        return labelled_set(dataset, root, "val"), train_split(dataset, root)
-    labelled = folder_set(images, labels, names=names)
-    if not train_labels:
-        return labelled, image_set(train_images) if train_images else None
-    train = folder_set(train_images, train_labels, names=names)
-    larger = max(labelled, train, key=lambda each: len(each.classes))  # a class may occur in one only
-    for each in (labelled, train):
-        each.classes, each.lookup = larger.classes, larger.lookup
-    return labelled, train
-
-
-def train_split(dataset, root):
-    """The train split, for the linear probe and the baseline; None, with a warning, where only val is there."""
-    from stego_parts.datasets import labelled_set
-
-    try:
-        return labelled_set(dataset, root, "train")
-    except FileNotFoundError as error:
-        log.warning("No linear probe, and the baseline's clusters not from the train split: %s", error)
-        return None
 
 
 # ---- show --------------------------------------------------------------------------------------------------
@@ -582,7 +546,7 @@ def show(progress, things, model, sheet, at, output, backbone, device, weights):
     from stego import Stego
     from stego_parts.images import find_images, write_image
     from stego_parts.outputs import PICTURE, check_outputs
-    from stego_parts.report import cluster_sheet
+    from stego_parts.report import cluster_sheet, description
 
     model = model or Path("stego.pt")
     paths = [path for path, _ in find_images(images, exclude=made_in(model.parent))] if images else []
@@ -613,32 +577,10 @@ def show_points(progress: Progress, images, at, model, output: Path, backbone: s
     fitted = Stego.load(model, device=device, weights=weights) if model else None
     place = pick_device(device)
     network = fitted.backbone if fitted else load_backbone(backbone, weights=weights, device=place)
-    others = others or (images_of(fitted) if fitted else [])
-    others = [path for path in others if not path.samefile(image)]
+    others = [path for path in others or images_of(fitted) if not path.samefile(image)]
     show = functools.partial(correspondence_sheet, others=others, device=place, progress=progress)
     write_image(show(network, image, at, model=fitted), output)
     progress.summary(f"{len(at)} points, {len(others)} other images to choose from", f"picture {output}")
-
-
-def description(model) -> list[str]:
-    """How a model was made, for people."""
-    from stego_parts.config import RELEASED, SETTINGS
-
-    c, backbone = model.config, f"backbone  {model.config.backbone}, weights {model.backbone_sha256[:12]}"
-    if c.preset == RELEASED:
-        return [
-            backbone,
-            "training  a checkpoint of the reference implementation, which has no options in it",
-        ]
-    settings = [(name, getattr(c, name)) for name in SETTINGS]
-    values = [f"{name}={x:.3g}" if isinstance(x, float) else f"{name}={x}" for name, x in settings]
-    images = c.crops if c.views == "whole" else c.crops // 5
-    return [
-        backbone,
-        f"data      {images} images, {c.crops} crops",
-        f"training  {c.steps} steps, preset {c.preset}, seed {c.seed}",
-        f"settings  {' '.join(values)}",
-    ]
 
 
 # ---- demo --------------------------------------------------------------------------------------------------

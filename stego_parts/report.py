@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stego import FitRecord, Stego, pixels, unit, unmirror
 from stego_parts import drawing
-from stego_parts.config import TERMS
+from stego_parts.config import RELEASED, SETTINGS, TERMS
 from stego_parts.datasets import LabelledSet
 from stego_parts.diagnostics import plausible_counts, training_warning
 from stego_parts.drawing import density_chart, image_rows, line_chart, matrix_picture
@@ -123,6 +123,25 @@ def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image
             square = picture.crop((x, y, x + size, y + size))
             regions[k] = fit, square, mask[y : y + size, x : x + size].copy()
     return regions
+
+
+def description(model) -> list[str]:
+    """How a model was made, for people."""
+    c, backbone = model.config, f"backbone  {model.config.backbone}, weights {model.backbone_sha256[:12]}"
+    if c.preset == RELEASED:
+        return [
+            backbone,
+            "training  a checkpoint of the reference implementation, which has no options in it",
+        ]
+    settings = [(name, getattr(c, name)) for name in SETTINGS]
+    values = [f"{name}={x:.3g}" if isinstance(x, float) else f"{name}={x}" for name, x in settings]
+    images = c.crops if c.views == "whole" else c.crops // 5
+    return [
+        backbone,
+        f"data      {images} images, {c.crops} crops",
+        f"training  {c.steps} steps, preset {c.preset}, seed {c.seed}",
+        f"settings  {' '.join(values)}",
+    ]
 
 
 def write_report(model: Stego, folder: Path | str):
