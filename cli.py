@@ -174,18 +174,19 @@ def dataset_options(command):
     return option("--dataset", type=click.Choice(DATASET_NAMES), help="A published dataset.")(command)
 
 
-def made_in(folder: Path) -> list[Path]:
-    """Outputs in a folder of images, which are none to work on."""
+def made_in(*folders: Path) -> list[Path]:
+    """Outputs in folders of images, which are none to work on."""
     from stego_parts.outputs import contact_sheets
 
-    return [*contact_sheets(folder), folder / OUTPUTS]
+    return [path for folder in folders for path in (*contact_sheets(folder), folder / OUTPUTS)]
 
 
-def class_count(text: str):
-    """A number of clusters, or auto."""
-    if text != "auto" and not (text.isdecimal() and 1 <= int(text) <= 255):
-        raise click.BadParameter(f"got {text}; give a number from 1 to 255, or auto.")
-    return text if text == "auto" else int(text)
+def class_counts(text: str) -> list:
+    """Numbers of clusters, or auto: "12,8" -> [8, 12]."""
+    counts = text.split(",")
+    if text != "auto" and not all(each.isdecimal() and 1 <= int(each) <= 255 for each in counts):
+        raise click.BadParameter(f"got {text}; give a number from 1 to 255, or auto, or several: 8,12,20.")
+    return [text] if text == "auto" else sorted(set(map(int, counts)))
 
 
 def split_names(context, parameter, texts) -> list[str]:
@@ -242,26 +243,28 @@ def main():
 
 @main.command(short_help="Find what recurs in images.")
 @click.argument("images", nargs=-1)
-@option("-k", "--classes", type=class_count, metavar="K", help="Clusters, 1 to 255, or auto.  [default: 27]")
+@option("-k", "--classes", type=class_counts, metavar="K", help="Clusters: 12, auto, 8,12,20.  [default: 27]")
 @option("-o", "--output", default="stego.pt", type=PATH, help="The model.")
 @dataset_options
 @option("--preset", type=click.Choice(PRESET_NAMES), help="Hyper-parameters.  [default: default]")
 @option("--backbone", help="dino_vits8, dinov2_vits14, ..., tiny; or auto.  [default: the preset's]")
 @option("--steps", type=click.IntRange(min=1), help="Training steps.  [default: the preset's]")
 @option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any setting: --set b_rand=0.4.")
-@option("--seed", default=0, help="Same seed, images and machine: same model.")
+@option("--seed", type=int, help="Same seed, images and machine: same model.  [default: 0]")
 @option("--match", type=PATH, metavar="MODEL", help="Keep its numbers, names, colours.  [default: none]")
-@option("--overwrite", is_flag=True, help="Replace a model whose clusters have names.")
+@option("--from", "from_model", type=PATH, metavar="MODEL", help="Cluster it anew.  [default: none, train]")
+@option("--overwrite", is_flag=True, hidden=True, help="Replace a model whose clusters have names.")
 @option("--report", type=PATH, help="A folder for charts of the fit.  [default: none]")
 @option("--resume", is_flag=True, help="Go on with an interrupted fit of the same images and options.")
 @option("--keep-features", is_flag=True, help=f"Keep the features in {FEATURES}/ for other fits.")
 @network_options
 @verbosity_options
 @click.pass_obj
-def fit(progress, images, dataset, root, classes, output, preset, settings, overwrite, report, **options):
+def fit(progress, images, dataset, root, classes, output, settings, from_model, overwrite, report, **options):
     """Find the things that recur in IMAGES: files, folders (searched recursively) or "patterns/*.jpg".
 
     With --dataset in their place: a published train split, with its number of classes, preset and backbone.
+    With --from MODEL: what it has learned, clustered anew without training, on its images unless you name some.
 
     \b
     Examples:
@@ -269,9 +272,14 @@ def fit(progress, images, dataset, root, classes, output, preset, settings, over
       stego fit a/ b/ "c/*.jpg" -k 12 -o model.pt --backbone dino_vits8 --steps 5000 --set b_rand=0.4
       stego fit --dataset cityscapes --root ~/data/cityscapes
       stego fit ./images --resume
+      stego fit --from stego.pt -k 8,12,20 -o other.pt
     """
-    if bool(images) == bool(dataset):
+    if from_model and (dataset or report or options["resume"]):
+        raise click.UsageError("With --from nothing is trained; leave --dataset, --report and --resume out.")
+    if bool(images) == bool(dataset) and not from_model:
         raise click.UsageError("Give images to fit on, or a --dataset, one of the two.")
+    from stego import Stego
+    from stego_parts.checkpoint import kept_features
     from stego_parts.config import fit_config, parse_settings
     from stego_parts.datasets import PRESET_OF, dataset_root, labelled_set, published_line
     from stego_parts.images import find_images
@@ -280,29 +288,49 @@ def fit(progress, images, dataset, root, classes, output, preset, settings, over
     options |= parse_settings(settings)
     if dataset:
         train = labelled_set(dataset, dataset_root(dataset, root), "train")
-        images, classes = [image for image, _ in train.pairs], classes or len(train.classes)
-        preset = preset or PRESET_OF[dataset]
-    options |= dict(preset=preset or "default", classes=classes or 27)
-    config = fit_config(options["preset"], backbone=options["backbone"])
-    sheet = output.with_name(f"{output.stem}-fit.png")
-    options["exclude"] = [*made_in(output.parent), *filter(None, [report])]
-    paths = [path for path, _ in find_images(images, exclude=options["exclude"])]
-    inputs = [*paths, *filter(None, [options["weights"]])]
-    check_outputs([(output, ()), (sheet, PICTURE)], inputs=inputs, folders=[report])
-    check_replacing(output, options["match"], overwrite)
-    if dataset:
+        images, classes = [image for image, _ in train.pairs], classes or [len(train.classes)]
+        options["preset"] = options["preset"] or PRESET_OF[dataset]
+        config = fit_config(options["preset"], backbone=options["backbone"])
         log.log(NOTICE, published_line(dataset, preset=config.preset, backbone=config.backbone))
-    if model := fit_and_save(progress, images, output, **options):
-        write_pictures(progress, model, paths, output, sheet, report)
+    if from_model:
+        base = Stego.load(from_model, device=options["device"], weights=options["weights"])
+        images = images or base.config.images
+        if not images:
+            raise ValueError(f"{from_model} does not name the images of its fit; give some beside --from.")
+    options["exclude"] = [*made_in(output.parent, (from_model or output).parent), *filter(None, [report])]
+    paths = [path for path, _ in find_images(images, exclude=options["exclude"])]
+    inputs = [*paths, *filter(None, [options["weights"], from_model])]
+    files, sheet = files_of_fit(output, classes), output.with_name(f"{output.stem}-fit.png")
+    check_outputs([*((file, ()) for file in files), (sheet, PICTURE)], inputs=inputs, folders=[report])
+    for file in files:
+        check_replacing(file, options["match"], overwrite)
+    if from_model:
+        options |= dict(from_model=base, kept=kept_features(from_model.with_name(FEATURES), paths, base))
+    if models := fit_and_save(progress, images, files, output, **options):
+        write_pictures(progress, models, paths, sheet, report)
 
 
-def fit_and_save(progress: Progress, images, output: Path, *, keep_features: bool, resume: bool, **options):
-    """The model, fitted alone or among torchrun's processes, of which only the first returns it."""
+def files_of_fit(output: Path, counts: list | None) -> dict:
+    """{file: number of clusters}: m.pt, or for several numbers m-8.pt, m-12.pt, ..."""
+    if not counts or len(counts) == 1:
+        return {output: counts and counts[0]}
+    return {output.with_stem(f"{output.stem}-{count}"): count for count in counts}
+
+
+def fit_and_save(
+    progress, images, files, output: Path, *, keep_features, resume, kept=None, **options
+) -> dict:
+    """{file: model}, fitted alone or among torchrun's processes, of which only the first returns something.
+
+    files: {file: number of clusters}, of which one model is trained, the others cluster its codes; kept: a folder of
+    features to use.
+    """
     from stego import Stego
     from stego_parts.checkpoint import end_fit
     from stego_parts.distributed import process_group
     from stego_parts.tokens import no_progress
 
+    models, from_model = {}, options.pop("from_model", None)
     scratch = output.with_name(f"{output.name}.scratch")
     if keep_features and not (resume and scratch.exists()):
         scratch = output.with_name(FEATURES)
@@ -310,34 +338,40 @@ def fit_and_save(progress: Progress, images, output: Path, *, keep_features: boo
         if resume and count > 1:
             raise click.UsageError("--resume is for one process; leave it out.")
         if count == 1:
-            progress.go_on = "the same command with --resume goes on"
+            progress.go_on = f"the same command{'' if from_model else ' with --resume'} goes on"
         if rank:  # the first process says the rest
             log.addFilter(lambda record: record.msg.startswith("Skipped"))
-        shown = no_progress if rank else progress
-        model = Stego.fit(images, progress=shown, checkpoint=scratch, resume=resume, **options)
-    if rank:
-        return None
-    model.save(output)
-    progress.go_on = f"the model is in {output} already"
-    end_fit(scratch, keep_features=keep_features)
-    return model
+        shared = {name: options[name] for name in ("device", "match", "exclude")}
+        shared |= dict(progress=no_progress if rank else progress, checkpoint=kept or scratch)
+        for file, classes in files.items():
+            options |= dict(classes=classes, from_model=from_model, resume=resume)
+            from_model = models[file] = Stego.fit(images, **options | shared)
+            if not rank:
+                from_model.save(file)
+            options, resume = {}, False
+    progress.go_on = f"the model is in {' '.join(map(str, files))} already"
+    if not (rank or kept):
+        end_fit(scratch, keep_features=keep_features)
+    return {} if rank else models
 
 
-def write_pictures(progress: Progress, model, paths, output: Path, sheet: Path, report):
-    """The pictures of a fit, and what is said at its end."""
+def write_pictures(progress: Progress, models: dict, paths, sheet: Path, report):
+    """The picture of a fit, its report, and what is said at its end; models: {file: model}."""
     from stego_parts.outputs import write_picture
-    from stego_parts.report import agreement_line, contact_sheet, write_report
+    from stego_parts.report import agreement_line, fit_sheet, write_report
 
-    parts = model.record.paths  # of large images, what was seen at once
-    write_picture(contact_sheet(model, parts, progress=progress), sheet, "contact sheet")
+    fitted = [*models.values()]
+    model = fitted[0]
+    write_picture(fit_sheet(fitted, progress=progress), sheet, "contact sheet")
     if report:
         write_report(model, report)
     if model.record.agreement and not is_quiet():
         click.echo(agreement_line(model.record.agreement))
-    if log.isEnabledFor(logging.INFO):
-        print_usage(model)
-    log_config(model)
-    outputs = f"model {output}, picture {sheet}" + (f", report {report}" if report else "")
+    for each in fitted:
+        if log.isEnabledFor(logging.INFO):
+            print_usage(each)
+        log_config(each)
+    outputs = f"model {' '.join(map(str, models))}, picture {sheet}" + (f", report {report}" * bool(report))
     progress.summary(f"{len(paths)} images, {model.config.backbone}", outputs)
 
 
@@ -537,9 +571,7 @@ def show(progress, things, model, sheet, at, output, backbone, device, weights):
     model, images = model_and_rest(model, things, first=first)
     if at:
         if not images or sheet or (model and backbone):
-            raise click.UsageError(
-                "With --at give an image, and -m or --backbone: `stego show a.jpg --at 9,9`."
-            )
+            raise click.UsageError("With --at give an image, -m or --backbone: `stego show a.jpg --at 9,9`.")
         return show_points(progress, images, at, model, output, backbone or "auto", device, weights)
     if bool(images) != bool(sheet) or backbone:
         raise click.UsageError("Give images and a sheet, or neither: `stego show images/ --sheet sheet.png`.")

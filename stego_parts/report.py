@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,14 @@ log = logging.getLogger("stego")
 # ---- a fit -----------------------------------------------------------------------------------------------------
 
 
+def fit_sheet(models: Sequence[Stego], *, progress: Progress = no_progress) -> Image.Image:
+    """The picture of a fit: `contact_sheet` of a model, `comparison_sheet` of several with one head."""
+    paths = models[0].record.paths  # of large images, what was seen at once
+    if len(models) > 1:
+        return comparison_sheet(models, paths, progress=progress)
+    return contact_sheet(models[0], paths, progress=progress)
+
+
 def contact_sheet(
     model: Stego, paths: Iterable[Path], *, progress: Progress = no_progress, **options
 ) -> Image.Image:
@@ -51,18 +59,41 @@ def contact_sheet(
 
     options: of `Stego.predict`. Each image is seen as small as the backbone sees it.
     """
-    paths, pairs = list(paths), []
+    paths = list(paths)
     if len(paths) > SHEET_IMAGES:
         paths = paths[:: len(paths) // SHEET_SAMPLE][:SHEET_SAMPLE]
+    seen = _small_images(model, paths, progress)
+    pairs = [(image, model.predict(image, **options)) for _, image in seen]
+    return drawing.contact_sheet(pairs, model.colors, model.labels)
+
+
+@torch.inference_mode()
+def comparison_sheet(
+    models: Sequence[Stego], paths: Sequence[Path], *, progress: Progress = no_progress
+) -> Image.Image:
+    """At most SHEET_SAMPLE of the images, a row each, beside their segments by models with one head, without CRF."""
+    paths, rows = paths[:: -(-len(paths) // SHEET_SAMPLE)], []
+    for path, image in _small_images(models[0], paths, progress):
+        codes, pictures = models[0].codes(to_tensor(image)[None]), [drawing.cell(image)]
+        for model in models:
+            scores = dot_products(codes, model.image_centers(codes))[0]  # (K, h, w)
+            mask = model.merged[upsampled_argmax(scores, image.height, image.width)]
+            pictures.append(drawing.cell(image, mask, model.colors, model.labels))
+        rows.append((Path(path).name, pictures))
+    return image_rows(rows, headings=["", *(f"{len(model.centers)} clusters" for model in models)])
+
+
+def _small_images(
+    model: Stego, paths: Sequence[Path], progress: Progress
+) -> Iterator[tuple[Path, Image.Image]]:
+    """Images as small as the backbone sees them; those that cannot be used, which a fit has named, are left out."""
     for done, path in enumerate(paths, 1):
         try:
             image = read_image(path)
-            image = image.resize(model.working_size(image), BILINEAR)
-            pairs.append((image, model.predict(image, **options)))
+            yield path, image.resize(model.working_size(image), BILINEAR)
         except (ValueError, FileNotFoundError):
-            continue  # fit has named it already
+            continue
         progress("picture", done, len(paths))
-    return drawing.contact_sheet(pairs, model.colors, model.labels)
 
 
 def cluster_sheet(model: Stego, paths: Sequence[Path], *, progress: Progress = no_progress) -> Image.Image:
@@ -151,7 +182,7 @@ def write_report(model: Stego, folder: Path | str):
     neighbors.png, some crops and their nearest neighbours; sheet.png, images beside their segments; report.txt.
     Raises ValueError for a model that was not fitted in this process: the record of a fit is not saved.
     """
-    if (record := model.record) is None:
+    if not ((record := model.record) and record.history):
         raise ValueError("This model has no history to report; a report is written right after fit.")
     pictures = history_charts(record.history)
     pictures |= {

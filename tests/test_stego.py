@@ -788,7 +788,7 @@ LEAVES = {"crf", "kmeans"} | {
 MAY_IMPORT = {  # of ours; nobody imports cli, and only cli imports click
     "backbones": "tiny vit resnet",
     "tokens": "backbones images distributed config",
-    "checkpoint": "config distributed images tokens",
+    "checkpoint": "config distributed images tiles tokens",
     "drawing": "images",
     "scenes": "images",
     "datasets": "images",
