@@ -394,6 +394,7 @@ def log_config(model):
 @option("--crf-size", default=0.5, type=POSITIVE, help="Megapixels that the CRF works on, of larger photos.")
 @option("--resolution", default=320, help="Pixels of the shorter side that the backbone sees.")
 @option("--tile", type=click.IntRange(0), metavar="PIXELS", help="See larger images in parts of this side.")
+@option("--smooth", is_flag=True, help="Images are frames of a video: keep clusters steady between them.")
 @option("--skip-existing", is_flag=True, help="Leave images alone whose outputs are there and up to date.")
 @network_options
 @verbosity_options
@@ -409,8 +410,11 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
       stego predict folder/ "more/*.png" -o out/ --overlay
       stego predict img.jpg -o road.png --only road,3 --resolution 480
       stego predict mosaic.tif -o mask.png --tile 1000
+      stego predict frames/ -o out/ --format overlay --smooth
       cat img.jpg | stego predict - -o - > mask.png
     """
+    if options["smooth"] and (skip_existing or PIPE in images):
+        raise click.UsageError("--smooth is for all frames in their order; leave --skip-existing and - out.")
     formats, piped = check_formats(kind, images, output, overlay, only), str(output) == PIPE
     from stego import Stego
     from stego_parts import outputs
@@ -430,7 +434,8 @@ def predict(progress, images, model, output, kind, overlay, only, skip_existing,
     check_resolution(fitted.backbone, options["resolution"], device=fitted.device)
     writer = outputs.Writer(fitted, keep, outputs.note_of(fitted, keep, options))
     todo, entries = [job for job in jobs if not (skip_existing and job.is_done(writer.note))], []
-    progress.go_on = progress.go_on if document else "the same command with --skip-existing goes on"
+    if not (document or options["smooth"]):
+        progress.go_on = "the same command with --skip-existing goes on"
     for done, (job, entry) in enumerate(writer.results(todo, kind, options, progress), 1):
         if isinstance(entry, Exception):
             who, what = "<stdin>" if stdin else str(job.source), sentence(entry)

@@ -535,6 +535,7 @@ class Stego:
             resolution: pixels of the shorter side that the backbone sees, 320; finer segments at quadratic cost.
             tile: side in pixels of the parts in which a larger image is seen, each at `resolution`, in bounded memory;
                 0: whole, None: as in the fit. progress: called as progress(stage, done, total) for those.
+            smooth: a `maps.FrameAverage`, if the image is the next frame of a video.
             crf: sharpen with a dense CRF; crf_size: the megapixels it works on, of larger images and tiles.
         """
         image = read_image(image)
@@ -565,14 +566,17 @@ class Stego:
         *,
         resolution: int = RESOLUTION,
         tile: int | None = None,
+        smooth: Callable[[Tensor], Tensor] | None = None,
         progress: Progress = no_progress,
     ) -> tuple[Tensor, int]:
         """Codes (1, D, h, w) of one picture of any size, and the side of its tiles, 0 if it was seen whole."""
         if side := tile_side(image.size, self.config.tile if tile is None else tile):
             check_resolution(self.backbone, resolution, device=self.device)
             sizes = dict(resolution=resolution, patch=self.backbone.patch)
-            return blended_codes(self.codes, image, side, **sizes, progress=progress), side
-        return self.codes(to_tensor(image.resize(self.working_size(image, resolution), BILINEAR))[None]), 0
+            codes = blended_codes(self.codes, image, side, **sizes, progress=progress)
+        else:
+            codes = self.codes(to_tensor(image.resize(self.working_size(image, resolution), BILINEAR))[None])
+        return smooth(codes) if smooth else codes, side
 
     def _labels(self, image, codes: Tensor, crf_size: float, *, centers: Tensor, crf: bool) -> np.ndarray:
         """The cluster of each pixel of a picture with these codes (1, D, h, w): (H, W) uint8."""

@@ -793,7 +793,7 @@ MAY_IMPORT = {  # of ours; nobody imports cli, and only cli imports click
     "scenes": "images",
     "datasets": "images",
     "diagnostics": "kmeans",
-    "outputs": "backbones drawing images model_files tokens",
+    "outputs": "backbones drawing images maps model_files tokens",
     "model_files": "backbones checkpoint config images",
     "matching": "config images tokens",
     "tiles": "images tokens",
