@@ -555,10 +555,11 @@ def evaluate(progress, model, crf, json_file, figures, seed, device, weights, **
 @option("--at", multiple=True, metavar="X,Y", callback=points, help="Show what corresponds with a point.")
 @option("-o", "--output", default="correspondences.png", type=PATH, help="With --at: the picture.")
 @option("--backbone", help="With --at and no model: whose features to show.  [default: auto]")
+@option("--export", type=PATH, metavar="FILE", help="The model with its backbone as ONNX.  [default: none]")
 @network_options
 @verbosity_options
 @click.pass_obj
-def show(progress, things, model, sheet, at, output, backbone, device, weights):
+def show(progress, things, model, sheet, at, output, backbone, export, device, weights):
     """Say what is in a model, and show on IMAGES what each cluster is, so that you can name it.
 
     With --at X,Y, in pixels from the upper left corner and repeatable: what corresponds with a point of the
@@ -570,10 +571,15 @@ def show(progress, things, model, sheet, at, output, backbone, device, weights):
       stego show stego.pt
       stego show stego.pt images/ --sheet sheet.png
       stego show img.jpg images/ --at 120,80 --at 300,40 -m stego.pt -o corr.png
+      stego show stego.pt --export model.onnx
     """
-    alone = len(things) == 1 and not (sheet or at)
+    alone = len(things) == 1 and not (sheet or at or export)
     first = alone or bool(things) and Path(things[0]).suffix in MODEL_SUFFIXES
     model, images = model_and_rest(model, things, first=first)
+    if export:
+        if at or sheet or backbone or len(images) > 1:
+            raise click.UsageError("With --export give a model, and at most one image: its shape is meant.")
+        return export_model(progress, model or Path("stego.pt"), images, export, device, weights)
     if at:
         if not images or sheet or (model and backbone):
             raise click.UsageError("With --at give an image, -m or --backbone: `stego show a.jpg --at 9,9`.")
@@ -596,6 +602,19 @@ def show(progress, things, model, sheet, at, output, backbone, device, weights):
     if sheet:
         write_image(cluster_sheet(fitted, paths, progress=progress), sheet)
         progress.summary(f"{len(paths)} images", f"sheet {sheet}")
+
+
+def export_model(progress: Progress, model: Path, images, output: Path, device: str, weights):
+    """Write a model as ONNX, for images of the shape of the one given, or else square ones."""
+    from stego import Stego
+    from stego_parts.export import check_exporter, write_onnx
+    from stego_parts.outputs import check_outputs
+
+    check_exporter()
+    check_outputs([(output, (".onnx",))], inputs=[model, *images])
+    fitted = Stego.load(model, device=device, weights=weights)
+    width, height = write_onnx(fitted, output, *images, progress=progress)
+    progress.summary(f"{fitted.config.backbone}, images of {width} x {height} pixels", f"model {output}")
 
 
 def show_points(progress: Progress, images, at, model, output: Path, backbone: str, device: str, weights):

@@ -794,6 +794,7 @@ MAY_IMPORT = {  # of ours; nobody imports cli, and only cli imports click
     "datasets": "images",
     "diagnostics": "kmeans",
     "outputs": "backbones drawing images maps model_files tokens",
+    "export": "stego images maps tokens",
     "model_files": "backbones checkpoint config images",
     "matching": "config images tokens",
     "tiles": "images tokens",
