@@ -33,6 +33,7 @@ from stego_parts.images import (
     read_image,
     replacing,
 )
+from stego_parts.maps import FrameAverage
 from stego_parts.model_files import read_model
 from stego_parts.tokens import no_progress, prefetch
 
@@ -192,9 +193,14 @@ class Writer(NamedTuple):
     def results(self, jobs: list[Job], kind: str, options: dict, progress=no_progress) -> Iterator[tuple]:
         """(job, what `write` returned, or the error) for each; threads read and write meanwhile."""
         segment = self.model.probabilities if kind == "npz" else self.model.predict
-        segment = functools.partial(segment, **options, progress=progress)
+        average = functools.lru_cache(1)(lambda folder: FrameAverage())  # each folder is another video
         images = prefetch(lambda job: _attempt(read_image, job.source), jobs, window=READ_AHEAD)
-        masks = ((job, image, _attempt(segment, image)) for job, image in zip(jobs, images))
+
+        def segment_next(job, image):
+            smooth = average(job.source.parent) if options["smooth"] else None
+            return segment(image, **options | dict(smooth=smooth, progress=progress))
+
+        masks = ((job, image, _attempt(segment_next, job, image)) for job, image in zip(jobs, images))
         yield from zip(jobs, prefetch(lambda each: _attempt(self.write, *each), masks, window=WRITE_BEHIND))
 
     def write(self, job: Job, image: Image.Image, result: np.ndarray) -> dict:
