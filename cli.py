@@ -18,9 +18,9 @@ import click
 # Known here without importing torch: config.PRESETS, datasets.LAYOUTS, outputs.SUFFIXES, tokens.NOTICE
 PRESET_NAMES = ("default", "small", "cocostuff-small", "potsdam", "cityscapes", "cocostuff")
 DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")
-WRITTEN = dict(mask="masks", overlay="overlays", npz="probabilities", json="shares", coco="segments")
+WRITTEN = dict(mask="masks", tif="masks", overlay="overlays", cutout="cut-outs", npz="probabilities")
+WRITTEN |= dict(json="shares", csv="shares", coco="segments", labelme="outlines")
 NOTICE = logging.INFO + 5  # level of messages that are said unless --quiet
-PIPE = "-"  # stdin as an image, stdout as an output
 MODEL_SUFFIXES = (".pt", ".pth", ".ckpt")
 OUTPUTS = "stego-out"  # folder of what predict writes, which fit leaves out
 FEATURES = "stego-features"  # folder, beside the model, of features that are kept for other fits
@@ -390,78 +390,76 @@ def log_config(model):
 @option("--format", "kind", default="mask", type=click.Choice(list(WRITTEN)), help="What is written.")
 @option("--overlay", is_flag=True, help="Beside each mask, the picture with its segments and a legend.")
 @option("--only", multiple=True, callback=split_names, metavar="NAMES", help="Clusters to keep: road,7.")
+@option(
+    "--min-area", default=0, type=click.IntRange(0), help="Pixels of the smallest region in coco, labelme."
+)
 @option("--crf/--no-crf", default=True, help="Sharpen the segments with a dense CRF.")
 @option("--crf-size", default=0.5, type=POSITIVE, help="Megapixels that the CRF works on, of larger photos.")
 @option("--resolution", default=320, help="Pixels of the shorter side that the backbone sees.")
 @option("--tile", type=click.IntRange(0), metavar="PIXELS", help="See larger images in parts of this side.")
 @option("--smooth", is_flag=True, help="Images are frames of a video: keep clusters steady between them.")
 @option("--skip-existing", is_flag=True, help="Leave images alone whose outputs are there and up to date.")
+@option("--limit", type=click.IntRange(1), metavar="N", help="The first N images only.  [default: all]")
+@option("--dry-run", is_flag=True, help="Only print what would be written.")
 @network_options
 @verbosity_options
 @click.pass_obj
-def predict(progress, images, model, output, kind, overlay, only, skip_existing, device, weights, **options):
+def predict(progress, images, model, output, kind, limit, dry_run, device, weights, **options):
     """Segment IMAGES: files, folders (their tree is mirrored), "patterns/*.jpg", or - for stdin.
 
-    Masks are indexed PNG: cluster numbers from 0, 255 for none.
+    Masks are indexed PNG or TIFF: cluster numbers from 0, 255 for none.
 
     \b
     Examples:
       stego predict img.jpg -o mask.png
       stego predict folder/ "more/*.png" -o out/ --overlay
       stego predict img.jpg -o road.png --only road,3 --resolution 480
-      stego predict mosaic.tif -o mask.png --tile 1000
+      stego predict mosaic.tif -o mask.tif --tile 1000
+      stego predict folder/ -o coco.json --format coco --min-area 50
+      stego predict folder/ -o shares.csv --format csv --limit 9
+      stego predict folder/ --format labelme --dry-run
       stego predict frames/ -o out/ --format overlay --smooth
+      stego predict img.jpg -o dog.png --format cutout --only dog
       cat img.jpg | stego predict - -o - > mask.png
     """
-    if options["smooth"] and (skip_existing or PIPE in images):
-        raise click.UsageError("--smooth is for all frames in their order; leave --skip-existing and - out.")
-    formats, piped = check_formats(kind, images, output, overlay, only), str(output) == PIPE
     from stego import Stego
     from stego_parts import outputs
-    from stego_parts.images import find_images
-    from stego_parts.tokens import check_resolution
 
-    stdin, exclude = images == (PIPE,), [output, *made_in(model.parent)]
-    sources = [(sys.stdin.buffer, Path("stdin"))] if stdin else find_images(images, exclude=exclude)
-    jobs, document = outputs.plan_outputs(sources, output, formats), outputs.document_path(output, kind)
-    if skip_existing and (document or piped):
-        raise click.UsageError("--skip-existing is for outputs of each image; choose another format or -o.")
-    files = [(path, outputs.SUFFIXES[each]) for job in jobs for each, path in job.targets.items()]
-    inputs = [model, *(source for source, _ in sources if isinstance(source, Path))]
-    outputs.check_outputs([*files, (document, outputs.JSON)], inputs=inputs)
+    formats, piped = outputs.check_formats(kind, images, output, **options), str(output) == outputs.PIPE
+    _, only, min_area, skip_existing = map(options.pop, ("overlay", "only", "min_area", "skip_existing"))
+    made = made_in(model.parent)
+    jobs, document = outputs.plan_outputs(images, output, formats, model, limit, exclude=made)
     fitted = Stego.load(model, device=device, weights=weights)
     keep = fitted.select(only) if only else None
-    check_resolution(fitted.backbone, options["resolution"], device=fitted.device)
-    writer = outputs.Writer(fitted, keep, outputs.note_of(fitted, keep, options))
-    todo, entries = [job for job in jobs if not (skip_existing and job.is_done(writer.note))], []
+    note = outputs.note_of(fitted, keep, options | {"min_area": min_area})
+    writer = outputs.Writer(fitted, kind, keep, note, min_area)
+    todo = [job for job in jobs if not (skip_existing and writer.is_done(job))]
+    skipped = f", {len(jobs) - len(todo)} skipped" if skip_existing else ""
+    if dry_run:
+        for path in [document] if document else [path for job in todo for path in job.targets.values()]:
+            click.echo(path)
+        return progress.summary(f"{len(todo)} images{skipped}", "nothing was written", err=True)
+    done = segment_all(progress, writer, todo, document, options)
+    what = f"{' and '.join(map(WRITTEN.get, formats))} in {'stdout' if piped else document or output}"
+    progress.summary(f"{done} of {len(todo)} images{skipped}", what, err=piped)
+    sys.exit(0 if done == len(todo) else 1)
+
+
+def segment_all(progress: Progress, writer, jobs, document, options: dict) -> int:
+    """Segment images and write their outputs; says what went wrong, and returns how many went well."""
+    entries = []
     if not (document or options["smooth"]):
         progress.go_on = "the same command with --skip-existing goes on"
-    for done, (job, entry) in enumerate(writer.results(todo, kind, options, progress), 1):
+    for done, (job, entry) in enumerate(writer.results(jobs, options, progress), 1):
         if isinstance(entry, Exception):
-            who, what = "<stdin>" if stdin else str(job.source), sentence(entry)
+            who, what = str(job.source) if isinstance(job.source, Path) else "<stdin>", sentence(entry)
             log.error("%s", what if who in what else f"{who}: {what}")
         else:
             entries.append(entry)
-        progress("predict", done, len(todo))
+        progress("predict", done, len(jobs))
     if document:
-        writer.write_document(entries, kind, document)
-    skipped = f", {len(jobs) - len(todo)} skipped" if skip_existing else ""
-    what = f"{' and '.join(map(WRITTEN.get, formats))} in {'stdout' if piped else document or output}"
-    progress.summary(f"{len(entries)} of {len(todo)} images{skipped}", what, err=piped)
-    sys.exit(0 if len(entries) == len(todo) else 1)
-
-
-def check_formats(kind: str, images, output: Path, overlay: bool, only) -> list[str]:
-    """The formats asked for; refuses what does not go together."""
-    if PIPE in images and len(images) > 1:
-        raise click.UsageError("- stands for one image on stdin; give it alone, or give files.")
-    if overlay and kind not in ("mask", "overlay"):
-        raise click.UsageError(f"--overlay goes with masks; leave it or --format {kind} out.")
-    if overlay and kind == "mask" and str(output) == PIPE:
-        raise click.UsageError("Two pictures do not go into one stdout; choose --format mask or overlay.")
-    if only and kind == "npz":
-        raise click.UsageError("--format npz holds the probabilities of all clusters; leave --only out.")
-    return ["mask", "overlay"] if overlay and kind == "mask" else [kind]
+        writer.write_document(entries, document)
+    return len(entries)
 
 
 # ---- name --------------------------------------------------------------------------------------------------

@@ -129,6 +129,14 @@ def overlay(
     return picture
 
 
+def cutout(image: Image.Image, share: np.ndarray) -> Image.Image:
+    """The picture, as opaque as a share (h, w) of 0 to 1 says, which is brought to its size."""
+    alpha = Image.fromarray(share.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
+    picture = image.copy()
+    picture.putalpha(Image.fromarray((255 * np.asarray(alpha)).round().clip(0, 255).astype(np.uint8)))
+    return picture
+
+
 def _edges(mask: np.ndarray) -> np.ndarray:
     """Where a mask (H, W) differs from the pixel above or to the left."""
     edges = np.zeros(mask.shape, bool)
