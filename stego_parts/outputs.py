@@ -38,26 +38,19 @@ from stego_parts.images import (
     read_image,
     replacing,
 )
+from stego_parts.maps import FrameAverage
 from stego_parts.model_files import read_model
 from stego_parts.segments import cluster_shares, coco_annotations, coco_document, labelme_document, table
 from stego_parts.tokens import check_resolution, no_progress, prefetch
 
 PIPE = "-"  # stdin as an image, stdout as an output
-DOCUMENTS = {
-    "json": "shares.json",
-    "csv": "shares.csv",
-    "coco": "coco.json",
-}  # one file for all images, in a folder
+# One file for all images, and its name in a folder.
+DOCUMENTS = {"json": "shares.json", "csv": "shares.csv", "coco": "coco.json"}
 SOFT = ("npz", "cutout")  # formats made of probabilities, not of a mask
 PICTURE, JSON = (".png", ".jpg", ".jpeg"), (".json",)  # suffixes of sheets and overlays, of documents
 SUFFIXES = {"mask": (".png", *TIFF), "tif": TIFF, "overlay": PICTURE, "cutout": (".png",), "npz": (".npz",)}
 SUFFIXES |= {"json": JSON, "csv": (".csv",), "coco": JSON, "labelme": JSON}
-FORMS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-}  # of pictures, as Pillow calls them
+FORMS = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}  # of pictures, as Pillow says
 NOTE = "stego"  # key of the note in PNG and JSON
 OVERLAY_SUFFIX = ".overlay.jpg"
 READ_AHEAD, WRITE_BEHIND = 3, 2  # images decoded before, and written after, the one that is segmented
@@ -66,7 +59,7 @@ READ_AHEAD, WRITE_BEHIND = 3, 2  # images decoded before, and written after, the
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
-def check_formats(kind, images, output, *, overlay, only, min_area, skip_existing, crf, **_):
+def check_formats(kind, images, output, *, overlay, only, min_area, skip_existing, smooth, crf, **_):
     """The formats, a list, that options of predict ask for; ValueError for what does not go together."""
     two, piped = overlay and kind != "overlay", str(output) == PIPE
     if PIPE in images and len(images) > 1:
@@ -85,6 +78,8 @@ def check_formats(kind, images, output, *, overlay, only, min_area, skip_existin
         raise ValueError(f"--min-area is for --format coco and labelme; leave it or --format {kind} out.")
     if skip_existing and (kind in DOCUMENTS or piped or PIPE in images):
         raise ValueError("--skip-existing is for image files with outputs of their own; leave it out.")
+    if smooth and (skip_existing or PIPE in images):
+        raise ValueError("--smooth is for all frames in their order; leave --skip-existing and - out.")
     return [kind, "overlay"] if two else [kind]
 
 
@@ -266,9 +261,14 @@ class Writer(NamedTuple):
         """(job, what `write` returned, or the error) for each; threads read and write meanwhile."""
         check_resolution(self.model.backbone, options["resolution"], device=self.model.device)
         segment = self.model.probabilities if self.kind in SOFT else self.model.predict
-        segment = functools.partial(segment, **options, progress=progress)
+        average = functools.lru_cache(1)(lambda folder: FrameAverage())  # each folder is another video
         images = prefetch(lambda job: _attempt(read_image, job.source), jobs, window=READ_AHEAD)
-        masks = ((job, image, _attempt(segment, image)) for job, image in zip(jobs, images))
+
+        def segment_next(job, image):
+            smooth = average(job.source.parent) if options["smooth"] else None
+            return segment(image, **options | dict(smooth=smooth, progress=progress))
+
+        masks = ((job, image, _attempt(segment_next, job, image)) for job, image in zip(jobs, images))
         yield from zip(jobs, prefetch(lambda each: _attempt(self.write, *each), masks, window=WRITE_BEHIND))
 
     def write(self, job: Job, image: Image.Image, result: np.ndarray) -> dict:

@@ -75,7 +75,8 @@ def execute(line: str) -> str:
         return done.stdout
     tool, *args = shlex.split(line)
     assert tool == "stego", line
-    return run(*args, *(["--backbone", "tiny", "--steps", 10] if args[0] == "fit" else [])).stdout
+    trains = args[0] == "fit" and "--from" not in args
+    return run(*args, *(["--backbone", "tiny", "--steps", 10] if trains else [])).stdout
 
 
 # ---- every command, as printed ---------------------------------------------------------------------------------
