@@ -263,15 +263,14 @@ def main():
 def fit(progress, images, dataset, root, classes, output, settings, from_model, overwrite, report, **options):
     """Find the things that recur in IMAGES: files, folders (searched recursively) or "patterns/*.jpg".
 
-    With --dataset in their place: a published train split, with its number of classes, preset and backbone.
-    With --from MODEL: what it has learned, clustered anew without training, on its images unless you name some.
+    With --dataset in their place: a published train split, with its number of classes, preset and backbone. With
+    --from MODEL: what it has learned, clustered anew without training, on its images unless you name some.
 
     \b
     Examples:
       stego fit ./images
       stego fit a/ b/ "c/*.jpg" -k 12 -o model.pt --backbone dino_vits8 --steps 5000 --set b_rand=0.4
       stego fit --dataset cityscapes --root ~/data/cityscapes
-      stego fit ./images --resume
       stego fit --from stego.pt -k 8,12,20 -o other.pt
     """
     if from_model and (dataset or report or options["resume"]):
@@ -294,16 +293,14 @@ def fit(progress, images, dataset, root, classes, output, settings, from_model, 
         log.log(NOTICE, published_line(dataset, preset=config.preset, backbone=config.backbone))
     if from_model:
         base = Stego.load(from_model, device=options["device"], weights=options["weights"])
-        images = images or base.config.images
-        if not images:
+        if not (images := images or base.config.images):
             raise ValueError(f"{from_model} does not name the images of its fit; give some beside --from.")
     options["exclude"] = [*made_in(output.parent, (from_model or output).parent), *filter(None, [report])]
     paths = [path for path, _ in find_images(images, exclude=options["exclude"])]
     inputs = [*paths, *filter(None, [options["weights"], from_model])]
     files, sheet = files_of_fit(output, classes), output.with_name(f"{output.stem}-fit.png")
     check_outputs([*((file, ()) for file in files), (sheet, PICTURE)], inputs=inputs, folders=[report])
-    for file in files:
-        check_replacing(file, options["match"], overwrite)
+    check_replacing(files, options["match"], overwrite)
     if from_model:
         options |= dict(from_model=base, kept=kept_features(from_model.with_name(FEATURES), paths, base))
     if models := fit_and_save(progress, images, files, output, **options):

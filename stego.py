@@ -420,14 +420,12 @@ class Stego:
             classes=27 (1..255, or "auto"), steps, seed (same images, seed, machine and threads: same model).
         backbone: a name from `backbones.NAMES`, or "auto"; default: the preset's; weights: a local file for it. Or any
             callable that maps normalised images (B, 3, H, W) to features (B, C, h, w), see `load`.
-        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", "mps".
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", "mps"; exclude: files and folders to leave out.
         match: an earlier model over the same backbone; clusters that recur keep their numbers, names, colours.
         from_model: a model whose head and settings to take: nothing is trained, its codes are clustered anew. Only
             classes, seed, evenness and adaptation can be given beside it.
-        progress: called as progress(stage, done, total).
-        checkpoint: a folder for the features and the state of the fit, so that little is lost with the process;
-            features that are in it already are not computed again. resume: go on with its training too.
-        exclude: files and folders to leave out, such as outputs of an earlier fit.
+        progress: called as progress(stage, done, total). checkpoint: a folder for the features and the state of the fit,
+            so that little is lost with the process; features in it are not computed again. resume: its training neither.
 
         Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
         """
@@ -442,8 +440,8 @@ class Stego:
         paths = tiles_of(found, config.tile)
         load = partial(load_backbone, weights=weights, device=device, progress=progress is not no_progress)
         network = base.backbone if base else load(backbone or config.backbone, stride=config.stride)
-        config = fit_config(preset, backbone=network.name, **settings | dict(stride=network.patch))
-        config = replace(config, images=_source_names(sources))
+        settings |= dict(stride=network.patch, images=_source_names(sources))
+        config = fit_config(preset, backbone=network.name, **settings)
         if earlier := _model_of(match, device=device):
             check_same_features(earlier, network)
         return _fit_stages(config, paths, network, base, earlier, device, progress, checkpoint, resume)

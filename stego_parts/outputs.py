@@ -114,19 +114,21 @@ def check_outputs(files, *, inputs=(), folders=()):
         check_folder(folder)
 
 
-def check_replacing(output: Path, match, overwrite: bool):
+def check_replacing(outputs, match, overwrite: bool):
     """ValueError where a fit would replace a model with named clusters, or what is no model, unasked."""
-    if overwrite or not output.exists() or (match and match.resolve() == output.resolve()):
-        return
-    try:
-        named = [f"{k}={name}" for k, name in enumerate(read_model(output)["names"]) if name]
-    except ValueError as error:
-        raise ValueError(f"{error} To replace the file, give --overwrite; or choose another -o.") from error
-    if named:
-        raise ValueError(
-            f"{output} has named clusters ({', '.join(named)}); keep the names with --match {output}, or "
-            "give --overwrite, or another -o."
-        )
+    same = match and match.resolve()
+    for output in (each for each in outputs if not overwrite and each.exists() and each.resolve() != same):
+        try:
+            named = [f"{k}={name}" for k, name in enumerate(read_model(output)["names"]) if name]
+        except ValueError as error:
+            raise ValueError(
+                f"{error} To replace the file, give --overwrite; or choose another -o."
+            ) from error
+        if named:
+            raise ValueError(
+                f"{output} has named clusters ({', '.join(named)}); keep the names with --match {output}, or "
+                "give --overwrite, or another -o."
+            )
 
 
 def check_folder(folder: Path):
