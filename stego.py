@@ -416,16 +416,14 @@ class Stego:
     ) -> "Stego":
         """Find what recurs in images: files, folders (recursive) or glob patterns, one or several.
 
-        preset: the options to start from, one of PRESETS; each option of `Config` can be a keyword beside it, like
-            classes=27 (1..255, or "auto"), steps, seed (same images, seed, machine and threads: same model).
+        preset: one of PRESETS; beside it any option of `Config`: classes=27 (1 to 255, or "auto"), steps, seed, ...
         backbone: a name from `backbones.NAMES`, or "auto"; default: the preset's; weights: a local file for it. Or any
             callable that maps normalised images (B, 3, H, W) to features (B, C, h, w), see `load`.
-        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", "mps"; exclude: files and folders to leave out.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "mps"; exclude: files and folders to leave out.
         match: an earlier model over the same backbone; clusters that recur keep their numbers, names, colours.
-        from_model: a model whose head and settings to take: nothing is trained, its codes are clustered anew. Only
-            classes, seed, evenness and adaptation can be given beside it.
-        progress: called as progress(stage, done, total). checkpoint: a folder for the features and the state of the fit,
-            so that little is lost with the process; features in it are not computed again. resume: its training neither.
+        from_model: one to cluster anew, without training; with other classes, seed, evenness and adaptation alone.
+        progress: called as progress(stage, done, total).
+        checkpoint: a folder for features, not computed again, and the state of the fit; resume: go on from that.
 
         Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
         """
@@ -436,8 +434,8 @@ class Stego:
         named = None if callable(backbone) else backbone
         config = fit_config(preset, backbone=named, **settings)  # what is wrong shows before the work begins
         sources = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-        found, device = [path for path, _ in find_images(sources, exclude=exclude)], pick_device(device)
-        paths = tiles_of(found, config.tile)
+        device, found = pick_device(device), find_images(sources, exclude=exclude)
+        paths = tiles_of((path for path, _ in found), config.tile)
         load = partial(load_backbone, weights=weights, device=device, progress=progress is not no_progress)
         network = base.backbone if base else load(backbone or config.backbone, stride=config.stride)
         settings |= dict(stride=network.patch, images=_source_names(sources))
