@@ -18,9 +18,9 @@ import click
 # Known here without importing torch: config.PRESETS, datasets.LAYOUTS, outputs.SUFFIXES, tokens.NOTICE
 PRESET_NAMES = ("default", "small", "cocostuff-small", "potsdam", "cityscapes", "cocostuff")
 DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")
-WRITTEN = dict(mask="masks", overlay="overlays", npz="probabilities", json="shares", coco="segments")
+WRITTEN = dict(mask="masks", tif="masks", overlay="overlays", cutout="cut-outs", npz="probabilities")
+WRITTEN |= dict(json="shares", csv="shares", coco="segments", labelme="outlines")
 NOTICE = logging.INFO + 5  # level of messages that are said unless --quiet
-PIPE = "-"  # stdin as an image, stdout as an output
 MODEL_SUFFIXES = (".pt", ".pth", ".ckpt")
 OUTPUTS = "stego-out"  # folder of what predict writes, which fit leaves out
 FEATURES = "stego-features"  # folder, beside the model, of features that are kept for other fits
@@ -174,22 +174,19 @@ def dataset_options(command):
     return option("--dataset", type=click.Choice(DATASET_NAMES), help="A published dataset.")(command)
 
 
-def dataset_root(dataset: str, root) -> Path:
-    return Path(root) if root else Path(os.environ.get("STEGO_DATA", "data")) / dataset
-
-
-def made_in(folder: Path) -> list[Path]:
-    """Outputs in a folder of images, which are none to work on."""
+def made_in(*folders: Path) -> list[Path]:
+    """Outputs in folders of images, which are none to work on."""
     from stego_parts.outputs import contact_sheets
 
-    return [*contact_sheets(folder), folder / OUTPUTS]
+    return [path for folder in folders for path in (*contact_sheets(folder), folder / OUTPUTS)]
 
 
-def class_count(text: str):
-    """A number of clusters, or auto."""
-    if text != "auto" and not (text.isdecimal() and 1 <= int(text) <= 255):
-        raise click.BadParameter(f"got {text}; give a number from 1 to 255, or auto.")
-    return text if text == "auto" else int(text)
+def class_counts(text: str) -> list:
+    """Numbers of clusters, or auto: "12,8" -> [8, 12]."""
+    counts = text.split(",")
+    if text != "auto" and not all(each.isdecimal() and 1 <= int(each) <= 255 for each in counts):
+        raise click.BadParameter(f"got {text}; give a number from 1 to 255, or auto, or several: 8,12,20.")
+    return [text] if text == "auto" else sorted(set(map(int, counts)))
 
 
 def split_names(context, parameter, texts) -> list[str]:
@@ -246,67 +243,91 @@ def main():
 
 @main.command(short_help="Find what recurs in images.")
 @click.argument("images", nargs=-1)
-@option("-k", "--classes", type=class_count, metavar="K", help="Clusters, 1 to 255, or auto.  [default: 27]")
+@option("-k", "--classes", type=class_counts, metavar="K", help="Clusters: 12, auto, 8,12,20.  [default: 27]")
 @option("-o", "--output", default="stego.pt", type=PATH, help="The model.")
 @dataset_options
 @option("--preset", type=click.Choice(PRESET_NAMES), help="Hyper-parameters.  [default: default]")
 @option("--backbone", help="dino_vits8, dinov2_vits14, ..., tiny; or auto.  [default: the preset's]")
 @option("--steps", type=click.IntRange(min=1), help="Training steps.  [default: the preset's]")
 @option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any setting: --set b_rand=0.4.")
-@option("--seed", default=0, help="Same seed, images and machine: same model.")
+@option("--seed", type=int, help="Same seed, images and machine: same model.  [default: 0]")
 @option("--match", type=PATH, metavar="MODEL", help="Keep its numbers, names, colours.  [default: none]")
-@option("--overwrite", is_flag=True, help="Replace a model whose clusters have names.")
+@option("--from", "from_model", type=PATH, metavar="MODEL", help="Cluster it anew.  [default: none, train]")
+@option("--overwrite", is_flag=True, hidden=True, help="Replace a model whose clusters have names.")
 @option("--report", type=PATH, help="A folder for charts of the fit.  [default: none]")
 @option("--resume", is_flag=True, help="Go on with an interrupted fit of the same images and options.")
 @option("--keep-features", is_flag=True, help=f"Keep the features in {FEATURES}/ for other fits.")
 @network_options
 @verbosity_options
 @click.pass_obj
-def fit(progress, images, dataset, root, classes, output, preset, settings, overwrite, report, **options):
+def fit(progress, images, dataset, root, classes, output, settings, from_model, overwrite, report, **options):
     """Find the things that recur in IMAGES: files, folders (searched recursively) or "patterns/*.jpg".
 
-    With --dataset in their place: a published train split, with its number of classes, preset and backbone.
+    With --dataset in their place: a published train split, with its number of classes, preset and backbone. With
+    --from MODEL: what it has learned, clustered anew without training, on its images unless you name some.
 
     \b
     Examples:
       stego fit ./images
       stego fit a/ b/ "c/*.jpg" -k 12 -o model.pt --backbone dino_vits8 --steps 5000 --set b_rand=0.4
       stego fit --dataset cityscapes --root ~/data/cityscapes
-      stego fit ./images --resume
+      stego fit --from stego.pt -k 8,12,20 -o other.pt
     """
-    if bool(images) == bool(dataset):
+    if from_model and (dataset or report or options["resume"]):
+        raise click.UsageError("With --from nothing is trained; leave --dataset, --report and --resume out.")
+    if bool(images) == bool(dataset) and not from_model:
         raise click.UsageError("Give images to fit on, or a --dataset, one of the two.")
+    from stego import Stego
+    from stego_parts.checkpoint import kept_features
     from stego_parts.config import fit_config, parse_settings
-    from stego_parts.datasets import PRESET_OF, labelled_set, published_line
+    from stego_parts.datasets import PRESET_OF, dataset_root, labelled_set, published_line
     from stego_parts.images import find_images
     from stego_parts.outputs import PICTURE, check_outputs, check_replacing
 
     options |= parse_settings(settings)
     if dataset:
         train = labelled_set(dataset, dataset_root(dataset, root), "train")
-        images, classes = [image for image, _ in train.pairs], classes or len(train.classes)
-        preset = preset or PRESET_OF[dataset]
-    options |= dict(preset=preset or "default", classes=classes or 27)
-    config = fit_config(options["preset"], backbone=options["backbone"])
-    sheet = output.with_name(f"{output.stem}-fit.png")
-    options["exclude"] = [*made_in(output.parent), *filter(None, [report])]
-    paths = [path for path, _ in find_images(images, exclude=options["exclude"])]
-    inputs = [*paths, *filter(None, [options["weights"]])]
-    check_outputs([(output, ()), (sheet, PICTURE)], inputs=inputs, folders=[report])
-    check_replacing(output, options["match"], overwrite)
-    if dataset:
+        images, classes = [image for image, _ in train.pairs], classes or [len(train.classes)]
+        options["preset"] = options["preset"] or PRESET_OF[dataset]
+        config = fit_config(options["preset"], backbone=options["backbone"])
         log.log(NOTICE, published_line(dataset, preset=config.preset, backbone=config.backbone))
-    if model := fit_and_save(progress, images, output, **options):
-        write_pictures(progress, model, paths, output, sheet, report)
+    if from_model:
+        base = Stego.load(from_model, device=options["device"], weights=options["weights"])
+        if not (images := images or base.config.images):
+            raise ValueError(f"{from_model} does not name the images of its fit; give some beside --from.")
+    options["exclude"] = [*made_in(output.parent, (from_model or output).parent), *filter(None, [report])]
+    paths = [path for path, _ in find_images(images, exclude=options["exclude"])]
+    inputs = [*paths, *filter(None, [options["weights"], from_model])]
+    files, sheet = files_of_fit(output, classes), output.with_name(f"{output.stem}-fit.png")
+    check_outputs([*((file, ()) for file in files), (sheet, PICTURE)], inputs=inputs, folders=[report])
+    check_replacing(files, options["match"], overwrite)
+    if from_model:
+        options |= dict(from_model=base, kept=kept_features(from_model.with_name(FEATURES), paths, base))
+    if models := fit_and_save(progress, images, files, output, **options):
+        write_pictures(progress, models, paths, sheet, report)
 
 
-def fit_and_save(progress: Progress, images, output: Path, *, keep_features: bool, resume: bool, **options):
-    """The model, fitted alone or among torchrun's processes, of which only the first returns it."""
+def files_of_fit(output: Path, counts: list | None) -> dict:
+    """{file: number of clusters}: m.pt, or for several numbers m-8.pt, m-12.pt, ..."""
+    if not counts or len(counts) == 1:
+        return {output: counts and counts[0]}
+    return {output.with_stem(f"{output.stem}-{count}"): count for count in counts}
+
+
+def fit_and_save(
+    progress, images, files, output: Path, *, keep_features, resume, kept=None, **options
+) -> dict:
+    """{file: model}, fitted alone or among torchrun's processes, of which only the first returns something.
+
+    files: {file: number of clusters}, of which one model is trained, the others cluster its codes; kept: a folder of
+    features to use.
+    """
     from stego import Stego
     from stego_parts.checkpoint import end_fit
     from stego_parts.distributed import process_group
     from stego_parts.tokens import no_progress
 
+    models, from_model = {}, options.pop("from_model", None)
     scratch = output.with_name(f"{output.name}.scratch")
     if keep_features and not (resume and scratch.exists()):
         scratch = output.with_name(FEATURES)
@@ -314,34 +335,40 @@ def fit_and_save(progress: Progress, images, output: Path, *, keep_features: boo
         if resume and count > 1:
             raise click.UsageError("--resume is for one process; leave it out.")
         if count == 1:
-            progress.go_on = "the same command with --resume goes on"
+            progress.go_on = f"the same command{'' if from_model else ' with --resume'} goes on"
         if rank:  # the first process says the rest
             log.addFilter(lambda record: record.msg.startswith("Skipped"))
-        shown = no_progress if rank else progress
-        model = Stego.fit(images, progress=shown, checkpoint=scratch, resume=resume, **options)
-    if rank:
-        return None
-    model.save(output)
-    progress.go_on = f"the model is in {output} already"
-    end_fit(scratch, keep_features=keep_features)
-    return model
+        shared = {name: options[name] for name in ("device", "match", "exclude")}
+        shared |= dict(progress=no_progress if rank else progress, checkpoint=kept or scratch)
+        for file, classes in files.items():
+            options |= dict(classes=classes, from_model=from_model, resume=resume)
+            from_model = models[file] = Stego.fit(images, **options | shared)
+            if not rank:
+                from_model.save(file)
+            options, resume = {}, False
+    progress.go_on = f"the model is in {' '.join(map(str, files))} already"
+    if not (rank or kept):
+        end_fit(scratch, keep_features=keep_features)
+    return {} if rank else models
 
 
-def write_pictures(progress: Progress, model, paths, output: Path, sheet: Path, report):
-    """The pictures of a fit, and what is said at its end."""
+def write_pictures(progress: Progress, models: dict, paths, sheet: Path, report):
+    """The picture of a fit, its report, and what is said at its end; models: {file: model}."""
     from stego_parts.outputs import write_picture
-    from stego_parts.report import agreement_line, contact_sheet, write_report
+    from stego_parts.report import agreement_line, fit_sheet, write_report
 
-    parts = model.record.paths  # of large images, what was seen at once
-    write_picture(contact_sheet(model, parts, progress=progress), sheet, "contact sheet")
+    fitted = [*models.values()]
+    model = fitted[0]
+    write_picture(fit_sheet(fitted, progress=progress), sheet, "contact sheet")
     if report:
         write_report(model, report)
     if model.record.agreement and not is_quiet():
         click.echo(agreement_line(model.record.agreement))
-    if log.isEnabledFor(logging.INFO):
-        print_usage(model)
-    log_config(model)
-    outputs = f"model {output}, picture {sheet}" + (f", report {report}" if report else "")
+    for each in fitted:
+        if log.isEnabledFor(logging.INFO):
+            print_usage(each)
+        log_config(each)
+    outputs = f"model {' '.join(map(str, models))}, picture {sheet}" + (f", report {report}" * bool(report))
     progress.summary(f"{len(paths)} images, {model.config.backbone}", outputs)
 
 
@@ -360,73 +387,76 @@ def log_config(model):
 @option("--format", "kind", default="mask", type=click.Choice(list(WRITTEN)), help="What is written.")
 @option("--overlay", is_flag=True, help="Beside each mask, the picture with its segments and a legend.")
 @option("--only", multiple=True, callback=split_names, metavar="NAMES", help="Clusters to keep: road,7.")
+@option(
+    "--min-area", default=0, type=click.IntRange(0), help="Pixels of the smallest region in coco, labelme."
+)
 @option("--crf/--no-crf", default=True, help="Sharpen the segments with a dense CRF.")
 @option("--crf-size", default=0.5, type=POSITIVE, help="Megapixels that the CRF works on, of larger photos.")
 @option("--resolution", default=320, help="Pixels of the shorter side that the backbone sees.")
 @option("--tile", type=click.IntRange(0), metavar="PIXELS", help="See larger images in parts of this side.")
+@option("--smooth", is_flag=True, help="Images are frames of a video: keep clusters steady between them.")
 @option("--skip-existing", is_flag=True, help="Leave images alone whose outputs are there and up to date.")
+@option("--limit", type=click.IntRange(1), metavar="N", help="The first N images only.  [default: all]")
+@option("--dry-run", is_flag=True, help="Only print what would be written.")
 @network_options
 @verbosity_options
 @click.pass_obj
-def predict(progress, images, model, output, kind, overlay, only, skip_existing, device, weights, **options):
+def predict(progress, images, model, output, kind, limit, dry_run, device, weights, **options):
     """Segment IMAGES: files, folders (their tree is mirrored), "patterns/*.jpg", or - for stdin.
 
-    Masks are indexed PNG: cluster numbers from 0, 255 for none.
+    Masks are indexed PNG or TIFF: cluster numbers from 0, 255 for none.
 
     \b
     Examples:
       stego predict img.jpg -o mask.png
       stego predict folder/ "more/*.png" -o out/ --overlay
       stego predict img.jpg -o road.png --only road,3 --resolution 480
-      stego predict mosaic.tif -o mask.png --tile 1000
+      stego predict mosaic.tif -o mask.tif --tile 1000
+      stego predict folder/ -o coco.json --format coco --min-area 50
+      stego predict folder/ -o shares.csv --format csv --limit 9
+      stego predict folder/ --format labelme --dry-run
+      stego predict frames/ -o out/ --format overlay --smooth
+      stego predict img.jpg -o dog.png --format cutout --only dog
       cat img.jpg | stego predict - -o - > mask.png
     """
-    formats, piped = check_formats(kind, images, output, overlay, only), str(output) == PIPE
     from stego import Stego
     from stego_parts import outputs
-    from stego_parts.images import find_images
-    from stego_parts.tokens import check_resolution
 
-    stdin, exclude = images == (PIPE,), [output, *made_in(model.parent)]
-    sources = [(sys.stdin.buffer, Path("stdin"))] if stdin else find_images(images, exclude=exclude)
-    jobs, document = outputs.plan_outputs(sources, output, formats), outputs.document_path(output, kind)
-    if skip_existing and (document or piped):
-        raise click.UsageError("--skip-existing is for outputs of each image; choose another format or -o.")
-    files = [(path, outputs.SUFFIXES[each]) for job in jobs for each, path in job.targets.items()]
-    inputs = [model, *(source for source, _ in sources if isinstance(source, Path))]
-    outputs.check_outputs([*files, (document, outputs.JSON)], inputs=inputs)
+    formats, piped = outputs.check_formats(kind, images, output, **options), str(output) == outputs.PIPE
+    _, only, min_area, skip_existing = map(options.pop, ("overlay", "only", "min_area", "skip_existing"))
+    made = made_in(model.parent)
+    jobs, document = outputs.plan_outputs(images, output, formats, model, limit, exclude=made)
     fitted = Stego.load(model, device=device, weights=weights)
     keep = fitted.select(only) if only else None
-    check_resolution(fitted.backbone, options["resolution"], device=fitted.device)
-    writer = outputs.Writer(fitted, keep, outputs.note_of(fitted, keep, options))
-    todo, entries = [job for job in jobs if not (skip_existing and job.is_done(writer.note))], []
-    progress.go_on = progress.go_on if document else "the same command with --skip-existing goes on"
-    for done, (job, entry) in enumerate(writer.results(todo, kind, options, progress), 1):
+    note = outputs.note_of(fitted, keep, options | {"min_area": min_area})
+    writer = outputs.Writer(fitted, kind, keep, note, min_area)
+    todo = [job for job in jobs if not (skip_existing and writer.is_done(job))]
+    skipped = f", {len(jobs) - len(todo)} skipped" if skip_existing else ""
+    if dry_run:
+        for path in [document] if document else [path for job in todo for path in job.targets.values()]:
+            click.echo(path)
+        return progress.summary(f"{len(todo)} images{skipped}", "nothing was written", err=True)
+    done = segment_all(progress, writer, todo, document, options)
+    what = f"{' and '.join(map(WRITTEN.get, formats))} in {'stdout' if piped else document or output}"
+    progress.summary(f"{done} of {len(todo)} images{skipped}", what, err=piped)
+    sys.exit(0 if done == len(todo) else 1)
+
+
+def segment_all(progress: Progress, writer, jobs, document, options: dict) -> int:
+    """Segment images and write their outputs; says what went wrong, and returns how many went well."""
+    entries = []
+    if not (document or options["smooth"]):
+        progress.go_on = "the same command with --skip-existing goes on"
+    for done, (job, entry) in enumerate(writer.results(jobs, options, progress), 1):
         if isinstance(entry, Exception):
-            who, what = "<stdin>" if stdin else str(job.source), sentence(entry)
+            who, what = str(job.source) if isinstance(job.source, Path) else "<stdin>", sentence(entry)
             log.error("%s", what if who in what else f"{who}: {what}")
         else:
             entries.append(entry)
-        progress("predict", done, len(todo))
+        progress("predict", done, len(jobs))
     if document:
-        writer.write_document(entries, kind, document)
-    skipped = f", {len(jobs) - len(todo)} skipped" if skip_existing else ""
-    what = f"{' and '.join(map(WRITTEN.get, formats))} in {'stdout' if piped else document or output}"
-    progress.summary(f"{len(entries)} of {len(todo)} images{skipped}", what, err=piped)
-    sys.exit(0 if len(entries) == len(todo) else 1)
-
-
-def check_formats(kind: str, images, output: Path, overlay: bool, only) -> list[str]:
-    """The formats asked for; refuses what does not go together."""
-    if PIPE in images and len(images) > 1:
-        raise click.UsageError("- stands for one image on stdin; give it alone, or give files.")
-    if overlay and kind not in ("mask", "overlay"):
-        raise click.UsageError(f"--overlay goes with masks; leave it or --format {kind} out.")
-    if overlay and kind == "mask" and str(output) == PIPE:
-        raise click.UsageError("Two pictures do not go into one stdout; choose --format mask or overlay.")
-    if only and kind == "npz":
-        raise click.UsageError("--format npz holds the probabilities of all clusters; leave --only out.")
-    return ["mask", "overlay"] if overlay and kind == "mask" else [kind]
+        writer.write_document(entries, document)
+    return len(entries)
 
 
 # ---- name --------------------------------------------------------------------------------------------------
@@ -487,7 +517,9 @@ def evaluate(progress, model, crf, json_file, figures, seed, device, weights, **
       stego eval --dataset cityscapes --root ~/data/cityscapes
       stego eval --images val/ --labels val_labels/ --names classes.txt --json scores.json --figures figures/
     """
-    labelled, train = labelled_sets(**data)
+    from stego_parts.datasets import sets_to_score
+
+    labelled, train = sets_to_score(**data)
     pairs = [pair for each in (labelled, train) if each for pair in each.pairs]
     inputs = [model, *(path for pair in pairs for path in pair if path)]
     from stego_parts.outputs import JSON, check_outputs
@@ -508,40 +540,6 @@ def evaluate(progress, model, crf, json_file, figures, seed, device, weights, **
     progress.summary(f"{report['images']} images", outputs)
 
 
-def labelled_sets(dataset, root, images, labels, names, train_images, train_labels):
-    """The set to score on, and the train split or None."""
-    if bool(dataset) == bool(images):
-        raise click.UsageError("Give a --dataset, or your own --images and --labels.")
-    if dataset and (labels or names or train_images or train_labels):
-        raise click.UsageError("A --dataset brings its own labels, names and train images; leave them out.")
-    if bool(images) != bool(labels) or (train_labels and not train_images):
-        raise click.UsageError("Images and labels belong together: give both folders.")
-    from stego_parts.datasets import folder_set, image_set, labelled_set
-
-    if dataset:
-        root = dataset_root(dataset, root)
-        return labelled_set(dataset, root, "val"), train_split(dataset, root)
-    labelled = folder_set(images, labels, names=names)
-    if not train_labels:
-        return labelled, image_set(train_images) if train_images else None
-    train = folder_set(train_images, train_labels, names=names)
-    larger = max(labelled, train, key=lambda each: len(each.classes))  # a class may occur in one only
-    for each in (labelled, train):
-        each.classes, each.lookup = larger.classes, larger.lookup
-    return labelled, train
-
-
-def train_split(dataset, root):
-    """The train split, for the linear probe and the baseline; None, with a warning, where only val is there."""
-    from stego_parts.datasets import labelled_set
-
-    try:
-        return labelled_set(dataset, root, "train")
-    except FileNotFoundError as error:
-        log.warning("No linear probe, and the baseline's clusters not from the train split: %s", error)
-        return None
-
-
 # ---- show --------------------------------------------------------------------------------------------------
 
 
@@ -552,10 +550,11 @@ def train_split(dataset, root):
 @option("--at", multiple=True, metavar="X,Y", callback=points, help="Show what corresponds with a point.")
 @option("-o", "--output", default="correspondences.png", type=PATH, help="With --at: the picture.")
 @option("--backbone", help="With --at and no model: whose features to show.  [default: auto]")
+@option("--export", type=PATH, metavar="FILE", help="The model with its backbone as ONNX.  [default: none]")
 @network_options
 @verbosity_options
 @click.pass_obj
-def show(progress, things, model, sheet, at, output, backbone, device, weights):
+def show(progress, things, model, sheet, at, output, backbone, export, device, weights):
     """Say what is in a model, and show on IMAGES what each cluster is, so that you can name it.
 
     With --at X,Y, in pixels from the upper left corner and repeatable: what corresponds with a point of the
@@ -567,22 +566,25 @@ def show(progress, things, model, sheet, at, output, backbone, device, weights):
       stego show stego.pt
       stego show stego.pt images/ --sheet sheet.png
       stego show img.jpg images/ --at 120,80 --at 300,40 -m stego.pt -o corr.png
+      stego show stego.pt --export model.onnx
     """
-    alone = len(things) == 1 and not (sheet or at)
+    alone = len(things) == 1 and not (sheet or at or export)
     first = alone or bool(things) and Path(things[0]).suffix in MODEL_SUFFIXES
     model, images = model_and_rest(model, things, first=first)
+    if export:
+        if at or sheet or backbone or len(images) > 1:
+            raise click.UsageError("With --export give a model, and at most one image: its shape is meant.")
+        return export_model(progress, model or Path("stego.pt"), images, export, device, weights)
     if at:
         if not images or sheet or (model and backbone):
-            raise click.UsageError(
-                "With --at give an image, and -m or --backbone: `stego show a.jpg --at 9,9`."
-            )
+            raise click.UsageError("With --at give an image, -m or --backbone: `stego show a.jpg --at 9,9`.")
         return show_points(progress, images, at, model, output, backbone or "auto", device, weights)
     if bool(images) != bool(sheet) or backbone:
         raise click.UsageError("Give images and a sheet, or neither: `stego show images/ --sheet sheet.png`.")
     from stego import Stego
     from stego_parts.images import find_images, write_image
     from stego_parts.outputs import PICTURE, check_outputs
-    from stego_parts.report import cluster_sheet
+    from stego_parts.report import cluster_sheet, description
 
     model = model or Path("stego.pt")
     paths = [path for path, _ in find_images(images, exclude=made_in(model.parent))] if images else []
@@ -595,6 +597,19 @@ def show(progress, things, model, sheet, at, output, backbone, device, weights):
     if sheet:
         write_image(cluster_sheet(fitted, paths, progress=progress), sheet)
         progress.summary(f"{len(paths)} images", f"sheet {sheet}")
+
+
+def export_model(progress: Progress, model: Path, images, output: Path, device: str, weights):
+    """Write a model as ONNX, for images of the shape of the one given, or else square ones."""
+    from stego import Stego
+    from stego_parts.export import check_exporter, write_onnx
+    from stego_parts.outputs import check_outputs
+
+    check_exporter()
+    check_outputs([(output, (".onnx",))], inputs=[model, *images])
+    fitted = Stego.load(model, device=device, weights=weights)
+    width, height = write_onnx(fitted, output, *images, progress=progress)
+    progress.summary(f"{fitted.config.backbone}, images of {width} x {height} pixels", f"model {output}")
 
 
 def show_points(progress: Progress, images, at, model, output: Path, backbone: str, device: str, weights):
@@ -613,32 +628,10 @@ def show_points(progress: Progress, images, at, model, output: Path, backbone: s
     fitted = Stego.load(model, device=device, weights=weights) if model else None
     place = pick_device(device)
     network = fitted.backbone if fitted else load_backbone(backbone, weights=weights, device=place)
-    others = others or (images_of(fitted) if fitted else [])
-    others = [path for path in others if not path.samefile(image)]
+    others = [path for path in others or images_of(fitted) if not path.samefile(image)]
     show = functools.partial(correspondence_sheet, others=others, device=place, progress=progress)
     write_image(show(network, image, at, model=fitted), output)
     progress.summary(f"{len(at)} points, {len(others)} other images to choose from", f"picture {output}")
-
-
-def description(model) -> list[str]:
-    """How a model was made, for people."""
-    from stego_parts.config import RELEASED, SETTINGS
-
-    c, backbone = model.config, f"backbone  {model.config.backbone}, weights {model.backbone_sha256[:12]}"
-    if c.preset == RELEASED:
-        return [
-            backbone,
-            "training  a checkpoint of the reference implementation, which has no options in it",
-        ]
-    settings = [(name, getattr(c, name)) for name in SETTINGS]
-    values = [f"{name}={x:.3g}" if isinstance(x, float) else f"{name}={x}" for name, x in settings]
-    images = c.crops if c.views == "whole" else c.crops // 5
-    return [
-        backbone,
-        f"data      {images} images, {c.crops} crops",
-        f"training  {c.steps} steps, preset {c.preset}, seed {c.seed}",
-        f"settings  {' '.join(values)}",
-    ]
 
 
 # ---- demo --------------------------------------------------------------------------------------------------

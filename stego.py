@@ -27,7 +27,7 @@ from crf import dense_crf, upsample_along_edges, working_size
 from kmeans import CosineKMeans
 from stego_parts.backbones import CUSTOM, load_backbone
 from stego_parts.checkpoint import FitCheckpoint, Training, features_key
-from stego_parts.config import RELEASED, Config, fit_config
+from stego_parts.config import RELEASED, Config, clustering_settings, fit_config
 from stego_parts.diagnostics import cluster_agreement, plausible_counts, training_warning
 from stego_parts.distributed import data_parallel, from_first, process_count, rank
 from stego_parts.images import distinct_colors, find_images, read_image, to_tensor
@@ -402,11 +402,12 @@ class Stego:
         cls,
         images,
         *,
-        preset: str = "default",
+        preset: str | None = None,
         backbone=None,
         weights: str | Path | None = None,
         device: str | torch.device = "auto",
         match: "str | Path | Stego | None" = None,
+        from_model: "str | Path | Stego | None" = None,
         progress: Progress = no_progress,
         checkpoint: str | Path | None = None,
         resume: bool = False,
@@ -415,32 +416,33 @@ class Stego:
     ) -> "Stego":
         """Find what recurs in images: files, folders (recursive) or glob patterns, one or several.
 
-        preset: the options to start from, one of PRESETS; each option of `Config` can be a keyword beside it, like
-            classes=27 (1..255, or "auto"), steps, seed (same images, seed, machine and threads: same model).
+        preset: one of PRESETS; beside it any option of `Config`: classes=27 (1 to 255, or "auto"), steps, seed, ...
         backbone: a name from `backbones.NAMES`, or "auto"; default: the preset's; weights: a local file for it. Or any
             callable that maps normalised images (B, 3, H, W) to features (B, C, h, w), see `load`.
-        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", "mps".
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "mps"; exclude: files and folders to leave out.
         match: an earlier model over the same backbone; clusters that recur keep their numbers, names, colours.
+        from_model: one to cluster anew, without training; with other classes, seed, evenness and adaptation alone.
         progress: called as progress(stage, done, total).
-        checkpoint: a folder for the features and the state of the fit, so that little is lost with the process;
-            features that are in it already are not computed again. resume: go on with its training too.
-        exclude: files and folders to leave out, such as outputs of an earlier fit.
+        checkpoint: a folder for features, not computed again, and the state of the fit; resume: go on from that.
 
         Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
         """
+        if base := _model_of(from_model, device=device, weights=weights):
+            given = settings | dict(preset=preset, backbone=backbone, resume=resume or None)
+            settings = clustering_settings(base.config, given)
+            preset, backbone, device = settings.pop("preset"), settings.pop("backbone"), base.device
         named = None if callable(backbone) else backbone
         config = fit_config(preset, backbone=named, **settings)  # what is wrong shows before the work begins
         sources = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-        found, device = [path for path, _ in find_images(sources, exclude=exclude)], pick_device(device)
-        paths = tiles_of(found, config.tile)
+        device, found = pick_device(device), find_images(sources, exclude=exclude)
+        paths = tiles_of((path for path, _ in found), config.tile)
         load = partial(load_backbone, weights=weights, device=device, progress=progress is not no_progress)
-        network = load(backbone or config.backbone, stride=config.stride)
-        config = fit_config(preset, backbone=network.name, **settings | dict(stride=network.patch))
-        config = replace(config, images=_source_names(sources))
-        earlier = cls.load(match, device=device) if isinstance(match, (str, os.PathLike)) else match
-        if earlier:
+        network = base.backbone if base else load(backbone or config.backbone, stride=config.stride)
+        settings |= dict(stride=network.patch, images=_source_names(sources))
+        config = fit_config(preset, backbone=network.name, **settings)
+        if earlier := _model_of(match, device=device):
             check_same_features(earlier, network)
-        return _fit_stages(config, paths, network, earlier, device, progress, checkpoint, resume)
+        return _fit_stages(config, paths, network, base, earlier, device, progress, checkpoint, resume)
 
     @property
     def backbone(self):
@@ -529,6 +531,7 @@ class Stego:
             resolution: pixels of the shorter side that the backbone sees, 320; finer segments at quadratic cost.
             tile: side in pixels of the parts in which a larger image is seen, each at `resolution`, in bounded memory;
                 0: whole, None: as in the fit. progress: called as progress(stage, done, total) for those.
+            smooth: a `maps.FrameAverage`, if the image is the next frame of a video.
             crf: sharpen with a dense CRF; crf_size: the megapixels it works on, of larger images and tiles.
         """
         image = read_image(image)
@@ -559,14 +562,17 @@ class Stego:
         *,
         resolution: int = RESOLUTION,
         tile: int | None = None,
+        smooth: Callable[[Tensor], Tensor] | None = None,
         progress: Progress = no_progress,
     ) -> tuple[Tensor, int]:
         """Codes (1, D, h, w) of one picture of any size, and the side of its tiles, 0 if it was seen whole."""
         if side := tile_side(image.size, self.config.tile if tile is None else tile):
             check_resolution(self.backbone, resolution, device=self.device)
             sizes = dict(resolution=resolution, patch=self.backbone.patch)
-            return blended_codes(self.codes, image, side, **sizes, progress=progress), side
-        return self.codes(to_tensor(image.resize(self.working_size(image, resolution), BILINEAR))[None]), 0
+            codes = blended_codes(self.codes, image, side, **sizes, progress=progress)
+        else:
+            codes = self.codes(to_tensor(image.resize(self.working_size(image, resolution), BILINEAR))[None])
+        return smooth(codes) if smooth else codes, side
 
     def _labels(self, image, codes: Tensor, crf_size: float, *, centers: Tensor, crf: bool) -> np.ndarray:
         """The cluster of each pixel of a picture with these codes (1, D, h, w): (H, W) uint8."""
@@ -630,29 +636,39 @@ class Stego:
         return model
 
 
-def _fit_stages(config: Config, paths, network, earlier, device, progress, checkpoint, resume) -> Stego:
-    """A fit in the paper's order: features, neighbours, balance, head, clusters."""
+def _model_of(model, **options) -> Stego | None:
+    """A model, or the one in a file."""
+    return Stego.load(model, **options) if isinstance(model, (str, os.PathLike)) else model
+
+
+def _fit_stages(config: Config, paths, network, base, earlier, device, progress, checkpoint, resume) -> Stego:
+    """A fit in the paper's order: features, neighbours, balance, head, clusters; of a base model, its head."""
     if process_count() > 1 and not checkpoint:
         raise ValueError("Several processes share one file of features: give a folder as `checkpoint`.")
-    features = features_key(paths, network, config) if checkpoint else None
+    features = features_key(paths, network.sha256, config) if checkpoint else None
     if features != from_first(lambda: features):
         raise ValueError("The processes see other images or options than each other; give each the same.")
     key = {"features": features, "config": asdict(config)}
     kept = FitCheckpoint(checkpoint) if checkpoint else None
     devices = [device] if device.type == "cuda" else []  # whose random generators are left as they are
     with closing(kept) if kept else nullcontext(), torch.random.fork_rng(devices):
-        if kept:
+        if kept and not base:
             from_first(lambda: kept.begin(key, resume=resume))
         torch.manual_seed(config.seed)
         cache = encode(
             network, paths, config, device=device, progress=progress, checkpoint=kept, key=features
         )
         torch.manual_seed(config.seed + rank())  # whether the features were new or not
-        progress("neighbors", 0, 1)
-        neighbors = from_first(lambda: nearest_neighbors(cache.means, device=device))
-        progress("neighbors", 1, 1)
-        config = replace(config, **from_first(lambda: shifts_from_data(cache, neighbors, config)))
-        head, history = train_head(cache, neighbors, config, progress=progress, checkpoint=kept, key=key)
+        history: list[dict] = []
+        if base:
+            head, neighbors = base.head, torch.empty(len(cache), 0, dtype=torch.int64)
+        else:
+            progress("neighbors", 0, 1)
+            neighbors = from_first(lambda: nearest_neighbors(cache.means, device=device))
+            progress("neighbors", 1, 1)
+            config = replace(config, **from_first(lambda: shifts_from_data(cache, neighbors, config)))
+            head, history = train_head(cache, neighbors, config, progress=progress, checkpoint=kept, key=key)
+        torch.manual_seed(config.seed)  # whether the head was new or not
         clusters = from_first(lambda: find_clusters(head, cache, config, progress=progress))
         centers, share, agreement = clusters
     config = replace(config, classes=len(centers), crops=len(cache))

@@ -25,7 +25,8 @@ from evaluation import random_model
 import cli
 from stego_parts.backbones import BACKBONES, ViT, load_backbone
 from stego_parts.images import find_images, read_image, to_tensor
-from stego_parts.tokens import BILINEAR
+from stego_parts.outputs import Job, Writer
+from stego_parts.tokens import BILINEAR, RESOLUTION
 
 
 def network_of(name: str):
@@ -58,15 +59,17 @@ def main(images, backbone, limit, threads, rounds):
     paths, inputs = [path for path, _ in find_images([images])][:limit], []
     for path in paths:
         image = read_image(path)
-        x = to_tensor(image.resize(model._working_size(image, 320), BILINEAR))[None]
+        x = to_tensor(image.resize(model.working_size(image), BILINEAR))[None]
         inputs.append(torch.cat([x, x.flip(-1)]))
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [(path, path, Path(folder) / f"{path.stem}.png") for path in paths]
+        jobs = [Job(path, Path(path.name), {"mask": Path(folder) / f"{path.stem}.png"}) for path in paths]
+        writer = Writer(model, "mask", None, "")
+        options = {"crf": False, "resolution": RESOLUTION, "smooth": False}
         model.backbone(inputs[0])
         for _ in range(rounds):
             alone = seconds(lambda: [model.backbone(x) for x in inputs])
-            whole = seconds(lambda: list(cli.predicted(model, jobs, "mask", None, {"crf": False})))
+            whole = seconds(lambda: list(writer.results(jobs, options)))
             found.append((*alone, *whole))
     clock, cpu, whole_clock, whole_cpu = np.median(found, 0) / len(paths)
     start, _ = seconds(lambda: subprocess.run([sys.executable, "-c", "import stego"], check=True))

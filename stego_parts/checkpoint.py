@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stego_parts.config import Config
 from stego_parts.distributed import from_first, process_count, rank
 from stego_parts.images import replacing
+from stego_parts.tiles import tiles_of
 from stego_parts.tokens import NOTICE, USED, TokenCache
 
 SAVE_EVERY = 30  # seconds between two states of a training: what an interruption costs at most
@@ -77,11 +78,7 @@ class FitCheckpoint:
 
     def load(self, name: str, key: dict | None) -> dict | None:
         """The state saved under a name, if it belongs to this key; None if there is none or a damaged one."""
-        try:
-            state = torch.load(self.folder / f"{name}.pt", weights_only=True)
-            return state if state["key"] == key else None
-        except Exception:  # never written, cut short, of another version: then that stage starts afresh
-            return None
+        return read_state(self.folder / f"{name}.pt", key)
 
     def save(self, name: str, key: dict | None, state: dict):
         """Keep a state and the random generator's under a name, for `load` with this key."""
@@ -108,6 +105,15 @@ def end_fit(folder, *, keep_features: bool):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def read_state(path, key: dict | None) -> dict | None:
+    """The state in a file, if it belongs to this key; None if there is none or a damaged one."""
+    try:
+        state = torch.load(path, weights_only=True)
+        return state if state["key"] == key else None
+    except Exception:  # never written, cut short, of another version: then that stage starts afresh
+        return None
+
+
 def write_state(state: dict, path):
     """torch.save, whole or not at all."""
     packed = io.BytesIO()  # bytes free of the file's name,
@@ -116,14 +122,20 @@ def write_state(state: dict, path):
         part.write_bytes(packed.getvalue())
 
 
-def features_key(paths, network, config) -> dict:
+def kept_features(folder: Path, paths, model) -> Path | None:
+    """A folder, if a fit has left in it what the model's backbone sees of these images."""
+    key = features_key(tiles_of(paths, model.config.tile), model.backbone_sha256, model.config)
+    return folder if read_state(folder / "features.pt", key) else None
+
+
+def features_key(paths, backbone_sha256: str, config) -> dict:
     """What cached features depend on: each image's path, size and time, the backbone, how images are cut up."""
     stats = [(os.path.abspath(path), str(path), os.stat(path)) for path in paths]
     listed = [(*names, status.st_size, status.st_mtime_ns) for *names, status in stats]
     images = hashlib.sha256("\n".join(map(repr, listed)).encode()).hexdigest()
-    known = network.sha256 or os.urandom(16).hex()  # a callable may have changed since
-    key = dict(version=4, images=images, backbone=known, stride=network.patch)
-    return key | dict(views=config.views, cache_size=config.cache_size, seed=config.seed)
+    known = backbone_sha256 or os.urandom(16).hex()  # a callable may have changed since
+    key = dict(version=5, images=images, backbone=known, stride=config.stride)
+    return key | dict(views=config.views, cache_size=config.cache_size, tile=config.tile)
 
 
 class Training:

@@ -111,11 +111,31 @@ PRESETS: dict[str, dict] = {
 ON_TINY = dict(steps=300, views="windows", evenness=1.0, adaptation=8.0)
 # What --set can set.
 _OPTIONS = ("preset", "backbone", "classes", "seed", "steps", "crops", "images")
+CLUSTERING = ("classes", "seed", "evenness", "adaptation")  # what a trained head does not depend on
 SETTINGS = {field.name: field.type for field in fields(Config) if field.name not in _OPTIONS}
 
 
-def fit_config(preset: str = "default", *, backbone: str | None = None, **settings) -> Config:
+def clustering_settings(config: Config, given: dict) -> dict:
+    """The settings of a model that is clustered anew, with what is given in their place.
+
+    ValueError for what its head depends on, which is there already.
+    """
+    if config.preset == RELEASED:
+        raise ValueError(
+            "A checkpoint of the reference implementation cannot be clustered anew; fit a model."
+        )
+    given = {name: value for name, value in given.items() if value is not None}
+    if fixed := given.keys() - set(CLUSTERING):
+        raise ValueError(
+            f"Got {', '.join(sorted(fixed))} for a model that is clustered anew; it keeps its head and settings, only "
+            f"{', '.join(CLUSTERING)} can be given."
+        )
+    return vars(config) | given
+
+
+def fit_config(preset: str | None = None, *, backbone: str | None = None, **settings) -> Config:
     """The preset's options with what is given in their place; ValueError for what cannot be."""
+    preset = preset or "default"
     if preset not in PRESETS:
         raise ValueError(f"Unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}.")
     if unknown := settings.keys() - {field.name for field in fields(Config)}:

@@ -1,5 +1,6 @@
 """Labelled sets (App. A: Cityscapes-27, CocoStuff-27, Potsdam-3; your own) and their layouts on disk."""
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from stego_parts.images import IGNORE, find_images, open_image, read_image, read_mat, square
+
+log = logging.getLogger("stego")
 
 SIDE = 320  # pixels (Sec. 4); rounded up to whole patches: 322 for patches of 14
 UNKNOWN = -1  # in a lookup: a label id that the set does not know
@@ -214,6 +217,40 @@ def folder_pairs(images, labels) -> list[tuple[Path, Path]]:
             f"the first is {missing[0]}."
         )
     return pairs
+
+
+def dataset_root(dataset: str, root) -> Path:
+    return Path(root) if root else Path(os.environ.get("STEGO_DATA", "data")) / dataset
+
+
+def sets_to_score(dataset, root, images, labels, names, train_images, train_labels):
+    """The set to score on, published or of one's own, and the train split or None."""
+    if bool(dataset) == bool(images):
+        raise ValueError("Give a --dataset, or your own --images and --labels.")
+    if dataset and (labels or names or train_images or train_labels):
+        raise ValueError("A --dataset brings its own labels, names and train images; leave them out.")
+    if bool(images) != bool(labels) or (train_labels and not train_images):
+        raise ValueError("Images and labels belong together: give both folders.")
+    if dataset:
+        root = dataset_root(dataset, root)
+        return labelled_set(dataset, root, "val"), train_split(dataset, root)
+    labelled = folder_set(images, labels, names=names)
+    if not train_labels:
+        return labelled, image_set(train_images) if train_images else None
+    train = folder_set(train_images, train_labels, names=names)
+    larger = max(labelled, train, key=lambda each: len(each.classes))  # a class may occur in one only
+    for each in (labelled, train):
+        each.classes, each.lookup = larger.classes, larger.lookup
+    return labelled, train
+
+
+def train_split(dataset, root):
+    """The train split, for the linear probe and the baseline; None, with a warning, where only val is there."""
+    try:
+        return labelled_set(dataset, root, "train")
+    except FileNotFoundError as error:
+        log.warning("No linear probe, and the baseline's clusters not from the train split: %s", error)
+        return None
 
 
 def read_label(path) -> np.ndarray:

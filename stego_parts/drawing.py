@@ -129,6 +129,14 @@ def overlay(
     return picture
 
 
+def cutout(image: Image.Image, share: np.ndarray) -> Image.Image:
+    """The picture, as opaque as a share (h, w) of 0 to 1 says, which is brought to its size."""
+    alpha = Image.fromarray(share.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
+    picture = image.copy()
+    picture.putalpha(Image.fromarray((255 * np.asarray(alpha)).round().clip(0, 255).astype(np.uint8)))
+    return picture
+
+
 def _edges(mask: np.ndarray) -> np.ndarray:
     """Where a mask (H, W) differs from the pixel above or to the left."""
     edges = np.zeros(mask.shape, bool)
@@ -166,14 +174,28 @@ def contact_sheet(
     """Pictures beside their segments over a legend: pairs of (RGB picture, mask (H, W)) -> one picture."""
     cells, masks = [], []
     for image, mask in pairs:
-        scale = min(most / side for most, side in zip(SHEET_CELL, image.size))
-        size = tuple(max(round(side * scale), 1) for side in image.size)
-        image = image.resize(size, Image.Resampling.LANCZOS)
-        masks.append(np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)))
-        cells.append(stack([image, overlay(image, masks[-1], palette, labels)], across=True, gap=2))
+        image, mask = _of_cell(image, mask)
+        masks.append(mask)
+        cells.append(stack([image, overlay(image, mask, palette, labels)], across=True, gap=2))
     sheet = flow(cells, SHEET_COLUMNS * (2 * SHEET_CELL[0] + 2 + GAP))
     names = segment_legend(masks, palette, labels, max(sheet.width, SHEET_CELL[0]), em=SHEET_EM)
     return framed(stack([sheet, names], gap=2 * GAP))
+
+
+def cell(image: Image.Image, mask=None, palette=None, labels=None) -> Image.Image:
+    """A picture, with its segments where there is a mask (H, W), on white of SHEET_CELL."""
+    image, mask = _of_cell(image, mask)
+    picture = image if mask is None else overlay(image, mask, palette, labels)
+    return ImageOps.pad(picture, SHEET_CELL, color="white", centering=(0, 0))
+
+
+def _of_cell(image: Image.Image, mask: np.ndarray | None):
+    """A picture and its mask (H, W), or None, as large as they are on a sheet."""
+    scale = min(most / side for most, side in zip(SHEET_CELL, image.size))
+    size = tuple(max(round(side * scale), 1) for side in image.size)
+    if mask is not None:
+        mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+    return image.resize(size, Image.Resampling.LANCZOS), mask
 
 
 def region_sheet(rows: Sequence[tuple[str, Color, Sequence]], *, columns: int = 2) -> Image.Image:
@@ -203,7 +225,7 @@ def image_rows(
     parts = [
         part for caption, pictures in rows for part in (text_picture(caption), stack(pictures, across=True))
     ]
-    if headings:
+    if headings and rows:
         columns = zip(headings, rows[0][1])
         titles = [text_picture(text, width=picture.width) for text, picture in columns]
         parts.insert(0, stack(titles, across=True))

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch import Tensor
 
 log = logging.getLogger("stego")
@@ -37,6 +38,12 @@ FIRST_COLOR = (0, 135, 195)  # of cluster 0
 XYZ_OF_RGB = np.array(  # of linear sRGB (IEC 61966-2-1)
     [(0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041)]
 )
+TIFF = (".tif", ".tiff")
+DOUBLE, SHORT, ASCII = 12, 3, 2  # types of TIFF tags
+PIXEL_SCALE, TRANSFORMATION, GEO_KEYS, NO_DATA, DESCRIPTION = 33550, 34264, 34735, 42113, 270  # TIFF tags
+MODEL_TYPE, LINEAR_UNIT, PROJECTED, METRE = 1024, 3076, 1, 9001  # of GEO_KEYS: two keys, a value of each
+GEO_TAGS = dict.fromkeys((PIXEL_SCALE, 33922, TRANSFORMATION, 34736), DOUBLE)  # GeoTIFF 1.1
+GEO_TAGS |= {GEO_KEYS: SHORT, 34737: ASCII, 42112: ASCII, NO_DATA: ASCII}  # the last two are GDAL's
 LIGHTNESS, CHROMA = (35, 90), (25, 85)  # CIELAB: neither near-black nor near-white, neither grey nor neon
 
 
@@ -382,52 +389,39 @@ def write_image(image: Image.Image, path: Path | str):
         image.save(part, format=form, **({"quality": 90} if form == "JPEG" else {}))
 
 
-# ---- segments as JSON: shares and COCO -------------------------------------------------------------------------
+# ---- place on Earth --------------------------------------------------------------------------------------------
 
 
-def cluster_shares(mask: np.ndarray, labels: Sequence[str]) -> list[dict]:
-    """What part of a mask (H, W) each cluster covers, 0 to 1; labels: (K,) str."""
-    sizes = np.bincount(mask.ravel(), minlength=IGNORE + 1)[: len(labels)]
-    return [
-        {"cluster": k, "name": name, "share": round(size / mask.size, 6)}
-        for k, (name, size) in enumerate(zip(labels, sizes.tolist()))
-    ]
+def geo_tags(source) -> dict:
+    """The GeoTIFF tags of an image file that have the right type; {} of what is no TIFF file."""
+    if getattr(source, "suffix", "").lower() not in TIFF:
+        return {}
+    with open_image(source, "an image") as image:
+        tags = getattr(image, "tag_v2", {})  # the suffix may be wrong
+        return {tag: tags[tag] for tag, kind in GEO_TAGS.items() if tag in tags and tags.tagtype[tag] == kind}
 
 
-def coco_annotations(mask: np.ndarray) -> list[dict]:
-    """COCO annotations of a mask (H, W), one a cluster: category_id its number, compressed RLE its place."""
-    annotations = []
-    for k in np.unique(mask[mask != IGNORE]).tolist():
-        segment = mask == k
-        rows, columns = np.flatnonzero(segment.any(1)), np.flatnonzero(segment.any(0))
-        x, y, right, bottom = (int(i) for i in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
-        annotations.append(
-            {
-                "category_id": k,
-                "segmentation": run_lengths(segment),
-                "area": int(segment.sum()),
-                "bbox": [x, y, right - x, bottom - y],
-                "iscrowd": 0,
-            }
-        )
-    return annotations
+def pixel_area(tags: dict) -> float | None:
+    """Square metres that a pixel covers on the map of a GeoTIFF; None where its unit is another or unknown."""
+    entries = iter(
+        np.ravel(tags.get(GEO_KEYS, ())).tolist()[4:]
+    )  # key, where its value is, how many, value; ...
+    keys = {key: value for key, place, _, value in zip(*[entries] * 4) if place == 0}  # here
+    if keys.get(MODEL_TYPE) != PROJECTED or keys.get(LINEAR_UNIT, METRE) != METRE:
+        return None
+    scale, matrix = np.ravel(tags.get(PIXEL_SCALE, ())), np.ravel(tags.get(TRANSFORMATION, ()))
+    area = 0.0
+    if len(scale) >= 2:
+        area = abs(float(scale[0] * scale[1]))
+    elif len(matrix) == 16:
+        area = abs(float(matrix[0] * matrix[5] - matrix[1] * matrix[4]))
+    return area if 0 < area < math.inf else None
 
 
-def run_lengths(segment: np.ndarray) -> dict:
-    """COCO's compressed run-length encoding of a segment (H, W) bool.
-
-    Lengths of runs in column order, outside first; from the fourth on the difference to the one two before;
-    each in groups of five bits from the low end, the sixth says that more follow; a character is 48 + group.
-    """
-    column_order = segment.ravel(order="F")
-    changes = np.flatnonzero(np.diff(column_order, prepend=False))
-    runs = np.diff(changes, prepend=0, append=column_order.size)
-    runs[3:] -= runs[1:-2].copy()
-    characters = []
-    for run in runs.tolist():
-        more = True
-        while more:
-            group, run = run & 31, run >> 5
-            more = run != (-1 if group & 16 else 0)  # the fifth bit is the sign
-            characters.append(48 + group + 32 * more)
-    return {"size": list(segment.shape), "counts": bytes(characters).decode()}
+def mask_tags(tags, note: str) -> ImageFileDirectory_v2:
+    """The tags of a TIFF mask: those of its image but for the value of no data, and a note."""
+    directory = ImageFileDirectory_v2()
+    for tag, value in {**dict(tags), NO_DATA: str(IGNORE), DESCRIPTION: note}.items():
+        directory.tagtype[tag] = GEO_TAGS.get(tag, ASCII)
+        directory[tag] = value.encode("latin-1") if isinstance(value, str) else value
+    return directory

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import sys
 import tempfile
 import zipfile
@@ -22,29 +23,64 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from stego_parts.backbones import fingerprint
-from stego_parts.drawing import overlay, with_legend
+from stego_parts.drawing import cutout, overlay, with_legend
 from stego_parts.images import (
+    DESCRIPTION,
     IGNORE,
     IMAGE_SUFFIXES,
-    cluster_shares,
-    coco_annotations,
+    TIFF,
+    find_images,
+    geo_tags,
     mask_image,
+    mask_tags,
     output_names,
+    pixel_area,
     read_image,
     replacing,
 )
+from stego_parts.maps import FrameAverage
 from stego_parts.model_files import read_model
-from stego_parts.tokens import no_progress, prefetch
+from stego_parts.segments import cluster_shares, coco_annotations, coco_document, labelme_document, table
+from stego_parts.tokens import check_resolution, no_progress, prefetch
 
 PIPE = "-"  # stdin as an image, stdout as an output
-ONE_FILE = ("json", "coco")  # formats with one file for all images
+# One file for all images, and its name in a folder.
+DOCUMENTS = {"json": "shares.json", "csv": "shares.csv", "coco": "coco.json"}
+SOFT = ("npz", "cutout")  # formats made of probabilities, not of a mask
 PICTURE, JSON = (".png", ".jpg", ".jpeg"), (".json",)  # suffixes of sheets and overlays, of documents
-SUFFIXES = {"mask": (".png",), "overlay": PICTURE, "npz": (".npz",), "json": JSON, "coco": JSON}
+SUFFIXES = {"mask": (".png", *TIFF), "tif": TIFF, "overlay": PICTURE, "cutout": (".png",), "npz": (".npz",)}
+SUFFIXES |= {"json": JSON, "csv": (".csv",), "coco": JSON, "labelme": JSON}
+FORMS = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}  # of pictures, as Pillow says
+NOTE = "stego"  # key of the note in PNG and JSON
 OVERLAY_SUFFIX = ".overlay.jpg"
 READ_AHEAD, WRITE_BEHIND = 3, 2  # images decoded before, and written after, the one that is segmented
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
+
+
+def check_formats(kind, images, output, *, overlay, only, min_area, skip_existing, smooth, crf, **_):
+    """The formats, a list, that options of predict ask for; ValueError for what does not go together."""
+    two, piped = overlay and kind != "overlay", str(output) == PIPE
+    if PIPE in images and len(images) > 1:
+        raise ValueError("- stands for one image on stdin; give it alone, or give files.")
+    if two and kind not in ("mask", "tif"):
+        raise ValueError(f"--overlay goes with masks; leave it or --format {kind} out.")
+    if two and piped:
+        raise ValueError("Two pictures do not go into one stdout; choose --format mask or overlay.")
+    if only and kind == "npz":
+        raise ValueError("--format npz holds the probabilities of all clusters; leave --only out.")
+    if kind == "cutout" and not (only and crf):
+        raise ValueError(
+            "--format cutout needs --only, the clusters to cut out, and the CRF for their edges."
+        )
+    if min_area and kind not in ("coco", "labelme"):
+        raise ValueError(f"--min-area is for --format coco and labelme; leave it or --format {kind} out.")
+    if skip_existing and (kind in DOCUMENTS or piped or PIPE in images):
+        raise ValueError("--skip-existing is for image files with outputs of their own; leave it out.")
+    if smooth and (skip_existing or PIPE in images):
+        raise ValueError("--smooth is for all frames in their order; leave --skip-existing and - out.")
+    return [kind, "overlay"] if two else [kind]
 
 
 def check_outputs(files, *, inputs=(), folders=()):
@@ -78,19 +114,21 @@ def check_outputs(files, *, inputs=(), folders=()):
         check_folder(folder)
 
 
-def check_replacing(output: Path, match, overwrite: bool):
+def check_replacing(outputs, match, overwrite: bool):
     """ValueError where a fit would replace a model with named clusters, or what is no model, unasked."""
-    if overwrite or not output.exists() or (match and match.resolve() == output.resolve()):
-        return
-    try:
-        named = [f"{k}={name}" for k, name in enumerate(read_model(output)["names"]) if name]
-    except ValueError as error:
-        raise ValueError(f"{error} To replace the file, give --overwrite; or choose another -o.") from error
-    if named:
-        raise ValueError(
-            f"{output} has named clusters ({', '.join(named)}); keep the names with --match {output}, or "
-            "give --overwrite, or another -o."
-        )
+    same = match and match.resolve()
+    for output in (each for each in outputs if not overwrite and each.exists() and each.resolve() != same):
+        try:
+            named = [f"{k}={name}" for k, name in enumerate(read_model(output)["names"]) if name]
+        except ValueError as error:
+            raise ValueError(
+                f"{error} To replace the file, give --overwrite; or choose another -o."
+            ) from error
+        if named:
+            raise ValueError(
+                f"{output} has named clusters ({', '.join(named)}); keep the names with --match {output}, or "
+                "give --overwrite, or another -o."
+            )
 
 
 def check_folder(folder: Path):
@@ -115,39 +153,46 @@ class Job(NamedTuple):
     place: Path
     targets: dict[str, Path]
 
-    def is_done(self, note: str) -> bool:
-        """All outputs are there, made with what the note says, and not older than the image."""
-        made = [path.stat().st_mtime for path in self.targets.values() if read_note(path) == note]
-        return len(made) == len(self.targets) and min(made) >= self.source.stat().st_mtime
+
+def plan_outputs(images, output: Path, formats, model: Path, limit=None, *, exclude=()) -> tuple:
+    """A job for each of the first images, and the one file of a format that has one, or None; all checked.
+
+    images: files, folders and patterns, or - for stdin. exclude: outputs of earlier runs.
+    """
+    if PIPE in images:
+        sources, inputs = [(sys.stdin.buffer, Path("stdin"))], [model]
+    else:
+        sources = find_images(images, exclude=[output, *exclude])
+        inputs = [model, *(path for path, _ in sources)]
+    jobs, document = _jobs(sources, output, formats, limit), None
+    if formats[0] in DOCUMENTS:
+        document = output if is_file(output) else output / DOCUMENTS[formats[0]]
+    files = [(path, SUFFIXES[kind]) for job in jobs for kind, path in job.targets.items()]
+    check_outputs([*files, (document, SUFFIXES[formats[0]])], inputs=inputs)
+    return jobs, document
 
 
-def plan_outputs(sources, output: Path, formats) -> list[Job]:
+def _jobs(sources, output: Path, formats, limit) -> list[Job]:
     """The outputs of each image: the one file named, or in a folder, places like the images have in theirs."""
-    if formats[0] in ONE_FILE:
-        return [Job(source, place, {}) for source, place in sources]
-    if str(output) == PIPE or (output.suffix and not output.is_dir()):
-        if len(sources) > 1:
-            raise ValueError(
-                f"{len(sources)} images do not go into one output {output}; name a folder with -o."
-            )
+    if formats[0] in DOCUMENTS:
+        return [Job(source, place, {}) for source, place in sources[:limit]]
+    if is_file(output):
+        if (count := len(sources[:limit])) > 1:
+            raise ValueError(f"{count} images do not go into one output {output}; name a folder with -o.")
         targets = {formats[0]: output} | {each: output.with_suffix(OVERLAY_SUFFIX) for each in formats[1:]}
         return [Job(*sources[0], targets)]
-    places = [place for _, place in sources]
+    places = [place for _, place in sources]  # of all, whatever the limit: names depend on each other
     suffixes = [OVERLAY_SUFFIX if each == "overlay" else SUFFIXES[each][0] for each in formats]
     names = [output_names(places, suffix) for suffix in suffixes]
     return [
         Job(source, place, {each: output / name for each, name in zip(formats, row)})
         for (source, place), *row in zip(sources, *names)
-    ]
+    ][:limit]
 
 
-def document_path(output: Path, kind: str) -> Path | None:
-    """Where the one file of a format goes: stdout, the file named, or a file in the folder named."""
-    if kind not in ONE_FILE:
-        return None
-    if str(output) == PIPE or (output.suffix and not output.is_dir()):
-        return output
-    return output / ("coco.json" if kind == "coco" else "shares.json")
+def is_file(output: Path) -> bool:
+    """Whether an output, which need not be there, is one file or stdout, not a folder."""
+    return str(output) == PIPE or bool(output.suffix) and not output.is_dir()
 
 
 # ---- notes -------------------------------------------------------------------------------------------------
@@ -168,8 +213,12 @@ def read_note(path: Path) -> str | None:
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive:
                 return archive.comment.decode()
+        if path.suffix == ".json":
+            return json.loads(path.read_bytes())[NOTE]
         with Image.open(path) as picture:
-            return picture.info["stego"] if picture.format == "PNG" else picture.info["comment"].decode()
+            if picture.format == "TIFF":
+                return picture.tag_v2[DESCRIPTION]
+            return picture.info[NOTE] if picture.format == "PNG" else picture.info["comment"].decode()
     except Exception:  # decoders raise whatever a damaged or foreign file leads them to
         return None
 
@@ -183,65 +232,85 @@ def contact_sheets(folder: Path) -> list[Path]:
 
 
 class Writer(NamedTuple):
-    """Writes the outputs of a model. keep: clusters to keep, None for all; note: goes into each output."""
+    """Writes the outputs of a model.
+
+    kind: the format; keep: clusters to keep, None for all; note: of what they are made with, goes into each output;
+    min_area: pixels of the smallest region that counts.
+    """
 
     model: object
+    kind: str
     keep: list | None
     note: str
+    min_area: int = 0
 
-    def results(self, jobs: list[Job], kind: str, options: dict, progress=no_progress) -> Iterator[tuple]:
+    @property
+    def clusters(self) -> dict[int, str]:
+        """What is kept, {number: name}; clusters of one name are one, under the lowest of their numbers."""
+        kept = self.model.merged[slice(None) if self.keep is None else self.keep]
+        return {k: self.model.labels[k] for k in np.unique(kept).tolist()}
+
+    def note_for(self, kind: str) -> str:
+        return f"{kind} {self.note}"
+
+    def is_done(self, job: Job) -> bool:
+        """All outputs are there, made with what the note says, and not older than the image."""
+        targets = job.targets.items()
+        made = [path.stat().st_mtime for kind, path in targets if read_note(path) == self.note_for(kind)]
+        return len(made) == len(targets) and min(made) >= job.source.stat().st_mtime
+
+    def results(self, jobs: list[Job], options: dict, progress=no_progress) -> Iterator[tuple]:
         """(job, what `write` returned, or the error) for each; threads read and write meanwhile."""
-        segment = self.model.probabilities if kind == "npz" else self.model.predict
-        segment = functools.partial(segment, **options, progress=progress)
+        check_resolution(self.model.backbone, options["resolution"], device=self.model.device)
+        segment = self.model.probabilities if self.kind in SOFT else self.model.predict
+        average = functools.lru_cache(1)(lambda folder: FrameAverage())  # each folder is another video
         images = prefetch(lambda job: _attempt(read_image, job.source), jobs, window=READ_AHEAD)
-        masks = ((job, image, _attempt(segment, image)) for job, image in zip(jobs, images))
+
+        def segment_next(job, image):
+            smooth = average(job.source.parent) if options["smooth"] else None
+            return segment(image, **options | dict(smooth=smooth, progress=progress))
+
+        masks = ((job, image, _attempt(segment_next, job, image)) for job, image in zip(jobs, images))
         yield from zip(jobs, prefetch(lambda each: _attempt(self.write, *each), masks, window=WRITE_BEHIND))
 
     def write(self, job: Job, image: Image.Image, result: np.ndarray) -> dict:
-        """Write an image's mask (H, W), or probabilities (K, h, w) as npz; its entry for a document."""
-        if "npz" in job.targets:
-            self._write_arrays(image, result, job.targets["npz"])
-            return {}
-        mask = result if self.keep is None else np.where(np.isin(result, self.keep), result, IGNORE)
+        """Write an image's mask (H, W), or for SOFT formats probabilities (K, h, w); its part of a document."""
+        if self.kind not in SOFT and self.keep is not None:
+            result = np.where(np.isin(result, self.keep), result, IGNORE)
         for kind, target in job.targets.items():
-            colors = self.model.colors
-            picture = mask_image(mask, colors) if kind == "mask" else legend_overlay(self.model, image, mask)
-            write_picture(picture, target, self.note)
-        if job.targets:
-            return {}
+            self.write_one(kind, target, job, image, result)
         entry = {"file_name": job.place.as_posix(), "height": image.height, "width": image.width}
-        return entry | {
-            "clusters": cluster_shares(mask, self.model.labels),
-            "segments": coco_annotations(mask),
-        }
+        if self.kind == "coco":
+            entry["annotations"] = coco_annotations(result, self.min_area)
+        elif self.kind in DOCUMENTS:
+            entry["clusters"] = cluster_shares(result, self.clusters, pixel_area(geo_tags(job.source)))
+        return entry
 
-    def write_document(self, entries: list[dict], kind: str, target: Path):
-        """The one file of json or coco; clusters of one name are one, under the lowest of their numbers."""
-        labels, merged = self.model.labels, self.model.merged.tolist()
-        clusters = sorted({merged[k] for k in (range(len(labels)) if self.keep is None else self.keep)})
-        shares = [entry.pop("clusters") for entry in entries]
-        segments = [(i, each) for i, entry in enumerate(entries, 1) for each in entry.pop("segments")]
-        if kind == "json":
-            images = [entry | {"clusters": [of[k] for k in clusters]} for entry, of in zip(entries, shares)]
-            document = {"images": images}
+    def write_one(self, kind: str, target: Path, job: Job, image: Image.Image, result: np.ndarray):
+        """One output of an image."""
+        note = self.note_for(kind)
+        if kind == "npz":
+            write_bytes(packed_arrays(result, self.model.labels, image, note), target)
+        elif kind == "labelme":
+            extra = {"imagePath": relative(job, target), NOTE: note}
+            write_bytes(labelme_document(result, self.clusters, self.min_area, **extra).encode(), target)
+        elif kind == "cutout":
+            write_picture(cutout(image, result[self.keep].sum(0)), target, note)
+        elif kind == "overlay":
+            write_picture(legend_overlay(self.model, image, result), target, note)
         else:
-            document = {
-                "info": {"description": "segments found by stego"},
-                "images": [{"id": i, **entry} for i, entry in enumerate(entries, 1)],
-                "categories": [{"id": k, "name": labels[k]} for k in clusters],
-                "annotations": [{"id": n, "image_id": i, **each} for n, (i, each) in enumerate(segments, 1)],
-            }
-        with opened(target) as file:
-            file.write(json.dumps(document).encode() + b"\n")
+            picture, form = mask_image(result, self.model.colors), "TIFF" if kind == "tif" else "PNG"
+            write_picture(picture, target, note, form=form, tags=geo_tags(job.source))
 
-    def _write_arrays(self, image: Image.Image, probabilities: np.ndarray, target: Path):
-        arrays = dict(probabilities=probabilities.astype(np.float16), names=np.array(self.model.labels))
-        packed = io.BytesIO()
-        np.savez_compressed(packed, **arrays, size=np.array([image.height, image.width]))
-        with zipfile.ZipFile(packed, "a") as archive:
-            archive.comment = self.note.encode()
-        with opened(target) as file:
-            file.write(packed.getvalue())
+    def write_document(self, entries: list[dict], target: Path):
+        """The one file of a format that has one for all images."""
+        if self.kind == "csv":
+            text = table(entries)
+        elif self.kind == "json":
+            text = json.dumps({"images": entries}) + "\n"
+        else:
+            text = coco_document(entries, self.clusters) + "\n"
+        write_bytes(text.encode(errors="surrogateescape"), target)
 
 
 def _attempt(function, *args):
@@ -255,14 +324,40 @@ def _attempt(function, *args):
         return error
 
 
-def write_picture(picture: Image.Image, target: Path, note: str):
-    """A picture with a note in it, in the format of the target's suffix, PNG on stdout."""
-    text = PngInfo()
-    text.add_text("stego", note)
-    jpeg = target.suffix.lower() in (".jpg", ".jpeg")
-    options = dict(format="JPEG", quality=90, comment=note) if jpeg else dict(format="PNG", pnginfo=text)
+def write_picture(picture: Image.Image, target: Path, note: str, *, form: str = "PNG", tags=()):
+    """A picture with a note in it, in the format of the target's suffix, else in `form`; tags: of a GeoTIFF."""
+    form = FORMS.get(target.suffix.lower(), form)
+    if form == "JPEG":
+        options = dict(quality=90, comment=note)
+    elif form == "TIFF":
+        options = dict(compression="tiff_adobe_deflate", tiffinfo=mask_tags(tags, note))
+    else:
+        options = dict(pnginfo=PngInfo())
+        options["pnginfo"].add_text(NOTE, note)
     with opened(target) as file:
-        picture.save(file, **options)
+        picture.save(file, format=form, **options)
+
+
+def write_bytes(content: bytes, target: Path):
+    with opened(target) as file:
+        file.write(content)
+
+
+def packed_arrays(probabilities: np.ndarray, labels, image: Image.Image, note: str) -> bytes:
+    """An .npz file of probabilities (K, h, w), with a note in it."""
+    packed, size = io.BytesIO(), np.array([image.height, image.width])
+    arrays = dict(probabilities=probabilities.astype(np.float16), names=np.array(labels), size=size)
+    np.savez_compressed(packed, **arrays)
+    with zipfile.ZipFile(packed, "a") as archive:
+        archive.comment = note.encode()
+    return packed.getvalue()
+
+
+def relative(job: Job, target: Path) -> str:
+    """Where an image lies, seen from an output of it."""
+    if not isinstance(job.source, Path):
+        return str(job.place)
+    return Path(os.path.relpath(job.source, target.parent)).as_posix()
 
 
 def legend_overlay(model, image: Image.Image, mask: np.ndarray) -> Image.Image:

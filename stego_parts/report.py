@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stego import FitRecord, Stego, pixels, unit, unmirror
 from stego_parts import drawing
-from stego_parts.config import TERMS
+from stego_parts.config import RELEASED, SETTINGS, TERMS
 from stego_parts.datasets import LabelledSet
 from stego_parts.diagnostics import plausible_counts, training_warning
 from stego_parts.drawing import image_rows, line_chart, matrix_picture
@@ -44,23 +44,55 @@ log = logging.getLogger("stego")
 # ---- a fit -----------------------------------------------------------------------------------------------------
 
 
+def fit_sheet(models: Sequence[Stego], *, progress: Progress = no_progress) -> Image.Image:
+    """The picture of a fit: `contact_sheet` of a model, `comparison_sheet` of several with one head."""
+    paths = models[0].record.paths  # of large images, what was seen at once
+    if len(models) > 1:
+        return comparison_sheet(models, paths, progress=progress)
+    return contact_sheet(models[0], paths, progress=progress)
+
+
 def contact_sheet(model: Stego, paths: Iterable[Path], *, progress: Progress = no_progress) -> Image.Image:
     """A picture of the images, of many some that are evenly spread, beside their segments.
 
     The CRF works at the size of a picture on the sheet.
     """
-    paths, pairs = list(paths), []
+    paths = list(paths)
     if len(paths) > SHEET_IMAGES:
         paths = paths[:: len(paths) // SHEET_SAMPLE][:SHEET_SAMPLE]
+    seen = _small_images(model, paths, progress)
+    size = math.prod(drawing.SHEET_CELL) / 1e6
+    pairs = [(image, model.predict(image, crf_size=size)) for _, image in seen]
+    return drawing.contact_sheet(pairs, model.colors, model.labels)
+
+
+@torch.inference_mode()
+def comparison_sheet(
+    models: Sequence[Stego], paths: Sequence[Path], *, progress: Progress = no_progress
+) -> Image.Image:
+    """At most SHEET_SAMPLE of the images, a row each, beside their segments by models with one head, without CRF."""
+    paths, rows = paths[:: -(-len(paths) // SHEET_SAMPLE)], []
+    for path, image in _small_images(models[0], paths, progress):
+        codes, pictures = models[0].codes(to_tensor(image)[None]), [drawing.cell(image)]
+        for model in models:
+            scores = dot_products(codes, model.image_centers(codes))[0]  # (K, h, w)
+            mask = model.merged[upsampled_argmax(scores, image.height, image.width)]
+            pictures.append(drawing.cell(image, mask, model.colors, model.labels))
+        rows.append((Path(path).name, pictures))
+    return image_rows(rows, headings=["", *(f"{len(model.centers)} clusters" for model in models)])
+
+
+def _small_images(
+    model: Stego, paths: Sequence[Path], progress: Progress
+) -> Iterator[tuple[Path, Image.Image]]:
+    """Images as small as the backbone sees them; those that cannot be used, which a fit has named, are left out."""
     for done, path in enumerate(paths, 1):
         try:
             image = read_image(path)
-            image = image.resize(model.working_size(image), BILINEAR)
-            pairs.append((image, model.predict(image, crf_size=math.prod(drawing.SHEET_CELL) / 1e6)))
+            yield path, image.resize(model.working_size(image), BILINEAR)
         except (ValueError, FileNotFoundError):
-            continue  # fit has named it already
+            continue
         progress("picture", done, len(paths))
-    return drawing.contact_sheet(pairs, model.colors, model.labels)
 
 
 def cluster_sheet(model: Stego, paths: Sequence[Path], *, progress: Progress = no_progress) -> Image.Image:
@@ -123,13 +155,32 @@ def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image
     return regions
 
 
+def description(model) -> list[str]:
+    """How a model was made, for people."""
+    c, backbone = model.config, f"backbone  {model.config.backbone}, weights {model.backbone_sha256[:12]}"
+    if c.preset == RELEASED:
+        return [
+            backbone,
+            "training  a checkpoint of the reference implementation, which has no options in it",
+        ]
+    settings = [(name, getattr(c, name)) for name in SETTINGS]
+    values = [f"{name}={x:.3g}" if isinstance(x, float) else f"{name}={x}" for name, x in settings]
+    images = c.crops if c.views == "whole" else c.crops // 5
+    return [
+        backbone,
+        f"data      {images} images, {c.crops} crops",
+        f"training  {c.steps} steps, preset {c.preset}, seed {c.seed}",
+        f"settings  {' '.join(values)}",
+    ]
+
+
 def write_report(model: Stego, folder: Path | str):
     """Write how the fit went into a folder, as pictures (Fig. 14, 15) and a few words.
 
     loss.png and similarity.png over the steps; neighbors.png, some crops and their nearest neighbours; report.txt.
     Raises ValueError for a model that was not fitted in this process: the record of a fit is not saved.
     """
-    if (record := model.record) is None:
+    if not ((record := model.record) and record.history):
         raise ValueError("This model has no history to report; a report is written right after fit.")
     steps = [entry["step"] for entry in record.history]
     loss = {"loss": (steps, [entry["loss"] for entry in record.history])}

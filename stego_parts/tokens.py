@@ -199,7 +199,7 @@ class TokenCache:
         tokens = np.memmap(file, np.float16, "r+", offset=means.nbytes, shape=(rows, positions, channels))
         state = np.memmap(file, np.uint8, "r+", offset=means.nbytes + tokens.nbytes, shape=(images,))
         self.means, self.tokens, self.state = (torch.from_numpy(part) for part in (means, tokens, state))
-        self.crops_each, self.seed, self.device = crops, torch.initial_seed(), torch.device("cpu")
+        self.crops_each, self.device = crops, torch.device("cpu")
         self.rows = torch.empty(0, dtype=torch.int64)  # of each crop
 
     @staticmethod
@@ -230,8 +230,8 @@ class TokenCache:
     def add(self, image: int, features: Tensor | None):
         """Keep the features (crops, C, h, w) of an image, None if it is unreadable.
 
-        All positions of each crop, or random ones where P is not h * w; which ones depends on the image's number and
-        torch's seed alone. Raises ValueError for features that float16 cannot hold.
+        All positions of each crop, or random ones where P is not h * w; which ones depends on the image's number alone.
+        Raises ValueError for features that float16 cannot hold.
         """
         if features is None:
             self.state[image] = UNREADABLE
@@ -241,7 +241,7 @@ class TokenCache:
         self.means[rows] = F.normalize(tokens.mean(1), dim=1).cpu()
         have, room = tokens.shape[1], self.tokens.shape[1]
         if have != room:
-            generator = torch.Generator().manual_seed(self.seed + image)
+            generator = torch.Generator().manual_seed(image)
             kept = torch.rand(tokens.shape[:2], generator=generator).argsort(1)
             kept = kept.repeat(1, -(-room // have))[:, :room].to(tokens.device)  # (crops, P)
             tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))

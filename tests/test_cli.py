@@ -344,6 +344,8 @@ def test_one_bad_image_among_good_ones(here, scenes, saved):
         (["predict", "ok.png", "-m", "MODEL", "--only", "2,"], 2, "empty name"),
         (["predict", "ok.png", "-m", "MODEL", "--only", "moon"], 2, "no cluster 'moon'"),
         (["predict", "ok.png", "-m", "MODEL", "--weights", "text.jpg"], 2, "tiny comes with its weights"),
+        (["fit", "ok.png", "-k", "3,x"], 2, "or several: 8,12,20"),
+        (["fit", "--from", "moon.pt"], 2, "No model at moon.pt"),
         (["show", "ok.png", "--at", "3"], 2, "like 120,80"),
         (["show", "MODEL", "--at", "3,3"], 2, "give an image"),
         (["show", "MODEL", "void2", "--at", "3,3"], 2, "one, name it first"),

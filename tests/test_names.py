@@ -12,13 +12,12 @@ import torch
 from conftest import run
 from PIL import Image
 
-import cli
 from stego import Stego
 from stego_parts.config import Config
 from stego_parts.drawing import region_sheet
 from stego_parts.images import distinct_colors
 from stego_parts.matching import inherit_ids, match_clusters_to
-from stego_parts.report import best_regions
+from stego_parts.report import best_regions, description
 from stego_parts.tokens import TokenCache, encode
 
 
@@ -167,7 +166,7 @@ def test_regions_of_other_clusters_are_pale():
 def test_models_of_the_reference_implementation(here, saved):
     model = Stego.load(saved)
     model.config = replace(model.config, preset="released")
-    assert any("a checkpoint of the reference implementation" in line for line in cli.description(model))
+    assert any("a checkpoint of the reference implementation" in line for line in description(model))
     with pytest.raises(ValueError, match="cannot be written again"):
         model.save("released.pt")
 

@@ -75,7 +75,8 @@ def execute(line: str) -> str:
         return done.stdout
     tool, *args = shlex.split(line)
     assert tool == "stego", line
-    return run(*args, *(["--backbone", "tiny", "--steps", 10] if args[0] == "fit" else [])).stdout
+    trains = args[0] == "fit" and "--from" not in args
+    return run(*args, *(["--backbone", "tiny", "--steps", 10] if trains else [])).stdout
 
 
 # ---- every command, as printed ---------------------------------------------------------------------------------
@@ -91,6 +92,8 @@ def test_commands_leave_what_they_say(place):
     assert len(json.loads((folder / "shares.json").read_text())["images"]) == 3
     coco = json.loads((folder / "coco.json").read_text())["categories"]
     assert [each["name"] for each in coco].count("road") == 1
+    assert (folder / "shares.csv").read_text().count("\n") > 2 and not (folder / "labelme").exists()
+    assert Image.open(folder / "cutout.png").mode == "RGBA" and Image.open(folder / "site.tif").mode == "P"
     assert set(np.load(folder / "img.npz")) == {"probabilities", "names", "size"}
     assert json.loads((folder / "scores.json").read_text())["images"] == 1
     assert list((folder / "figures").iterdir())

@@ -1,0 +1,60 @@
+"""A model as one ONNX file, backbone included, for programs without Python or torch (`stego show --export`)."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from stego import Stego
+from stego_parts.images import MEAN, STD, read_image, replacing
+from stego_parts.maps import adapted_centers, dot_products, unmirror
+from stego_parts.tokens import RESOLUTION, Progress, no_progress
+
+NEEDED = ("onnx", "onnxscript")  # what torch's exporter needs beside torch
+
+
+class Scores(nn.Module):
+    """An image (1, 3, H, W), RGB from 0 to 1 -> the cosine of each position to each cluster, (1, K, h, w).
+
+    As `Stego.predict` has them before anything is upsampled: of the image and its mirror image together, to the
+    centres of this image.
+    """
+
+    def __init__(self, model: Stego):
+        super().__init__()
+        self.backbone, self.head, self.adaptation = model.backbone, model.head, model.config.adaptation
+        for name, value in (("centers", model.centers), ("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.as_tensor(value))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = (image - self.mean[:, None, None]) / self.std[:, None, None]
+        codes = unmirror(self.head.on_map(self.backbone(torch.cat([x, x.flip(-1)]))))  # (1, D, h, w)
+        return dot_products(F.normalize(codes), adapted_centers(codes, self.centers, self.adaptation))
+
+
+def check_exporter():
+    """ValueError without the packages of the exporter."""
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ValueError(f'ONNX needs {" and ".join(missing)}; get it with `pip install "stego[onnx]"`.')
+
+
+def write_onnx(model: Stego, path: Path, image=None, *, progress: Progress = no_progress) -> tuple[int, int]:
+    """Write `Scores` for images of one size, that at which the model sees an image, or a square: (width, height).
+
+    The file's metadata has the clusters' names, under `names`, as a JSON list.
+    """
+    image = Image.new("RGB", (RESOLUTION, RESOLUTION)) if image is None else read_image(image)
+    width, height = model.working_size(image)
+    progress("export", 0, 1)
+    scores, x = Scores(model).eval(), torch.zeros(1, 3, height, width, device=model.device)
+    options = dict(input_names=["image"], output_names=["scores"], dynamo=True, verbose=False)
+    program = torch.onnx.export(scores, (x,), **options)
+    program.model.metadata_props["names"] = json.dumps(model.labels)
+    with replacing(path) as part:
+        program.save(part, external_data=False)
+    progress("export", 1, 1)
+    return width, height
