@@ -95,8 +95,8 @@ def test_clusters_with_one_name_are_one_until_it_is_taken_away(copy, scenes):
     for image in images["images"]:
         assert [row["name"] for row in image["clusters"]] == ["ground", "1"]
         assert sum(row["share"] for row in image["clusters"]) == pytest.approx(1, abs=1e-5)
-    assert coco["categories"] == [{"id": 0, "name": "ground"}, {"id": 1, "name": "1"}]
-    assert {each["category_id"] for each in coco["annotations"]} <= {0, 1}
+    assert coco["categories"] == [{"id": 1, "name": "ground"}, {"id": 2, "name": "1"}]
+    assert {each["category_id"] for each in coco["annotations"]} <= {1, 2}
     run("name", "0=", "2=")
     run("predict", scenes / "sub", "-o", "again", *FAST)
     for place in Path("apart").iterdir():
