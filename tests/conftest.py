@@ -26,6 +26,14 @@ def library_logging():
     logger.setLevel(logging.NOTSET)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_cluster_rows():
+    """k-means on 5,000 codes: enough for drawn scenes, and quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stego.CLUSTER_ROWS", 5000)
+        yield
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """A folder of 12 drawn pictures, four of them in a subfolder."""

@@ -188,13 +188,12 @@ def test_a_picture_that_only_has_the_name_of_the_sheet(here, scenes):
 def test_a_demo_stays_out_of_the_way(here, monkeypatch):
     from stego_parts.scenes import check_demo_folder, draw_scenes
 
-    counts = {"train": 1, "val": 1}
-    draw_scenes(here / "demo", counts, seed=0, progress=lambda *now: None)
-    check_demo_folder(here / "demo", counts)  # a second one may go there
-    check_demo_folder(here / "new", counts)
+    draw_scenes(here / "demo", {"train": 1, "val": 1}, seed=0, progress=lambda *now: None)
+    check_demo_folder(here / "demo")  # a second one may go there
+    check_demo_folder(here / "new")
     (here / "demo/images/train/holiday.png").touch()
     with pytest.raises(ValueError, match="holiday.png"):
-        check_demo_folder(here / "demo", counts)
+        check_demo_folder(here / "demo")
 
 
 def test_a_named_model_is_not_replaced(here, scenes, saved):
