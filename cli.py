@@ -262,7 +262,6 @@ def main():
 @click.pass_obj
 def fit(progress, images, dataset, root, classes, output, settings, from_model, overwrite, report, **options):
     """Find the things that recur in IMAGES: files, folders (searched recursively) or "patterns/*.jpg".
-
     With --dataset in their place: a published train split, with its number of classes, preset and backbone. With
     --from MODEL: what it has learned, clustered anew without training, on its images unless you name some.
 
@@ -272,6 +271,7 @@ def fit(progress, images, dataset, root, classes, output, settings, from_model, 
       stego fit a/ b/ "c/*.jpg" -k 12 -o model.pt --backbone dino_vits8 --steps 5000 --set b_rand=0.4
       stego fit --dataset cityscapes --root ~/data/cityscapes
       stego fit --from stego.pt -k 8,12,20 -o other.pt
+      stego fit mosaic.tif -k 8 --set tile=640
     """
     if from_model and (dataset or report or options["resume"]):
         raise click.UsageError("With --from nothing is trained; leave --dataset, --report and --resume out.")
