@@ -269,18 +269,16 @@ def train_head(
 
 
 @torch.no_grad()
-def code_similarities(head: Head, f: Tensor, f_knn: Tensor) -> dict:
-    """Code similarities of pairs of positions in an image, with its neighbour, with another image (Fig. 14).
+def code_similarities(head: Head, f: Tensor, f_knn: Tensor) -> dict[str, float]:
+    """Mean code similarity of positions in an image, with its neighbour, with another image (cf. Fig. 14).
 
-    f, f_knn: tokens (B, P, C). Returns {"self" | "knn" | "rand": (mean, histogram (20,) over -1..1 in shares)}; a lone
-    image has no other, its "rand" is left out.
+    f, f_knn: tokens (B, P, C). Returns {"self" | "knn" | "rand": mean}; a lone image has no other, no "rand".
     """
     head.eval()  # codes as they will be: no dropout
     s = unit(head(f))
     partners = {"self": s, "knn": unit(head(f_knn))} | ({"rand": s.roll(1, 0)} if len(f) > 1 else {})
-    codes = {name: correspondence(s, partner) for name, partner in partners.items()}  # (B, P, P) each
     head.train()
-    return {name: (float(c.mean()), torch.histc(c.cpu(), 20, -1, 1) / c.numel()) for name, c in codes.items()}
+    return {name: float(correspondence(s, partner).mean()) for name, partner in partners.items()}
 
 
 # ---- clusters (Sec. 3.3: cosine k-means on the codes) ----------------------------------------------------------

@@ -25,7 +25,7 @@ def training_warning(history: list[dict]) -> str | None:
     """
     if len(history) < 5:
         return None
-    recent = {name: [each[name][0] for each in history[-5:] if name in each] for name in ("rand", "self")}
+    recent = {name: [each[name] for each in history[-5:] if name in each] for name in ("rand", "self")}
     rand, same = (np.mean(values or [np.nan]) for values in recent.values())
     if rand > COLLAPSED:
         return (

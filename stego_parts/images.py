@@ -224,7 +224,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         backdrop = Image.new("RGBA", image.size, BACKDROP)
         image = Image.alpha_composite(backdrop, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _restore_depth(image: Image.Image, source):

@@ -185,7 +185,7 @@ def write_report(model: Stego, folder: Path | str):
     steps = [entry["step"] for entry in record.history]
     loss = {"loss": (steps, [entry["loss"] for entry in record.history])}
     terms = [name for name in TERMS if name in record.history[-1]]
-    means = {name: (steps, [entry[name][0] for entry in record.history]) for name in terms}
+    means = {name: (steps, [entry[name] for entry in record.history]) for name in terms}
     pictures = {
         "loss": line_chart(loss, title="Loss", x_label="step"),
         "similarity": line_chart(means, title="Mean similarity of codes", x_label="step"),
@@ -200,7 +200,7 @@ def write_report(model: Stego, folder: Path | str):
 def report_lines(model: Stego) -> list[str]:
     """The report in sentences."""
     record, last = model.record, model.record.history[-1]
-    similar = ", ".join(f"{name} {last[name][0]:.2f}" for name in TERMS if name in last)
+    similar = ", ".join(f"{name} {last[name]:.2f}" for name in TERMS if name in last)
     return [
         f"{len(record.images.unique())} images, {len(record.images)} crops, {last['step'] + 1} steps.",
         f"Mean similarity of codes at the end: {similar}.",
