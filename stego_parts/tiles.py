@@ -20,7 +20,7 @@ from stego_parts.tokens import BILINEAR, Progress, no_progress
 
 OVERLAP = 1 / 3  # share of a window that the next one sees too
 FADE = 4  # power of the distance to the border: codes that see less count less (labels of the whole: 99.3 -> 99.9 %)
-BLOCK, MARGIN = 800, 96  # pixels the CRF labels at once, and what it sees around them: 1.4 of its sigmas
+BLOCK, MARGIN = 600, 96  # pixels the CRF labels at once, and what it sees around them: 1.4 of its sigmas
 
 
 def starts(length: int, size: int, overlap: int = 0) -> list[int]:
