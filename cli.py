@@ -24,7 +24,7 @@ NOTICE = logging.INFO + 5  # level of messages that are said unless --quiet
 MODEL_SUFFIXES = (".pt", ".pth", ".ckpt")
 OUTPUTS = "stego-out"  # folder of what predict writes, which fit leaves out
 FEATURES = "stego-features"  # folder, beside the model, of features that are kept for other fits
-DEMO_SCENES, DEMO_STEPS = {"train": 30, "val": 30}, 300  # three minutes on two cores; steps as `fit` takes them
+DEMO_SCENES, DEMO_STEPS = {"train": 30, "val": 30}, 300  # three minutes on two cores; steps as in `fit`
 REFRESH = 0.2  # seconds between two updates of the progress line
 
 PATH, POSITIVE = click.Path(path_type=Path), click.FloatRange(0, min_open=True)
