@@ -519,7 +519,9 @@ class Stego:
         return adapted_centers(codes, self.centers, self.config.adaptation)
 
     @torch.inference_mode()
-    def predict(self, image, *, crf: bool = True, crf_size: float = CRF_SIZE, **seen) -> np.ndarray:
+    def predict(
+        self, image, *, crf: bool = True, crf_size: float = CRF_SIZE, progress: Progress = no_progress, **seen
+    ) -> np.ndarray:
         """Segment one image of any size: a mask (H, W) uint8 of cluster ids at the displayed size of the image.
 
         Of clusters that share a name, the mask has the lowest number.
@@ -533,12 +535,10 @@ class Stego:
             crf: sharpen with a dense CRF; crf_size: the megapixels it works on, of larger images and tiles.
         """
         image = read_image(image)
-        codes, tile = self._image_codes(image, **seen)
+        codes, tile = self._image_codes(image, progress=progress, **seen)
         label = partial(self._labels, centers=self.image_centers(codes), crf=crf)
         if tile:
-            mask = label_blocks(
-                label, image, codes, tile, crf_size, progress=seen.get("progress", no_progress)
-            )
+            mask = label_blocks(label, image, codes, tile, crf_size, progress=progress)
         else:
             mask = label(image, codes, crf_size)
         return self.merged[mask]

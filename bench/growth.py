@@ -22,11 +22,11 @@ import click
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 from stego_parts.drawing import line_chart, stack
 from stego_parts.images import find_images, read_image
 
-ROOT = Path(__file__).resolve().parents[1]
 TILE = 320  # pixels
 
 

@@ -403,10 +403,9 @@ def geo_tags(source) -> dict:
 
 def pixel_area(tags: dict) -> float | None:
     """Square metres that a pixel covers on the map of a GeoTIFF; None where its unit is another or unknown."""
-    entries = iter(
-        np.ravel(tags.get(GEO_KEYS, ())).tolist()[4:]
-    )  # key, where its value is, how many, value; ...
-    keys = {key: value for key, place, _, value in zip(*[entries] * 4) if place == 0}  # here
+    # after a head of four: key, where its value is (0: here), how many, value; ...
+    entries = iter(np.ravel(tags.get(GEO_KEYS, ())).tolist()[4:])
+    keys = {key: value for key, place, _, value in zip(*[entries] * 4) if place == 0}
     if keys.get(MODEL_TYPE) != PROJECTED or keys.get(LINEAR_UNIT, METRE) != METRE:
         return None
     scale, matrix = np.ravel(tags.get(PIXEL_SCALE, ())), np.ravel(tags.get(TRANSFORMATION, ()))
