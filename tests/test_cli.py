@@ -140,13 +140,6 @@ def test_the_folder_of_the_images_can_hold_the_outputs(here, scenes, saved):
     assert "2 images" in run("show", ".", "--sheet", "s.png").stdout
 
 
-def test_images_that_share_a_stem(here, scenes, saved):
-    for suffix in ("png", "gif"):
-        Image.open(scenes / "scene00.png").save(f"a.{suffix}")
-    run("predict", "a.gif", "a.png", "-m", saved, "-o", "out", *FAST)
-    assert sorted(os.listdir("out")) == ["a.gif.png", "a.png"]
-
-
 # ---- nothing lost --------------------------------------------------------------------------------------------
 
 

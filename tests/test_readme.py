@@ -134,10 +134,7 @@ def test_demo_leaves_everything(place):
 
 def test_python_snippets_run_as_printed(place, monkeypatch):
     monkeypatch.chdir(place[0])
-    given = {
-        "image": torch.zeros(3, 8, 9, dtype=torch.uint8),
-        "scores": torch.randn(4, 8, 9),
-    }
+    given = {"image": torch.zeros(3, 8, 9, dtype=torch.uint8), "scores": torch.randn(4, 8, 9)}
     assert len(blocks("python")) >= 2
     code = "\n".join(blocks("python"))
     exec(

@@ -40,15 +40,12 @@ def test_parts_have_the_labels_of_the_whole(model, monkeypatch, crf):
 
 @pytest.mark.skipif(not AERIAL.exists(), reason="needs ../shared/data/aerial")
 def test_an_orthomosaic_has_no_seams(monkeypatch):
-    monkeypatch.setattr(tiles, "BLOCK", 400)
-    pictures = [
-        np.asarray(Image.open(AERIAL / f"dubai_t7_p00{p}_r{r}c{c}.jpg").convert("RGB").resize((320, 320)))
-        for r in (0, 1)
-        for p, c in ((1, 0), (1, 1), (2, 0))
-    ]
-    mosaic = mosaic_of(pictures, 3)  # (640, 960, 3)
-    model = Stego.fit(sorted(AERIAL.glob("dubai_t7*.jpg")), classes=5, backbone="tiny", steps=100)
-    assert agreement(model, mosaic, 320) > 0.99
+    monkeypatch.setattr(tiles, "BLOCK", 200)
+    names = [f"dubai_t7_p00{p}_r{r}c{c}.jpg" for r in (0, 1) for p, c in ((1, 0), (1, 1), (2, 0))]
+    pictures = [np.asarray(Image.open(AERIAL / name).convert("RGB").resize((192, 192))) for name in names]
+    mosaic = mosaic_of(pictures, 3)  # (384, 576, 3)
+    model = Stego.fit([AERIAL / name for name in names], classes=5, backbone="tiny", steps=60)
+    assert agreement(model, mosaic, 192) > 0.99
 
 
 def test_windows_cover_and_their_weights_add_up_to_one():
@@ -102,6 +99,7 @@ def test_size_as_displayed(tmp_path):
     assert image_size(tmp_path / "turned.jpg") == read_image(tmp_path / "turned.jpg").size == (30, 40)
 
 
+@pytest.mark.usefixtures("short_sheet")
 def test_fit_on_one_large_image(here):
     """One mosaic alone: its tiles are the images; predict sees it at the scale of the fit, as the command does."""
     mosaic = mosaic_of([draw_scene(i, 96, 128)[0] for i in range(4)], 2)  # (192, 256, 3)
