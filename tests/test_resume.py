@@ -175,6 +175,7 @@ def test_one_fit_at_a_time_in_a_folder(tmp_path):
 COMMAND = ["fit", "images", "-k", "3", "--backbone", "tiny", "--steps", "40", "--set", "batch_size=4"]
 
 
+@pytest.mark.usefixtures("short_sheet")
 def test_command(images, expected, monkeypatch):
     def stop(self, stage, done, total):
         if (stage, done) == ("training", 20):
