@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli import keep_memory
 from crf import dense_crf
 
 CLASSES = 27
@@ -269,6 +270,7 @@ def main() -> None:
         return memory_of_one_call(options.data, tuple(options.memory))
 
     torch.set_num_threads(1)
+    keep_memory()
     if "C++ library" not in methods():
         print("pydensecrf is not importable here: its rows are left out\n")
     print("| size, scores | what | seconds | ratio |\n|---|---|---|---|")
