@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from crf import dense_crf, upsample_along_edges, working_size
 from kmeans import CosineKMeans
 from stego_parts.backbones import CUSTOM, load_backbone
-from stego_parts.checkpoint import FitCheckpoint, Training, features_key
+from stego_parts.checkpoint import FitCheckpoint, Training
 from stego_parts.config import RELEASED, Config, clustering_settings, fit_config
 from stego_parts.diagnostics import cluster_agreement, plausible_counts, training_warning
 from stego_parts.distributed import data_parallel, from_first, process_count, rank
@@ -234,7 +234,6 @@ def train_head(
     *,
     progress: Progress = no_progress,
     checkpoint: FitCheckpoint | None = None,
-    key: dict | None = None,
 ) -> tuple[Head, list[dict]]:
     """Train a head on cached tokens and the table of neighbours (n, <= 7) of their crops.
 
@@ -248,8 +247,7 @@ def train_head(
     optimizer = torch.optim.Adam(
         head.parameters(), lr=LEARNING_RATE, fused=cache.device.type == "cuda" or None
     )
-    run = Training(head, optimizer, config, key, len(cache))
-    run.resume(checkpoint)
+    run = Training(head, optimizer, config, len(cache), checkpoint)
     network = data_parallel(head)
     for step in range(run.step, config.steps):
         anchor = run.next_crops()
@@ -263,7 +261,7 @@ def train_head(
         loss.backward()
         optimizer.step()
         run.step = step + 1
-        run.save(checkpoint)
+        run.save()
         progress("training", run.step, config.steps)
     return head.half().float().requires_grad_(False).eval(), run.history
 
@@ -643,19 +641,13 @@ def _fit_stages(config: Config, paths, network, base, earlier, device, progress,
     """A fit in the paper's order: features, neighbours, balance, head, clusters; of a base model, its head."""
     if process_count() > 1 and not checkpoint:
         raise ValueError("Several processes share one file of features: give a folder as `checkpoint`.")
-    features = features_key(paths, network.sha256, config) if checkpoint else None
-    if features != from_first(lambda: features):
-        raise ValueError("The processes see other images or options than each other; give each the same.")
-    key = {"features": features, "config": asdict(config)}
-    kept = FitCheckpoint(checkpoint) if checkpoint else None
+    kept = FitCheckpoint(checkpoint, paths, network.sha256, config) if checkpoint else None
     devices = [device] if device.type == "cuda" else []  # whose random generators are left as they are
     with closing(kept) if kept else nullcontext(), torch.random.fork_rng(devices):
         if kept and not base:
-            from_first(lambda: kept.begin(key, resume=resume))
+            from_first(lambda: kept.begin(resume=resume))
         torch.manual_seed(config.seed)
-        cache = encode(
-            network, paths, config, device=device, progress=progress, checkpoint=kept, key=features
-        )
+        cache = encode(network, paths, config, device=device, progress=progress, checkpoint=kept)
         torch.manual_seed(config.seed + rank())  # whether the features were new or not
         history: list[dict] = []
         if base:
@@ -665,7 +657,7 @@ def _fit_stages(config: Config, paths, network, base, earlier, device, progress,
             neighbors = from_first(lambda: nearest_neighbors(cache.means, device=device))
             progress("neighbors", 1, 1)
             config = replace(config, **from_first(lambda: shifts_from_data(cache, neighbors, config)))
-            head, history = train_head(cache, neighbors, config, progress=progress, checkpoint=kept, key=key)
+            head, history = train_head(cache, neighbors, config, progress=progress, checkpoint=kept)
         torch.manual_seed(config.seed)  # whether the head was new or not
         clusters = from_first(lambda: find_clusters(head, cache, config, progress=progress))
         centers, share, agreement = clusters

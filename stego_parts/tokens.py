@@ -277,19 +277,12 @@ class TokenCache:
 
 
 def encode(
-    backbone,
-    paths,
-    config: Config,
-    *,
-    device="cpu",
-    progress: Progress = no_progress,
-    checkpoint=None,
-    key: dict | None = None,
+    backbone, paths, config: Config, *, device="cpu", progress: Progress = no_progress, checkpoint=None
 ) -> TokenCache:
     """Push every image through the backbone once, cut up as config.views says.
 
     Unreadable images are named in a warning and left out. Raises ValueError if none is left. checkpoint: a
-    FitCheckpoint that keeps the cache; what it has under the same key is not computed again.
+    FitCheckpoint that keeps the cache; what it has is not computed again.
     """
     side = (RESOLUTION // 2 if config.views == "windows" else CROP_SIDE) // backbone.patch  # positions
     crops, positions = 1 if config.views == "whole" else 5, side**2
@@ -303,7 +296,7 @@ def encode(
         bound = f"{config.cache_size:g} GB: {kept} random positions of {positions}"
         log.warning("Features are bounded to %s a crop.", bound)
     shape = (len(paths), crops, kept, backbone.channels)
-    cache = checkpoint.token_cache(shape, key) if checkpoint else TokenCache(*shape)
+    cache = checkpoint.token_cache(shape) if checkpoint else TokenCache(*shape)
     _fill(cache, backbone, paths, config.views, device, progress)
     barrier()
     cache.finalize(device)
