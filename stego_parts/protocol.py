@@ -71,8 +71,7 @@ def confusion_matrix(labels, clusters, *, n_classes: int, n_clusters: int) -> np
 def match_clusters(confusion) -> np.ndarray:
     """Hungarian matching on pixel counts over the whole set (Sec. 4.1).
 
-    confusion: (n_classes, K) counts. Returns (K,) int64: the class of each cluster, -1 for a cluster left
-    over.
+    confusion: (n_classes, K) counts. Returns (K,) int64: the class of each cluster, -1 for a cluster left over.
     """
     confusion = np.asarray(confusion)
     classes, clusters = linear_sum_assignment(confusion, maximize=True)
@@ -168,8 +167,7 @@ def class_shares(label: np.ndarray, classes: int, patch: int) -> Tensor:
 
 
 def linear_probe(rows: Tensor, shares: Tensor, *, seed: int = 0, progress: Progress = no_progress) -> Probe:
-    """Softmax regression from features (N, D) to shares of classes (N, n) by Adam, until the loss stands
-    still.
+    """Softmax regression from features (N, D) to shares of classes (N, n) by Adam, until the loss stands still.
 
     The cross entropy is that of the labelled pixels of each position. Features are standardised on the way,
     which changes the path and not the goal. When it stands still: CONVERGED, PATIENCE, ROUNDS.
@@ -465,13 +463,6 @@ def _rows(report: dict) -> list[tuple]:
 
 def write_json(report: dict, path):
     """The whole report; NaN (a class that does not occur) becomes null."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
+    plain = json.loads(json.dumps(report), parse_constant=lambda nan: None)
     with replacing(path) as part:
-        part.write_text(json.dumps(plain(report), allow_nan=False, indent=1))
+        part.write_text(json.dumps(plain, indent=1))
