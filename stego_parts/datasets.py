@@ -126,8 +126,7 @@ def _lookup(classes, first: int = 0) -> np.ndarray:
 def labelled_set(name: str, root: str | os.PathLike, split: str) -> LabelledSet:
     """A published dataset under root; split "train" or "val" (Potsdam: its test list).
 
-    Raises ValueError for an unknown name, FileNotFoundError with the first missing path and the expected
-    tree.
+    Raises ValueError for an unknown name, FileNotFoundError with the first missing path and the expected tree.
     """
     finders = {"cityscapes": _cityscapes, "cocostuff27": _cocostuff, "potsdam3": _potsdam}
     if name not in finders:

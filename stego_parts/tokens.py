@@ -130,14 +130,19 @@ def available_memory(device="cpu") -> float:
         return math.inf
 
 
-def image_views(path, views: str, patch: int) -> Tensor | None:
-    """What the backbone sees of an image, (1 or 5, 3, H, W); None, with a warning, if it cannot be used."""
+def or_skip(function: Callable, *args, **options):
+    """function(*args, **options); None, with a warning, where that is of an image that cannot be used."""
     try:
-        image = read_image(path)
-        size = backbone_size(image, patch, name=path)
+        return function(*args, **options)
     except (ValueError, FileNotFoundError) as error:
         log.warning("Skipped: %s", error)
         return None
+
+
+def image_views(path, views: str, patch: int) -> Tensor:
+    """What the backbone sees of an image, (1 or 5, 3, H, W)."""
+    image = read_image(path)
+    size = backbone_size(image, patch, name=path)
     if views == "windows":
         return to_tensor(image.resize(size, BILINEAR))[None]
     side = CROP_SIDE // patch * patch
@@ -298,7 +303,7 @@ def _fill(cache: TokenCache, backbone, paths, views: str, device, progress: Prog
     if done:
         log.log(NOTICE, "Reusing the features of %d images.", done)
     inputs = prefetch(
-        lambda i: (i, image_views(paths[i], views, backbone.patch)),
+        lambda i: (i, or_skip(image_views, paths[i], views, backbone.patch)),
         missing,
         workers=min(os.cpu_count() or 1, READERS) if gpu else 1,
     )
