@@ -5,6 +5,7 @@ k-means is Dhillon & Modha 2001, mini-batches are Sculley 2010, the seeding is A
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,8 @@ class CosineKMeans:
         self.n_clusters, self.n_init, self.max_iter = n_clusters, n_init, max_iter
         self.batch_size, self.seed = batch_size, seed
         self._generator = torch.Generator().manual_seed(seed)
-        self.cluster_centers_, self.inertia_, self._batches = None, math.inf, 0
+        self.cluster_centers_: Any = None
+        self.inertia_, self._batches = math.inf, 0
 
     def fit(self, x: Tensor) -> "CosineKMeans":
         """Cluster the rows of x (N, d), float, any length of row; zero rows are left out of the fit.
@@ -65,8 +67,7 @@ class CosineKMeans:
         """`partial_fit` on rows of unit length; after the last batch nothing would refine a centre that is moved."""
         if self.cluster_centers_ is None:
             self.cluster_centers_ = self._seed_centers(self._draw(x, SEEDING_ROWS * self.n_clusters))
-            self._sums = torch.zeros_like(self.cluster_centers_)
-            self._counts = x.new_zeros(self.n_clusters)
+            self._sums, self._counts = torch.zeros_like(self.cluster_centers_), x.new_zeros(self.n_clusters)
         cosine, label = _nearest(x, self.cluster_centers_)
         member = F.one_hot(label, self.n_clusters).to(x.dtype)  # (B, K)
         self._sums.mul_(FORGET).add_(member.T @ x)  # (K, d); index_add_ is not deterministic on CUDA
