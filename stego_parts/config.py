@@ -12,6 +12,8 @@ MAX_CLASSES = 255  # masks are 8 bit and 255 means "ignore"
 RELEASED = "released"  # the preset of models that the reference implementation made
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 KINDS |= {int | None: KINDS[int], float | None: "a number, or data: taken from the data"}
+LEAST = dict(steps=1, batch_size=1, code_size=1, tile=0, feature_weight=0, adaptation=0)
+LEAST |= {f"lambda_{term}": 0 for term in TERMS}
 NOTED_SOURCES = 16  # folders, patterns and files given to fit up to which a model notes their names
 
 
@@ -72,16 +74,13 @@ class Config:
             raise ValueError(f"Unknown views {self.views!r}; choose one of: {', '.join(VIEWS)}.")
         if not 0 <= self.evenness <= 1:
             raise ValueError(f"Got evenness {self.evenness}; it lies between 0 and 1.")
-        for name, least in (("steps", 1), ("batch_size", 1), ("code_size", 1), ("tile", 0)):
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"Got {name} {getattr(self, name)}; it must be at least {least}.")
-        weights = [getattr(self, f"lambda_{term}") for term in TERMS]
-        lowest = min(*weights, self.feature_weight, self.adaptation)
-        if lowest < 0 or not any(weights) or self.cache_size <= 0:
+        if not (self.lambda_self or self.lambda_knn or self.lambda_rand) or self.cache_size <= 0:
             raise ValueError(
-                f"Got the lambdas {', '.join(map(str, weights))}, feature_weight {self.feature_weight}, adaptation "
-                f"{self.adaptation} and cache_size {self.cache_size}; none is negative, one lambda and cache_size are "
-                "above 0."
+                f"Got lambdas of {self.lambda_self}, {self.lambda_knn}, {self.lambda_rand} and cache_size "
+                f"{self.cache_size}; one lambda and cache_size are above 0."
             )
 
 
