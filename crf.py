@@ -26,7 +26,7 @@ NORM_EPS = 1e-20  # added to the kernel's row sums, as the authors' library does
 TRUNCATE = 4.0  # sigmas at which the small Gaussian ends; what is left out is 6e-5 of its mass
 MIN_SIGMA = 0.2  # pixels or levels; points 5 sigmas apart no longer meet in the lattice: less changes nothing
 STRIP = 25_000  # pixels processed at once on the CPU: their temporaries stay in cache
-MAX_KEY = 2**63 - 1  # lattice vertices have int64 keys
+MAX_KEY = 2**62 - 1  # lattice vertices have int64 keys, and one bit is left for a mark
 MAX_PIXELS = (2**31 - 1) // 6  # int32 indices, six vertices a pixel
 
 MEGAPIXELS = 0.5  # working size for photos, 10^6 pixels
@@ -121,7 +121,7 @@ def _colour_kernel(image: Tensor, sxy: float, srgb: float, weight: float):
 
     ones = torch.ones(len(index), 1, device=image.device)
     scale = (lattice.slice(lattice.blur(ones), 0, len(ones)) + NORM_EPS).rsqrt_()  # (N, 1)
-    lattice.splat_weight *= scale[lattice.splat_pixel, 0]
+    lattice.splat_weight *= scale.view(-1).index_select(0, lattice.splat_pixel)
     lattice.slice_weight *= scale * weight
 
     return lambda q: partial(lattice.slice, lattice.blur(q))
@@ -187,18 +187,18 @@ class Lattice:
         u = features @ T.T.to(features)
         floor = u.floor()
         fraction, axis = (u - floor).sort(1, descending=True)  # (N, d)
-        self.slice_weight = -F.pad(F.pad(fraction, (1, 0), value=1.0), (0, 1)).diff(dim=1)  # (N, d + 1)
+        weights = [1 - fraction[:, :1], -fraction.diff(dim=1), fraction[:, -1:]]
+        self.slice_weight = torch.cat(weights, 1)  # (N, d + 1)
 
-        key, stride, size = _pack(floor.long(), index, images)
-        key = torch.cat([key[:, None], stride[axis]], 1).cumsum_(1)  # (N, d + 1), the simplex of each point
+        key, stride, size = _pack(floor, index, images)
+        key = torch.cat([key[:, None], stride.take(axis)], 1).cumsum_(1)  # (N, d + 1), each point's simplex
         key, order = _sort(key.view(-1), size)
-        first = torch.ones_like(key, dtype=torch.bool)
-        first[1:] = key[1:] != key[:-1]
+        first = F.pad(key[1:] != key[:-1], (1, 0), value=True)
         vertex = torch.empty_like(key, dtype=torch.int32)
-        vertex[order] = first.cumsum(0, dtype=torch.int32) - 1
+        vertex.scatter_(0, order, first.cumsum(0, dtype=torch.int32) - 1)
         self.slice_vertex = vertex.view(N, d + 1)
         self.splat_pixel = order.div(d + 1, rounding_mode="floor").int()  # by vertex
-        self.splat_weight = self.slice_weight.view(-1)[order]
+        self.splat_weight = self.slice_weight.view(-1).index_select(0, order)
         start = first.nonzero().view(-1)  # (M,)
         self.splat_start = F.pad(start, (0, 2), value=len(key)).int()  # (M + 2,)
         key = key[start]
@@ -226,14 +226,12 @@ def _pack(floor: Tensor, index: Tensor, images: int) -> tuple[Tensor, Tensor, in
     strides, size = [], 1
     for span in (high - low + 1).tolist():
         strides.append(size)
-        size *= span
+        size *= int(span)
     if size * images > MAX_KEY:
-        needs = (
-            f"{len(floor)} pixels with these sigmas need {size * images:.1e} lattice keys of {MAX_KEY:.1e}"
-        )
+        needs = f"{len(floor)} pixels and these sigmas need {size * images:.1e} lattice keys of {MAX_KEY:.1e}"
         raise ValueError(f"{needs}; use larger sxy or srgb, a smaller image or a smaller batch")
-    stride = torch.tensor(strides, device=floor.device)
-    return ((floor - low) * stride).sum(1) + index * size, stride, size * images
+    key = index * size + sum(column.long() * step for column, step in zip((floor - low).T, strides))
+    return key, torch.tensor(strides, device=floor.device), size * images
 
 
 def _sort(key: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -249,13 +247,15 @@ def _sort(key: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _neighbours(key: Tensor, step: Tensor) -> Tensor:
     """Rows (itself, next, previous) along one direction; M, the dummy, where there is none: (M + 1, 3)."""
     M = len(key)
-    target = key + step
-    after = torch.searchsorted(key, target, out_int32=True).clamp_(max=M - 1)
-    vertex = (key[after] == target).nonzero().view(-1)  # those that have a next one
-    after = after[vertex]
+    both = torch.cat([key * 2, (key + step) * 2 + 1])  # (2 M,): even, and what would be their next ones odd
+    # numpy's stable sort merges the two sorted halves
+    both = torch.from_numpy(np.sort(both.numpy(), kind="stable")) if both.is_cpu else both.sort()[0]
+    meet = ((both[1:] ^ both[:-1]) == 1).nonzero().view(-1)  # positions of vertices that are a next one
+    vertex = (both & 1).cumsum(0)[meet]  # the one before: its odd key has as many odd ones before it
+    after = meet - vertex
     rows = torch.full((M + 1, 3), M, dtype=torch.int32, device=key.device)
     rows[:, 0] = torch.arange(M + 1, device=key.device)
-    rows[vertex, 1] = after
+    rows[vertex, 1] = after.int()
     rows[after, 2] = vertex.int()
     return rows
 

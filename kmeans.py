@@ -5,6 +5,7 @@ k-means is Dhillon & Modha 2001, mini-batches are Sculley 2010, the seeding is A
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +39,8 @@ class CosineKMeans:
         self.n_clusters, self.n_init, self.max_iter = n_clusters, n_init, max_iter
         self.batch_size, self.seed = batch_size, seed
         self._generator = torch.Generator().manual_seed(seed)
-        self._reset()
-
-    def _reset(self):
-        self.cluster_centers_, self.inertia_, self._batches = None, math.inf, 0
+        self.cluster_centers_: Any = None
+        self.inertia_, self._batches = math.inf, 0
 
     def fit(self, x: Tensor) -> "CosineKMeans":
         """Cluster the rows of x (N, d), float, any length of row; zero rows are left out of the fit.
@@ -51,14 +50,9 @@ class CosineKMeans:
         x = _unit_rows(x)
         if not (kept := x.norm(dim=1) > 0).all():
             x = x[kept]  # (N, d)
-        if len(x) < self.n_clusters:
-            raise ValueError(
-                f"Got {len(x)} non-zero rows for {self.n_clusters} clusters; "
-                "k-means needs at least one row a cluster: give more rows or ask for fewer clusters."
-            )
         best = (math.inf, None)
         for _ in range(self.n_init):
-            self._reset()
+            self.cluster_centers_, self._batches = None, 0
             for i in range(self.max_iter):
                 self._step(self._draw(x, self.batch_size), last=i + 1 == self.max_iter)
             best = min(best, (self._mean_distance(x), self.cluster_centers_), key=lambda run: run[0])
@@ -73,8 +67,7 @@ class CosineKMeans:
         """`partial_fit` on rows of unit length; after the last batch nothing would refine a centre that is moved."""
         if self.cluster_centers_ is None:
             self.cluster_centers_ = self._seed_centers(self._draw(x, SEEDING_ROWS * self.n_clusters))
-            self._sums = torch.zeros_like(self.cluster_centers_)
-            self._counts = x.new_zeros(self.n_clusters)
+            self._sums, self._counts = torch.zeros_like(self.cluster_centers_), x.new_zeros(self.n_clusters)
         cosine, label = _nearest(x, self.cluster_centers_)
         member = F.one_hot(label, self.n_clusters).to(x.dtype)  # (B, K)
         self._sums.mul_(FORGET).add_(member.T @ x)  # (K, d); index_add_ is not deterministic on CUDA
@@ -96,18 +89,17 @@ class CosineKMeans:
         """k-means++ on rows x (n, d): each new centre is the best of a few drawn by distance to those we have."""
         if len(x) < self.n_clusters:
             raise ValueError(
-                f"The first batch has {len(x)} rows; seeding {self.n_clusters} clusters needs as many."
+                f"Got {len(x)} non-zero rows for {self.n_clusters} clusters; k-means needs at least one row a cluster, "
+                "partial_fit in its first batch: give more rows or ask for fewer clusters."
             )
         trials = 2 + int(math.log(self.n_clusters))  # the usual greedy variant
         centers = [x[torch.randint(len(x), (), generator=self._generator)]]
         distance = 1 - x @ centers[0]  # (n,) half the squared chord
         while len(centers) < self.n_clusters:
-            weight = distance.clamp(min=1e-12)
-            drawn = torch.multinomial(weight.cpu(), trials, generator=self._generator, replacement=True).to(
-                x.device
-            )
+            weight = distance.clamp(min=1e-12).cpu()
+            drawn = torch.multinomial(weight, trials, replacement=True, generator=self._generator)
             candidate = torch.minimum(distance[:, None], 1 - x @ x[drawn].T)  # (n, trials)
-            best = candidate.sum(0).argmin()
+            best = int(candidate.sum(0).argmin())
             centers.append(x[drawn[best]])
             distance = candidate[:, best]
         return torch.stack(centers)  # (K, d)

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from crf import dense_crf, upsample_along_edges, working_size
 from kmeans import CosineKMeans
 from stego_parts.backbones import CUSTOM, load_backbone
-from stego_parts.checkpoint import FitCheckpoint, Training, features_key
-from stego_parts.config import RELEASED, Config, clustering_settings, fit_config
+from stego_parts.checkpoint import FitCheckpoint, Training
+from stego_parts.config import RELEASED, Config, clustering_settings, fit_config, source_names
 from stego_parts.diagnostics import cluster_agreement, plausible_counts, training_warning
 from stego_parts.distributed import data_parallel, from_first, process_count, rank
 from stego_parts.images import distinct_colors, find_images, read_image, to_tensor
@@ -69,7 +69,6 @@ CLUSTER_STARTS = 12  # of k-means: with three, mIoU swings by one to two points 
 CROWD_ROWS = 500  # codes that stand for all where crowding is measured
 CROWD_SHARPNESS = 10.0  # crowding: mean of exp(10 (cosine - 1)), which halves at an angle of 21 degrees
 AGREEMENT_ROWS = 20_000  # codes of each half of the images, for -k auto
-NOTED_SOURCES = 16  # folders, patterns and files given to fit up to which a model notes their names
 
 
 # ---- nearest neighbours (Sec. 4: cosine similarity of averaged features) ---------------------------------------
@@ -81,14 +80,13 @@ def nearest_neighbors(means: Tensor, count: int = NEIGHBORS, *, device="cpu") ->
     A single row is its own neighbour.
     """
     n, means = len(means), means.to(device)
-    if n == 1:
-        return torch.zeros(1, 1, dtype=torch.int64)
+    count = max(min(count, n - 1), 1)
     room = means.new_empty(min(max(SIMILARITIES // n, 1), n), n)  # reused: fresh memory costs a third more
     neighbors = []
     for rows in torch.arange(n, device=device).split(len(room)):
         similarity = torch.mm(means[rows], means.T, out=room[: len(rows)])  # (rows, n)
         similarity[torch.arange(len(rows)), rows] = -torch.inf  # an image is not its own neighbour
-        neighbors.append(similarity.topk(min(count, n - 1), dim=1).indices)
+        neighbors.append(similarity.topk(count, dim=1).indices)
     return torch.cat(neighbors).cpu()
 
 
@@ -151,11 +149,10 @@ def shifts_from_data(cache: TokenCache, neighbors: Tensor, config: Config) -> di
 
 def derangement(count: int) -> Tensor:
     """A random permutation of 0..count-1 without a fixed point, uniform among them; count is at least 2."""
-    identity = torch.arange(count)
-    while True:
+    shuffled = identity = torch.arange(count)
+    while (shuffled == identity).any():  # one draw in e succeeds
         shuffled = torch.randperm(count)
-        if (shuffled != identity).all():  # one draw in e succeeds
-            return shuffled
+    return shuffled
 
 
 # ---- the segmentation head and its training (Sec. 3.3) ---------------------------------------------------------
@@ -234,22 +231,19 @@ def train_head(
     *,
     progress: Progress = no_progress,
     checkpoint: FitCheckpoint | None = None,
-    key: dict | None = None,
 ) -> tuple[Head, list[dict]]:
     """Train a head on cached tokens and the table of neighbours (n, <= 7) of their crops.
 
     Returns it in eval mode, rounded to float16 as it is saved, and what `code_similarities` said now and then.
     checkpoint: where it is noted how far training has come, and from where it goes on if it has come some way.
     """
-    head = Head(cache.tokens.shape[2], config.code_size, feature_weight=config.feature_weight)
-    head = head.to(cache.device).train()
+    channels = cache.tokens.shape[2]
+    head = Head(channels, config.code_size, feature_weight=config.feature_weight).to(cache.device)
     if head.feature_weight:
         head.mean.copy_(unit(cache.sample(torch.randperm(len(cache))[:MEAN_CROPS], POSITIONS)).mean((0, 1)))
-    optimizer = torch.optim.Adam(
-        head.parameters(), lr=LEARNING_RATE, fused=cache.device.type == "cuda" or None
-    )
-    run = Training(head, optimizer, config, key, len(cache))
-    run.resume(checkpoint)
+    fused = cache.device.type == "cuda" or None
+    optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE, fused=fused)
+    run = Training(head, optimizer, config, len(cache), checkpoint)
     network = data_parallel(head)
     for step in range(run.step, config.steps):
         anchor = run.next_crops()
@@ -263,7 +257,7 @@ def train_head(
         loss.backward()
         optimizer.step()
         run.step = step + 1
-        run.save(checkpoint)
+        run.save()
         progress("training", run.step, config.steps)
     return head.half().float().requires_grad_(False).eval(), run.history
 
@@ -284,37 +278,31 @@ def code_similarities(head: Head, f: Tensor, f_knn: Tensor) -> dict[str, float]:
 # ---- clusters (Sec. 3.3: cosine k-means on the codes) ----------------------------------------------------------
 
 
-def find_clusters(head: Head, cache: TokenCache, config: Config, *, progress: Progress = no_progress):
-    """Centres (K, D), the share of the codes of each (K,), and for classes "auto" the agreement of halves, else {}."""
+def cluster_codes(describe: Describe, cache: TokenCache, config: Config, *, progress: Progress = no_progress):
+    """Clusters of the codes of random tokens, most used first: their centres (K, D) and share of the codes (K,).
+
+    And third, for classes "auto", how much halves of the images agree on each number of clusters, else {}.
+    describe: tokens (..., C) to what is clustered, (..., D); `Head.describe` in a fit.
+    config.evenness: 0 clusters the codes as they are; towards 1, crowded directions weigh less and rare things get
+    centres.
+    """
     agreement: dict[int, list[float]] = {}
     if config.classes == "auto":
-        halves = partial(sample_halves, head.describe, cache, evenness=config.evenness)
+        halves = partial(sample_halves, describe, cache, evenness=config.evenness)
         agreement = cluster_agreement(halves, seed=config.seed, progress=progress)
     progress("clusters", 0, 1)
     count = plausible_counts(agreement)[0] if agreement else int(config.classes)
-    centers, share = cluster_codes(head.describe, cache, count, evenness=config.evenness, seed=config.seed)
-    progress("clusters", 1, 1)
-    return centers, share, agreement
-
-
-def cluster_codes(
-    describe: Describe, cache: TokenCache, count: int, *, evenness: float = 0.0, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Centres (K, D) of the codes of random tokens, most used first, and each one's share of them (K,).
-
-    describe: tokens (..., C) to what is clustered, (..., D); `Head.describe` in a fit.
-    evenness: 0 clusters the codes as they are; towards 1, crowded directions weigh less and rare things get centres.
-    """
     codes = sample_codes(describe, cache, torch.arange(len(cache)), CLUSTER_ROWS)  # (N, D)
     if len(codes) < count:
         raise ValueError(
             f"{count} classes are more than there are positions to cluster; ask for fewer or give more images."
         )
-    kmeans = CosineKMeans(count, n_init=CLUSTER_STARTS, seed=seed)
-    kmeans.fit(resample_by_density(codes, evenness))
+    kmeans = CosineKMeans(count, n_init=CLUSTER_STARTS, seed=config.seed)
+    kmeans.fit(resample_by_density(codes, config.evenness))
     share = torch.bincount(kmeans.predict(codes), minlength=count) / len(codes)
     order = share.argsort(descending=True, stable=True)
-    return kmeans.cluster_centers_[order], share[order]
+    progress("clusters", 1, 1)
+    return kmeans.cluster_centers_[order], share[order], agreement
 
 
 def sample_codes(describe: Describe, cache: TokenCache, crops: Tensor, count: int) -> Tensor:
@@ -381,16 +369,12 @@ class Stego:
         share: Tensor,
         *,
         backbone_sha256: str,
-        palette=None,
-        names=None,
         device="cpu",
-        weights=None,
     ):
-        self.config, self.device = config, device
-        self.backbone_sha256, self.weights = backbone_sha256, weights
+        self.config, self.backbone_sha256, self.device = config, backbone_sha256, device
         self.head, self.centers, self.share = head.to(device), centers.to(device), share.cpu()
-        self.palette = distinct_colors(len(centers)) if palette is None else palette
-        self.names = [""] * len(centers) if names is None else list(names)
+        self.palette, self.names = distinct_colors(len(centers)), [""] * len(centers)
+        self.weights: str | Path | None = None  # a local file of the backbone's
         self.linear: tuple[Tensor, Tensor] | None = None  # weight, bias: a released linear probe
         self.record: FitRecord | None = None
         self._backbone: Any = None
@@ -436,7 +420,7 @@ class Stego:
         paths = tiles_of((path for path, _ in found), config.tile)
         load = partial(load_backbone, weights=weights, device=device, progress=progress is not no_progress)
         network = base.backbone if base else load(backbone or config.backbone, stride=config.stride)
-        settings |= dict(stride=network.patch, images=_source_names(sources))
+        settings |= dict(stride=network.patch, images=source_names(sources))
         config = fit_config(preset, backbone=network.name, **settings)
         if earlier := _model_of(match, device=device):
             check_same_features(earlier, network)
@@ -452,9 +436,8 @@ class Stego:
                     f"The model was fitted on {name.removeprefix(CUSTOM)}, a feature extractor given from Python, "
                     "which the file does not contain; give it again: Stego.load(path, backbone=...)."
                 )
-            self._backbone = check_backbone(
-                load_backbone(name, weights=self.weights, device=self.device, stride=self.config.stride), self
-            )
+            network = load_backbone(name, weights=self.weights, device=self.device, stride=self.config.stride)
+            self._backbone = check_backbone(network, self)
         return self._backbone
 
     # ---- names of clusters
@@ -483,8 +466,7 @@ class Stego:
                 raise ValueError(
                     f"Got the name {name!r}; use a word that is no number, without comma and equals sign."
                 )
-        for k, name in names.items():
-            self.names[k] = name
+        self.names = [names.get(k, name) for k, name in enumerate(self.names)]
 
     def select(self, wanted) -> list[int]:
         """The clusters that numbers or names mean, in any case: ["Road", "5"] -> [3, 5, 7] if 3 and 7 are called road.
@@ -509,10 +491,8 @@ class Stego:
 
         x: (B, 3, H, W) float, H and W multiples of the patch -> (B, D, H / patch, W / patch).
         """
-        both = dense_features(
-            self.backbone, torch.cat([x, x.flip(-1)]), self.device, exact=self.config.preset == RELEASED
-        )
-        return unmirror(self.head.on_map(both))
+        both, exact = torch.cat([x, x.flip(-1)]), self.config.preset == RELEASED
+        return unmirror(self.head.on_map(dense_features(self.backbone, both, self.device, exact=exact)))
 
     def image_centers(self, codes: Tensor) -> Tensor:
         """The centres (K, D) by which the image with these codes (1, D, h, w) is segmented."""
@@ -555,13 +535,7 @@ class Stego:
         return self._probabilities(image, codes, self.image_centers(codes), crf, crf_size).cpu().numpy()
 
     def _image_codes(
-        self,
-        image,
-        *,
-        resolution: int = RESOLUTION,
-        tile: int | None = None,
-        smooth: Callable[[Tensor], Tensor] | None = None,
-        progress: Progress = no_progress,
+        self, image, *, resolution=RESOLUTION, tile=None, smooth=None, progress=no_progress
     ) -> tuple[Tensor, int]:
         """Codes (1, D, h, w) of one picture of any size, and the side of its tiles, 0 if it was seen whole."""
         if side := tile_side(image.size, self.config.tile if tile is None else tile):
@@ -620,11 +594,12 @@ class Stego:
             code_size, channels = dict(state["head"])["linear.weight"].shape
             head = Head(channels, code_size, feature_weight=config.feature_weight)
             head.load_state_dict(state["head"])
-            check_model(state, head.size, head.state_dict().values())
+            check_model(state, head)
             head = head.requires_grad_(False).eval()
-            parts = {name: state[name] for name in ("centers", "share", "names", "backbone_sha256")}
-            parts |= dict(palette=state["palette"].numpy(), device=device, weights=weights)
-            model = cls(config, head, **parts)
+            parts = {name: state[name] for name in ("centers", "share", "backbone_sha256")}
+            model = cls(config, head, **parts, device=device)
+            model.palette, model.names = state["palette"].numpy(), list(state["names"])
+            model.weights = weights
         if config.preset == RELEASED:  # which contains its backbone
             model._backbone = load_backbone(config.backbone, weights=path, device=device)
             model.backbone_sha256, model.weights = model._backbone.sha256, path
@@ -643,19 +618,13 @@ def _fit_stages(config: Config, paths, network, base, earlier, device, progress,
     """A fit in the paper's order: features, neighbours, balance, head, clusters; of a base model, its head."""
     if process_count() > 1 and not checkpoint:
         raise ValueError("Several processes share one file of features: give a folder as `checkpoint`.")
-    features = features_key(paths, network.sha256, config) if checkpoint else None
-    if features != from_first(lambda: features):
-        raise ValueError("The processes see other images or options than each other; give each the same.")
-    key = {"features": features, "config": asdict(config)}
-    kept = FitCheckpoint(checkpoint) if checkpoint else None
+    kept = FitCheckpoint(checkpoint, paths, network.sha256, config) if checkpoint else None
     devices = [device] if device.type == "cuda" else []  # whose random generators are left as they are
     with closing(kept) if kept else nullcontext(), torch.random.fork_rng(devices):
         if kept and not base:
-            from_first(lambda: kept.begin(key, resume=resume))
+            from_first(lambda: kept.begin(resume=resume))
         torch.manual_seed(config.seed)
-        cache = encode(
-            network, paths, config, device=device, progress=progress, checkpoint=kept, key=features
-        )
+        cache = encode(network, paths, config, device=device, progress=progress, checkpoint=kept)
         torch.manual_seed(config.seed + rank())  # whether the features were new or not
         history: list[dict] = []
         if base:
@@ -665,10 +634,10 @@ def _fit_stages(config: Config, paths, network, base, earlier, device, progress,
             neighbors = from_first(lambda: nearest_neighbors(cache.means, device=device))
             progress("neighbors", 1, 1)
             config = replace(config, **from_first(lambda: shifts_from_data(cache, neighbors, config)))
-            head, history = train_head(cache, neighbors, config, progress=progress, checkpoint=kept, key=key)
+            head, history = train_head(cache, neighbors, config, progress=progress, checkpoint=kept)
         torch.manual_seed(config.seed)  # whether the head was new or not
-        clusters = from_first(lambda: find_clusters(head, cache, config, progress=progress))
-        centers, share, agreement = clusters
+        clusters = from_first(lambda: cluster_codes(head.describe, cache, config, progress=progress))
+    centers, share, agreement = clusters
     config = replace(config, classes=len(centers), crops=len(cache))
     model = Stego(config, head, centers, share, backbone_sha256=network.sha256, device=device)
     model.record = FitRecord(list(paths), cache.images, neighbors, history, agreement)
@@ -678,9 +647,3 @@ def _fit_stages(config: Config, paths, network, base, earlier, device, progress,
     if warning := training_warning(history):
         log.warning(warning)
     return model
-
-
-def _source_names(sources) -> tuple[str, ...]:
-    """What a fit was given, for whoever looks for its images later; no absolute paths: they tell of a person's disk."""
-    names = tuple(str(each) for each in sources)
-    return () if len(names) > NOTED_SOURCES or any(map(os.path.isabs, names)) else names

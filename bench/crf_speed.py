@@ -13,6 +13,9 @@ Memory is the peak of the resident set during a call less the resident set befor
 that has made a small call first and has given freed memory back; the result is in it, the inputs are not.
 The C++ library (pydensecrf) has its rows where it can be imported.
 The exact mean field takes minutes an image; --no-exact leaves the agreement out.
+--profile prints where one call's time goes instead, one thread, and the floor of each part: for weighted sums of
+rows the time of as many rows from a table that the first cache holds, for the softmax that of its exponentials.
+Memory is kept as in the command line.
 """
 
 import argparse
@@ -21,7 +24,9 @@ import importlib.util
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -29,6 +34,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import crf
+from cli import keep_memory
 from crf import dense_crf
 
 CLASSES = 27
@@ -36,6 +43,11 @@ MEAN_MAX = {"soft": 0.10, "sharp": 0.62}  # mean maximum probability
 GRAIN, NOISE = 8, 0.3  # pixels, share of a one-hot plane
 REACH = 6.0  # standard deviations of colour at which the exact kernel counts as 0
 BLOCK, GROUP = 256, 16  # pixels a block of alike colours, blocks of the exact kernel in work at once
+PARTS = {  # of dense_crf, for --profile; time within an inner one is not counted twice
+    "lattice: build, normalise": (crf, "_colour_kernel"),
+    "sums of rows": (crf, "_bags"),
+    "softmax": (torch, "softmax"),
+}
 SIZES = [(320, 320), (360, 480), (960, 1280)]  # (H, W)
 
 
@@ -212,6 +224,43 @@ def agreement(pairs: list) -> None:
             print(line, flush=True)
 
 
+def profile(pairs: list, repeats: int) -> None:
+    """A line a part of dense_crf: milliseconds a call, share, floor. Medians over the rounds, soft scores."""
+    rounds = []
+    for image, labels in pairs * (repeats + 1):
+        spent, rows, scores = dict.fromkeys(PARTS, 0.0), [0], make_scores(labels, "soft")
+
+        def timed(part, function):
+            def call(*args, **named):
+                began, inner = time.perf_counter(), sum(spent.values())
+                result = function(*args, **named)
+                spent[part] += time.perf_counter() - began - (sum(spent.values()) - inner)
+                rows[0] += args[1].numel() if part == "sums of rows" and args[0].shape[1] > 1 else 0
+                return result
+
+            return call
+
+        with ExitStack() as stack:
+            for part, (place, name) in PARTS.items():
+                stack.enter_context(patch.object(place, name, timed(part, getattr(place, name))))
+            total = seconds(crf.dense_crf, image, scores)
+        small, q = torch.rand(128, CLASSES), torch.rand(crf.STRIP, CLASSES)
+        index, weight = torch.randint(128, (crf.STRIP, 6), dtype=torch.int32), torch.rand(crf.STRIP, 6)
+        row = seconds(crf._gather, small, index, weight) / index.numel()
+        floors = {
+            "sums of rows": rows[0] * row,
+            "softmax": seconds(torch.exp, q) / len(q) * 10 * image[0].numel(),
+        }
+        spent["everything else"] = total - sum(spent.values())
+        rounds.append([(spent[part], floors.get(part, np.nan)) for part in spent])
+    rounds = np.median(rounds[len(pairs) :], 0)
+    for part, (value, floor) in zip(spent, rounds):
+        print(
+            f"| {part} | {value * 1000:.0f} | {value / rounds[:, 0].sum():.0%} | {floor * 1000:.0f} |",
+            flush=True,
+        )
+
+
 def extra_memory(size: tuple[int, int], data: Path) -> float:
     """Peak MB of one call beyond what was resident before, in a process of its own."""
     command = [sys.executable, __file__, "--data", str(data), "--memory", *map(str, size)]
@@ -263,12 +312,19 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4, help="CamVid val images")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds over the images")
     parser.add_argument("--no-exact", action="store_true", help="leave the slow agreement out")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, and nothing else")
     parser.add_argument("--memory", type=int, nargs=2, metavar=("H", "W"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
         return memory_of_one_call(options.data, tuple(options.memory))
 
     torch.set_num_threads(1)
+    keep_memory()
+    if options.profile:
+        print("| size | part | ms | share | floor, ms |\n|---|---|---|---|---|")
+        for size in SIZES[:2]:
+            profile(camvid(options.data, options.images, size), options.repeats)
+        return
     if "C++ library" not in methods():
         print("pydensecrf is not importable here: its rows are left out\n")
     print("| size, scores | what | seconds | ratio |\n|---|---|---|---|")

@@ -91,7 +91,9 @@ def score(method: Method, images, classes: int, crf: bool) -> tuple[float, float
 def raw_kmeans(cache, classes: int, seed: int) -> Method:
     """The baseline: k-means on the backbone's features."""
     torch.manual_seed(seed)
-    return Method(lambda features: features, cluster_codes(unit, cache, classes, seed=seed)[0])
+    return Method(
+        lambda features: features, cluster_codes(unit, cache, Config(classes=classes, seed=seed))[0]
+    )
 
 
 def fitted(cache, config: Config, seed: int) -> Method:
@@ -100,8 +102,7 @@ def fitted(cache, config: Config, seed: int) -> Method:
     neighbors = nearest_neighbors(cache.means)
     config = replace(config, seed=seed, **shifts_from_data(cache, neighbors, config))
     head, _ = train_head(cache, neighbors, config)
-    centers, _ = cluster_codes(head.describe, cache, config.classes, evenness=config.evenness, seed=seed)
-    return Method(head.on_map, centers, config.adaptation)
+    return Method(head.on_map, cluster_codes(head.describe, cache, config)[0], config.adaptation)
 
 
 def run_set(network, split: Split, variants: dict, seeds: int, kinds) -> dict:

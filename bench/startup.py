@@ -1,29 +1,39 @@
-"""How long does `stego --help` take, beyond the interpreter's own start? Does anything heavy come along?
+"""How long does `stego --help` take, beyond the interpreter's own start? And `stego predict`, beyond what it must do?
 
-    python bench/startup.py
+    python bench/startup.py [IMAGE]
 
-Prints the median of the runs of both, their difference against the bound of 0.3 s, and the five slowest imports.
+Prints the median of the runs of both, their difference against the bound of 0.3 s, and the five slowest imports. With
+an image also the time from the command to its mask (`tiny`, a head and 27 centres at random, with the CRF), against
+`import torch` in a process of its own plus the backbone and the CRF alone in a warm one; bound 1.3.
 """
 
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RUNS = 20
 BOUND = 0.3  # seconds
+RUNS_OF_PREDICT, BOUND_OF_PREDICT = 5, 1.3
 HEAVY = {"torch", "torchvision", "numpy", "PIL", "scipy"}
 
 
-def seconds(*args: str) -> float:
+def seconds(*args: str, runs: int = RUNS) -> float:
     """Median wall time of the interpreter with these arguments."""
+    command = [sys.executable, *args]
+    return median(lambda: subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL), runs)
+
+
+def median(function, runs: int) -> float:
+    """Median wall time of a call."""
     times = []
-    for _ in range(RUNS):
+    for _ in range(runs):
         began = time.perf_counter()
-        subprocess.run([sys.executable, *args], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        function()
         times.append(time.perf_counter() - began)
     return statistics.median(times)
 
@@ -42,6 +52,33 @@ def imports() -> list[tuple[int, str]]:
     ]
 
 
+def predict(path: str):
+    """A prediction from the command to the mask, and the sum of what it cannot do without."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+    import torch
+    from evaluation import random_model
+
+    import crf
+    from stego import pixels
+    from stego_parts.backbones import load_backbone
+    from stego_parts.images import read_image
+
+    model, image = random_model(load_backbone("tiny"), 27), read_image(path)
+    scores = torch.from_numpy(model.probabilities(image, crf=False)).log()  # (27, h, w)
+    small = pixels(image.resize(scores.shape[:0:-1]))  # (3, h, w)
+    parts = {
+        "import torch": seconds("-c", "import torch", runs=RUNS_OF_PREDICT),
+        "backbone": median(lambda: model.predict(image, crf=False), RUNS_OF_PREDICT),
+        "CRF": median(lambda: crf.dense_crf(small, scores), RUNS_OF_PREDICT),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(f"{folder}/stego.pt")
+        args = ["cli.py", "predict", path, "-m", f"{folder}/stego.pt", "-o", f"{folder}/mask.png", "-q"]
+        whole, floor = seconds(*args, runs=RUNS_OF_PREDICT), sum(parts.values())
+    each = ", ".join(f"{name} {value:.2f} s" for name, value in parts.items())
+    print(f"stego predict {whole:.2f} s; {each}; ratio {whole / floor:.2f}, bound {BOUND_OF_PREDICT}")
+
+
 def main():
     bare, full = seconds("-c", "pass"), seconds("cli.py", "--help")
     loaded = imports()
@@ -54,6 +91,8 @@ def main():
         f"{len(loaded)} modules by `import cli`; heavy among them: {', '.join(heavy) or 'none'}; slowest: "
         + ", ".join(f"{name} {own / 1000:.1f} ms" for own, name in sorted(loaded, reverse=True)[:5])
     )
+    for path in sys.argv[1:2]:
+        predict(path)
     sys.exit(1 if heavy or full - bare > BOUND else 0)
 
 

@@ -17,7 +17,8 @@ import re
 import socket
 import sys
 import zipfile
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,28 +124,31 @@ def load_backbone(
         return _load_auto(weights, stride=stride, device=device, progress=progress)
     if name not in NAMES:
         raise ValueError(f"Unknown backbone {name!r}; choose one of: auto, {', '.join(NAMES)}.")
-    module = _empty(name, stride)
+    module, convert = _empty(name, stride)
     if name == "tiny":
         state = _read_tiny(weights)
     else:
-        state = _read_weights(Path(weights)) if weights else _download(name, progress)
-        state = _converted(state, module)
+        state = convert(_read_weights(Path(weights)) if weights else _download(name, progress))
     _fill(module, state, name, source=weights or f"the weights of {name}")
     module.name, module.sha256 = name, fingerprint(module.state_dict())
     return module.requires_grad_(False).eval().to(device)
 
 
-def _empty(name: str, stride: int | None) -> nn.Module:
-    """The network of a name without memory for its weights, which `_fill` brings."""
+def _empty(name: str, stride: int | None) -> tuple[nn.Module, Callable[[dict], dict]]:
+    """The network of a name without memory for its weights, and what brings a published state dict under its names."""
     spec = BACKBONES.get(name)
     with torch.device("meta"):
         if spec and not spec.heads:
-            from stego_parts.resnet import DILATED, ResNet50  # here: torchvision is slow to import
+            from stego_parts.resnet import (
+                DILATED,
+                ResNet50,
+                convert_resnet,
+            )  # here: torchvision imports slowly
 
             stride = spec.patch if stride is None else stride
             if stride not in DILATED:
                 raise ValueError(f"Got stride {stride}; {name} has {', '.join(map(str, DILATED))}.")
-            return ResNet50(stride)
+            return ResNet50(stride), convert_resnet
         module = ViT(spec) if spec else Tiny()
     if stride not in (None, module.patch):
         resnets = ", ".join(name for name, spec in BACKBONES.items() if not spec.heads)
@@ -152,18 +156,7 @@ def _empty(name: str, stride: int | None) -> nn.Module:
             f"Got stride {stride}; {name} sees patches of {module.patch} pixels, leave the stride out. "
             f"It is for {resnets}."
         )
-    return module
-
-
-def _converted(state: dict, module: nn.Module) -> dict:
-    """A published state dict under the names of our module."""
-    if isinstance(module, ViT):
-        return convert_dino(state)
-    from stego_parts.resnet import convert_resnet
-
-    # features do not depend on these
-    counters = [key for key in module.state_dict() if key.endswith("num_batches_tracked")]
-    return {key: torch.tensor(0) for key in counters} | convert_resnet(state)
+    return module, convert_dino
 
 
 class Custom(nn.Module):
@@ -185,9 +178,8 @@ class Custom(nn.Module):
         with torch.inference_mode():
             maps = function(torch.zeros(1, 3, side, side, device=device))
         if not isinstance(maps, Tensor) or maps.ndim != 4 or len(maps) != 1 or not maps.is_floating_point():
-            shape = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             raise ValueError(
-                f"The backbone {self.name} made {shape} of an image (1, 3, {side}, {side}); it must give "
+                f"The backbone {self.name} made {_shape(maps)} of an image (1, 3, {side}, {side}); it must give "
                 "a float tensor (1, C, h, w)."
             )
         self.channels, (h, w) = maps.shape[1], maps.shape[2:]
@@ -211,12 +203,9 @@ def _load_auto(weights, **options):
         if weights:
             raise
         log.warning(
-            "%s is not in the cache and cannot be downloaded; using the bundled backbone tiny, which knows "
-            "colours and textures but hardly any objects. For better segments get %s and pass it: "
-            "--backbone %s --weights FILE.",
-            AUTO,
-            BACKBONES[AUTO].url,
-            AUTO,
+            f"{AUTO} is not in the cache and cannot be downloaded; using the bundled backbone tiny, which knows "
+            f"colours and textures but hardly any objects. For better segments get {BACKBONES[AUTO].url} and pass it: "
+            f"--backbone {AUTO} --weights FILE."
         )
         return load_backbone("tiny", device=options["device"])
 
@@ -241,14 +230,15 @@ def _download(name: str, progress: bool) -> dict:
     spec, path = BACKBONES[name], checkpoint_path(name)
     if path.exists():
         return _read_weights(path, spec.sha256)
-    watched = progress and sys.stderr.isatty()
+    watched, timeout = progress and sys.stderr.isatty(), socket.getdefaulttimeout()
     by_hand = (
         f"put the file at {path} by hand, pass it as --weights FILE, or use --backbone tiny (no download)."
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # torch.hub writes to a temporary name and renames, but sets no time-out and announces downloads on stdout
-        with _net_timeout(NET_TIMEOUT), redirect_stdout(sys.stderr if watched else io.StringIO()):
+        socket.setdefaulttimeout(NET_TIMEOUT)
+        with redirect_stdout(sys.stderr if watched else io.StringIO()):
             options = dict(map_location="cpu", progress=watched, weights_only=True)
             torch.hub.load_state_dict_from_url(spec.url, **options)
         return _read_weights(path, spec.sha256)
@@ -261,16 +251,8 @@ def _download(name: str, progress: bool) -> dict:
         raise FileNotFoundError(
             f"What {spec.url} sent is not a usable weight file ({first_line(error)}): try again, {by_hand}"
         ) from error
-
-
-@contextmanager
-def _net_timeout(seconds: float):
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(timeout)
 
 
 def _read_tiny(weights) -> dict:
@@ -325,9 +307,6 @@ class Inert:
     def __new__(cls, *args, **kwargs):
         return object.__new__(cls)
 
-    def __init__(self, *args, **kwargs):
-        pass
-
     def nothing(self, *args, **kwargs):
         return None
 
@@ -358,23 +337,26 @@ class _InertPickle:
 def _fill(module: nn.Module, state: dict, name: str, *, source):
     """Load a state dict after checking every name, shape and value."""
     needed = module.state_dict()
-    missing, extra = sorted(needed.keys() - state.keys()), sorted(state.keys() - needed.keys())
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has an unknown entry {extra[0]}"
+    misfits = [f"it lacks {key}" for key in sorted(needed.keys() - state.keys())]
+    misfits += [f"it has an unknown entry {key}" for key in sorted(state.keys() - needed.keys())]
+    misfits += [
+        f"{key} is {_shape(state[key])}, it should be {_shape(want)}"
+        for key, want in needed.items()
+        if key in state and _shape(state[key]) != _shape(want)
+    ]
+    if misfits:
         raise ValueError(
-            f"{source} does not fit the backbone {name}: it {what}; name the backbone it was made for."
+            f"{source} does not fit the backbone {name}: {misfits[0]}; name the backbone it was made for."
         )
-    for key, want in needed.items():
-        got = state[key]
-        if not isinstance(got, Tensor) or got.shape != want.shape:
-            shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
-            raise ValueError(
-                f"{source} does not fit the backbone {name}: {key} is {shape}, it should be "
-                f"{tuple(want.shape)}; name the backbone it was made for."
-            )
-        if got.is_floating_point() and not torch.isfinite(got).all():
+    for key, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"{source} is damaged: {key} holds NaN or infinite values.")
     module.load_state_dict({key: state[key].to(want.dtype) for key, want in needed.items()}, assign=True)
+
+
+def _shape(value) -> tuple | str:
+    """What tells a tensor that is needed from what came in its place."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 try:
@@ -33,8 +34,13 @@ class FitCheckpoint:
     Survives the process, however that ends. Each state is written under a temporary name and renamed.
     """
 
-    def __init__(self, folder):
-        self.folder, self.saved, self.cache = Path(folder), time.monotonic(), None
+    def __init__(self, folder, paths, backbone_sha256: str, config: Config):
+        features = features_key(paths, backbone_sha256, config)
+        if features != from_first(lambda: features):
+            raise ValueError("The processes see other images or options than each other; give each the same.")
+        fit = {"features": features, "config": asdict(config)}
+        self.keys = {"features": features, "fit": fit, "training": fit}  # what each state depends on
+        self.folder, self.cache = Path(folder), None
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "w")
         try:
@@ -45,24 +51,24 @@ class FitCheckpoint:
                 f"Another fit is working in {folder}; wait for it, or choose another output."
             ) from error
 
-    def token_cache(self, shape: tuple[int, int, int, int], key: dict | None) -> TokenCache:
-        """The cache in this folder: with what it has of this key, or an empty one."""
+    def token_cache(self, shape: tuple[int, int, int, int]) -> TokenCache:
+        """The cache in this folder: with what it has of these images, or an empty one."""
         path = self.folder / "tokens"
 
         def prepare():
-            if self.load("features", key) is None:
+            if self.load("features") is None:
                 path.unlink(missing_ok=True)
             TokenCache(*shape, path=path)
-            self.save("features", key, {})
+            self.save("features", {})
 
         from_first(prepare)
         self.cache = TokenCache(*shape, path=path)
         return self.cache
 
-    def begin(self, key: dict, *, resume: bool):
+    def begin(self, *, resume: bool):
         """Forget the training of an earlier fit, or make sure that it is the one to go on with."""
         known, training = (self.folder / "fit.pt").exists(), self.folder / "training.pt"
-        if resume and known and self.load("fit", key) is None:
+        if resume and known and self.load("fit") is None:
             raise ValueError(
                 f"The fit in {self.folder} was of other images or options, or one has changed since; give the same "
                 "ones, or start afresh without --resume."
@@ -74,19 +80,16 @@ class FitCheckpoint:
                 "Starting afresh, though a fit was interrupted in %s; --resume would go on.", self.folder
             )
             training.unlink()
-        self.save("fit", key, {})
+        self.save("fit", {})
 
-    def load(self, name: str, key: dict | None) -> dict | None:
-        """The state saved under a name, if it belongs to this key; None if there is none or a damaged one."""
-        return read_state(self.folder / f"{name}.pt", key)
+    def load(self, name: str) -> dict | None:
+        """The state saved under a name, if it is of this fit; None if there is none or a damaged one."""
+        return read_state(self.folder / f"{name}.pt", self.keys[name])
 
-    def save(self, name: str, key: dict | None, state: dict):
-        """Keep a state and the random generator's under a name, for `load` with this key."""
-        write_state(state | {"key": key, "random": torch.get_rng_state()}, self.folder / f"{name}.pt")
-        self.saved = time.monotonic()
-
-    def due(self) -> bool:
-        return time.monotonic() - self.saved >= SAVE_EVERY
+    def save(self, name: str, state: dict):
+        """Keep a state and the random generator's under a name."""
+        state |= {"key": self.keys[name], "random": torch.get_rng_state()}
+        write_state(state, self.folder / f"{name}.pt")
 
     def close(self):
         """Give the folder back; it is removed if there is nothing in it to go on from."""
@@ -105,7 +108,7 @@ def end_fit(folder, *, keep_features: bool):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_state(path, key: dict | None) -> dict | None:
+def read_state(path, key: dict) -> dict | None:
     """The state in a file, if it belongs to this key; None if there is none or a damaged one."""
     try:
         state = torch.load(path, weights_only=True)
@@ -139,13 +142,21 @@ def features_key(paths, backbone_sha256: str, config) -> dict:
 
 
 class Training:
-    """Where a training stands: everything that going on with it needs."""
+    """Where a training stands, everything that going on with it needs: at its start, or where a checkpoint left it."""
 
-    def __init__(self, head: nn.Module, optimizer, config: Config, key: dict | None, crops: int):
-        self.head, self.optimizer, self.steps, self.key = head, optimizer, config.steps, key
+    def __init__(
+        self, head: nn.Module, optimizer, config: Config, crops: int, checkpoint: FitCheckpoint | None
+    ):
+        self.head, self.optimizer, self.steps, self.checkpoint = head, optimizer, config.steps, checkpoint
         self.crops, self.batch = crops, crops_a_step(config, crops)
-        self.order, self.step = torch.empty(0, dtype=torch.int64), 0
+        self.order, self.step, self.saved = torch.empty(0, dtype=torch.int64), 0, time.monotonic()
         self.history: list[dict] = []
+        if checkpoint and (state := checkpoint.load("training")):
+            head.load_state_dict(state["head"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.order, self.step, self.history = state["order"], state["step"], state["history"]
+            torch.set_rng_state(state["random"])
+            log.log(NOTICE, "Going on with the training from step %d.", self.step)
 
     def next_crops(self) -> Tensor:
         """The crops of the next step (batch,): each once an epoch."""
@@ -154,20 +165,14 @@ class Training:
         crops, self.order = self.order[: self.batch], self.order[self.batch :]
         return crops
 
-    def save(self, checkpoint: FitCheckpoint | None):
-        if checkpoint and rank() == 0 and (checkpoint.due() or self.step == self.steps):
+    def save(self):
+        """Note in the checkpoint, now and then and at the end, how far it has come."""
+        due = time.monotonic() - self.saved >= SAVE_EVERY or self.step == self.steps
+        if self.checkpoint and rank() == 0 and due:
             state = dict(step=self.step, order=self.order.clone(), history=self.history)
             state |= dict(head=self.head.state_dict(), optimizer=self.optimizer.state_dict())
-            checkpoint.save("training", self.key, state)
-
-    def resume(self, checkpoint: FitCheckpoint | None):
-        state = checkpoint.load("training", self.key) if checkpoint else None
-        if state:
-            self.head.load_state_dict(state["head"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.order, self.step, self.history = state["order"], state["step"], state["history"]
-            torch.set_rng_state(state["random"])
-            log.log(NOTICE, "Going on with the training from step %d.", self.step)
+            self.checkpoint.save("training", state)
+            self.saved = time.monotonic()
 
 
 def crops_a_step(config: Config, crops: int) -> int:

@@ -1,6 +1,7 @@
 """Every option of a fit: its defaults, its range, and the published values (App. A.11, the released configurations)."""
 
 import math
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,6 +10,11 @@ VIEWS = ("five", "whole", "windows")
 TERMS = ("self", "knn", "rand")  # pairs within an image, with a neighbour, with another image
 MAX_CLASSES = 255  # masks are 8 bit and 255 means "ignore"
 RELEASED = "released"  # the preset of models that the reference implementation made
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+KINDS |= {int | None: KINDS[int], float | None: "a number, or data: taken from the data"}
+LEAST = dict(steps=1, batch_size=1, code_size=1, tile=0, feature_weight=0, adaptation=0)
+LEAST |= {f"lambda_{term}": 0 for term in TERMS}
+NOTED_SOURCES = 16  # folders, patterns and files given to fit up to which a model notes their names
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class Config:
             value = getattr(self, field.name)
             kind = field.type | int if field.type in (float, float | None) else field.type
             if not isinstance(value, kind):
-                raise ValueError(f"Got {field.name} {value!r}; {_kind(field.type)} is needed.")
+                needed = KINDS.get(field.type, "another value")
+                raise ValueError(f"Got {field.name} {value!r}; {needed} is needed.")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"Got {field.name} {value}; a finite number is needed.")
         if self.classes != "auto" and (isinstance(self.classes, str) or not 1 <= self.classes <= MAX_CLASSES):
@@ -67,29 +74,14 @@ class Config:
             raise ValueError(f"Unknown views {self.views!r}; choose one of: {', '.join(VIEWS)}.")
         if not 0 <= self.evenness <= 1:
             raise ValueError(f"Got evenness {self.evenness}; it lies between 0 and 1.")
-        for name, least in (("steps", 1), ("batch_size", 1), ("code_size", 1), ("tile", 0)):
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"Got {name} {getattr(self, name)}; it must be at least {least}.")
-        weights = [getattr(self, f"lambda_{term}") for term in TERMS]
-        if (
-            min(*weights, self.feature_weight, self.adaptation) < 0
-            or not any(weights)
-            or self.cache_size <= 0
-        ):
+        if not (self.lambda_self or self.lambda_knn or self.lambda_rand) or self.cache_size <= 0:
             raise ValueError(
-                f"Got the lambdas {', '.join(map(str, weights))}, feature_weight {self.feature_weight}, adaptation "
-                f"{self.adaptation} and cache_size {self.cache_size}; none is negative, one lambda and cache_size are "
-                "above 0."
+                f"Got lambdas of {self.lambda_self}, {self.lambda_knn}, {self.lambda_rand} and cache_size "
+                f"{self.cache_size}; one lambda and cache_size are above 0."
             )
-
-
-def _kind(type_) -> str:
-    """A type in words."""
-    whole, number = "a whole number", "a number"
-    either = {int | None: whole, float | None: f"{number}, or data: taken from the data"}
-    return (either | {bool: "true or false", int: whole, float: number, str: "a word"}).get(
-        type_, "another value"
-    )
 
 
 # Each with the backbone that it was tuned for; `--preset` and `--dataset` take that one unless another is named.
@@ -145,6 +137,12 @@ def fit_config(preset: str | None = None, *, backbone: str | None = None, **sett
     return Config(**values | given | dict(preset=preset) | (dict(backbone=backbone) if backbone else {}))
 
 
+def source_names(sources) -> tuple[str, ...]:
+    """What a fit was given, for whoever looks for its images later; no absolute paths: they tell of a person's disk."""
+    names = tuple(map(str, sources))
+    return () if len(names) > NOTED_SOURCES or any(map(os.path.isabs, names)) else names
+
+
 def parse_settings(texts) -> dict[str, Any]:
     """Texts NAME=VALUE as keywords of `Stego.fit`; ValueError listing what there is."""
     settings: dict[str, Any] = {}
@@ -159,6 +157,6 @@ def parse_settings(texts) -> dict[str, Any]:
             else:
                 settings[name] = int(value) if kind in (int, int | None) else float(value)
         except (KeyError, TypeError, ValueError) as error:
-            known = ", ".join(f"{name} ({_kind(kind)})" for name, kind in SETTINGS.items())
+            known = ", ".join(f"{name} ({KINDS[kind]})" for name, kind in SETTINGS.items())
             raise ValueError(f"Got the setting {text!r}; give NAME=VALUE with one of: {known}.") from error
     return settings

@@ -108,12 +108,10 @@ class LabelledSet:
         return read_pair(*self.pairs[index], lookup=self.lookup, side=side)
 
 
-def image_set(sources) -> LabelledSet:
-    """Images without labels: files, folders or patterns."""
-    sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    pairs = [(path, None) for path, _ in find_images(sources)]
-    name = ", ".join(map(str, sources[:1])) + (", ..." if len(sources) > 1 else "")
-    return LabelledSet(name, [], pairs, None, f"all of {name}, without labels")
+def image_set(source) -> LabelledSet:
+    """Images without labels: a file, folder or pattern."""
+    pairs = [(path, None) for path, _ in find_images(source)]
+    return LabelledSet(str(source), [], pairs, None, f"all of {source}, without labels")
 
 
 def _lookup(classes, first: int = 0) -> np.ndarray:
@@ -128,17 +126,19 @@ def _lookup(classes, first: int = 0) -> np.ndarray:
 def labelled_set(name: str, root: str | os.PathLike, split: str) -> LabelledSet:
     """A published dataset under root; split "train" or "val" (Potsdam: its test list).
 
-    Raises ValueError for an unknown name, FileNotFoundError with the first missing path and the expected
-    tree.
+    Raises ValueError for an unknown name, FileNotFoundError with the first missing path and the expected tree.
     """
     finders = {"cityscapes": _cityscapes, "cocostuff27": _cocostuff, "potsdam3": _potsdam}
     if name not in finders:
         raise ValueError(
             f"Unknown dataset {name!r}; choose one of {', '.join(finders)}, or give --images and --labels."
         )
-    pairs, source = finders[name](Path(root), split)
-    for path in [path for pair in pairs for path in pair]:
-        _need(path, name, root)
+    needed, pairs, source = finders[name](Path(root), split)
+    for path in [*needed, *(path for pair in pairs for path in pair)]:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing. {name} under {root} should look like\n{LAYOUTS[name]}"
+            )
     lookups = {
         "cityscapes": _lookup(range(27), first=7),
         "cocostuff27": _lookup(list(map(int, COARSE_IDS.split()))),
@@ -148,38 +148,30 @@ def labelled_set(name: str, root: str | os.PathLike, split: str) -> LabelledSet:
     return LabelledSet(name, classes, pairs, lookups[name], source)
 
 
-def _need(path: Path, name: str, root):
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing. {name} under {root} should look like\n{LAYOUTS[name]}")
-
-
-def _cityscapes(root: Path, split: str) -> tuple[list, str]:
+def _cityscapes(root: Path, split: str) -> tuple[list, list, str]:
+    """Paths that must be there, pairs (image path, label path), and which images these are, as the others."""
     images, labels = root / "leftImg8bit" / split, root / "gtFine" / split
-    _need(images, "cityscapes", root)
-    _need(labels, "cityscapes", root)
     paths = sorted(images.glob("*/*_leftImg8bit.png"))
     names = [path.name.replace("leftImg8bit", "gtFine_labelIds") for path in paths]
-    return [(path, labels / path.parent.name / name) for path, name in zip(paths, names)], f"all of {split}"
+    pairs = [(path, labels / path.parent.name / name) for path, name in zip(paths, names)]
+    return [images, labels], pairs, f"all of {split}"
 
 
-def _cocostuff(root: Path, split: str) -> tuple[list, str]:
+def _cocostuff(root: Path, split: str) -> tuple[list, list, str]:
     images, labels = root / f"images/{split}2017", root / f"annotations/{split}2017"
-    _need(images, "cocostuff27", root)
-    _need(labels, "cocostuff27", root)
     curated = root / f"curated/{split}2017/Coco164kFull_Stuff_Coarse{'_7' if split == 'val' else ''}.txt"
     if curated.exists():
         stems, source = curated.read_text().split(), f"the curated list {curated.name}"
     else:
         stems = sorted(path.stem for path in images.glob("*.jpg"))
         source = f"all of {split}2017: no curated list, so not comparable with the published figures"
-    return [(images / f"{stem}.jpg", labels / f"{stem}.png") for stem in stems], source
+    return [images, labels], [(images / f"{stem}.jpg", labels / f"{stem}.png") for stem in stems], source
 
 
-def _potsdam(root: Path, split: str) -> tuple[list, str]:
+def _potsdam(root: Path, split: str) -> tuple[list, list, str]:
     listed = root / f"labelled_{'test' if split == 'val' else split}.txt"
-    _need(listed, "potsdam3", root)
-    stems = listed.read_text().split()
-    return [(root / f"imgs/{stem}.mat", root / f"gt/{stem}.mat") for stem in stems], listed.name
+    stems = listed.read_text().split() if listed.exists() else []
+    return [listed], [(root / f"imgs/{stem}.mat", root / f"gt/{stem}.mat") for stem in stems], listed.name
 
 
 def folder_set(images, labels, *, names=None) -> LabelledSet:

@@ -25,8 +25,7 @@ def training_warning(history: list[dict]) -> str | None:
     """
     if len(history) < 5:
         return None
-    recent = {name: [each[name] for each in history[-5:] if name in each] for name in ("rand", "self")}
-    rand, same = (np.mean(values or [np.nan]) for values in recent.values())
+    rand, same = (np.mean([each.get(name, np.nan) for each in history[-5:]]) for name in ("rand", "self"))
     if rand > COLLAPSED:
         return (
             f"The codes of unrelated images are alike (mean similarity {rand:.2f}, at best near 0): training has "

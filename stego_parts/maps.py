@@ -13,9 +13,8 @@ ADAPTATION_ROUNDS = 4  # assignments after which the centres of an image hardly 
 # Of a frame against the average of those before it. Of a still scene with noise a fifth of the flicker is left, in a
 # slow pan a third, in a fast one (2.5 % of the width a frame) nearly all; with 0.2 segments lag behind visibly.
 FRAME_WEIGHT = 0.3
-SAME_THING = (
-    0.8  # cosine of a code to the average below which something else has come into view; of noise: 0.99
-)
+# Cosine of a code to the average below which something else has come into view; of noise: 0.99.
+SAME_THING = 0.8
 BLOCK_VALUES = 1_000_000  # numbers of a large photo that are upsampled at once: temporaries stay in cache
 
 
@@ -28,9 +27,7 @@ def unmirror(both: Tensor) -> Tensor:
 def upsample_row_blocks(maps: Tensor, height: int, width: int) -> Iterator[tuple[slice, Tensor]]:
     """Maps (C, h, w) upsampled bilinearly, in blocks of rows: yields (rows, (C, rows, width)), in bounded memory."""
     channels, h, _ = maps.shape
-    (wide,) = F.interpolate(
-        maps[None], size=(h, width), mode="bilinear", align_corners=False
-    )  # (C, h, width)
+    wide = F.interpolate(maps[None], (h, width), mode="bilinear", align_corners=False)[0]  # (C, h, width)
     for rows in torch.arange(height).split(max(BLOCK_VALUES // (width * channels), 1)):
         y = ((rows + 0.5) * h / height - 0.5).clamp(0, h - 1).to(maps.device)
         above = y.floor().long()

@@ -29,16 +29,18 @@ def read_model(path: Path) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"No model at {path}; make one with `stego fit IMAGES`, or name one with -m.")
+    foreign = f"{path} is not a stego model; make one with `stego fit IMAGES`."
     try:
         state = read_checkpoint(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not a stego model; make one with `stego fit IMAGES`.") from error
-    weights = state.get("state_dict") if isinstance(state, dict) else None
+        raise ValueError(foreign) from error
+    state = state if isinstance(state, dict) else {}
+    weights = state.get("state_dict")
     if isinstance(weights, dict) and RELEASED_PATCH in weights:
         with damaged(path, "it is not a usable STEGO checkpoint"):
             return _released(weights)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a stego model; make one with `stego fit IMAGES`.")
+    if state.get("format") != FORMAT:
+        raise ValueError(foreign)
     if state.get("version") != VERSION:
         raise ValueError(
             f"{path} is a stego model of version {state.get('version')}, this program reads {VERSION}; install the "
@@ -85,15 +87,12 @@ def _released(state: dict) -> dict:
     )
 
 
-def check_model(state: dict, size: int, weights):
-    """ValueError for what no fit leaves behind, so that a damaged or forged file is found before it is used.
-
-    size: D, the length of what is clustered; weights: the head's tensors.
-    """
+def check_model(state: dict, head):
+    """ValueError for what no fit leaves behind, so that a damaged or forged file is found before it is used."""
     centers, share, palette, names = (state[name] for name in ("centers", "share", "palette", "names"))
-    count, values = len(share), (centers, share, *weights)
+    count, values = len(share), (centers, share, *head.state_dict().values())
     shapes = (centers.shape, share.shape, palette.shape, len(names))
-    if not 1 <= count <= MAX_CLASSES or shapes != ((count, size), (count,), (count, 3), count):
+    if not 1 <= count <= MAX_CLASSES or shapes != ((count, head.size), (count,), (count, 3), count):
         raise ValueError("shapes that do not fit each other")
     if palette.dtype != torch.uint8 or not all(x.is_floating_point() and x.isfinite().all() for x in values):
         raise ValueError("values that are not finite or not of the right type")

@@ -1,14 +1,14 @@
 """The published evaluation protocol (STEGO Sec. 4 and App. A): what makes a number comparable.
 
-Images and labels are resized to 320 on the shorter side and cropped to the central 320 x 320; codes are
-averaged with those of the mirror image and upsampled; cluster probe and linear probe, each with and without a
-CRF; one confusion matrix over the whole set, Hungarian matching, mIoU. In order: metrics, probes, the
-evaluation, its report.
+Images and labels are resized to 320 on the shorter side and cropped to the central 320 x 320; codes are averaged with
+those of the mirror image and upsampled; cluster probe and linear probe, each with and without a CRF; one confusion
+matrix over the whole set, Hungarian matching, mIoU. In order: metrics, probes, the evaluation, its report.
 """
 
 import json
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from stego_parts.config import RELEASED
 from stego_parts.datasets import PUBLISHED, SIDE, LabelledSet
 from stego_parts.images import IGNORE, find_images, replacing, to_tensor
 from stego_parts.maps import adapted_centers, class_scores, dot_products, pixels, unmirror
-from stego_parts.tokens import Progress, dense_features, no_progress, prefetch
+from stego_parts.tokens import Progress, dense_features, no_progress, or_skip, prefetch
 
 log = logging.getLogger("stego")
 
@@ -71,8 +71,7 @@ def confusion_matrix(labels, clusters, *, n_classes: int, n_clusters: int) -> np
 def match_clusters(confusion) -> np.ndarray:
     """Hungarian matching on pixel counts over the whole set (Sec. 4.1).
 
-    confusion: (n_classes, K) counts. Returns (K,) int64: the class of each cluster, -1 for a cluster left
-    over.
+    confusion: (n_classes, K) counts. Returns (K,) int64: the class of each cluster, -1 for a cluster left over.
     """
     confusion = np.asarray(confusion)
     classes, clusters = linear_sum_assignment(confusion, maximize=True)
@@ -86,8 +85,8 @@ def scores(confusion, assignment) -> dict:
 
     confusion: (n_classes, K) counts; assignment: (K,) class of each cluster or -1. Pixels of a cluster
     without a class count as errors (the reference implementation drops them). A class that occurs neither in
-    the labels nor in the predictions has IoU NaN and is left out of the mean. Returns accuracy, miou
-    (fractions), iou (n_classes,).
+    the labels nor in the predictions has IoU NaN and is left out of the mean. Returns plain values: accuracy, miou
+    (fractions), iou (of each class), assignment.
     """
     confusion, assignment = np.asarray(confusion), np.asarray(assignment)
     n_classes = confusion.shape[0]
@@ -100,7 +99,8 @@ def scores(confusion, assignment) -> dict:
     return {
         "accuracy": float(hit.sum() / total) if total else float("nan"),
         "miou": float(np.nanmean(iou)) if (union > 0).any() else float("nan"),
-        "iou": iou,
+        "iou": iou.tolist(),
+        "assignment": assignment.tolist(),
     }
 
 
@@ -168,8 +168,7 @@ def class_shares(label: np.ndarray, classes: int, patch: int) -> Tensor:
 
 
 def linear_probe(rows: Tensor, shares: Tensor, *, seed: int = 0, progress: Progress = no_progress) -> Probe:
-    """Softmax regression from features (N, D) to shares of classes (N, n) by Adam, until the loss stands
-    still.
+    """Softmax regression from features (N, D) to shares of classes (N, n) by Adam, until the loss stands still.
 
     The cross entropy is that of the labelled pixels of each position. Features are standardised on the way,
     which changes the path and not the goal. When it stands still: CONVERGED, PATIENCE, ROUNDS.
@@ -212,8 +211,10 @@ def probe_rows(
     generator, n = torch.Generator().manual_seed(seed), len(images.classes)
     chosen = torch.randperm(len(images.pairs), generator=generator)[:PROBE_IMAGES].tolist()
     patch, each = model.backbone.patch, max(PROBE_ROWS // len(chosen), 1)
+    # images with labels are asked for by name
+    read = images.read if n else partial(or_skip, images.read)
     rows, shares = [], []
-    pairs = prefetch(lambda i: _read_if_possible(images, i, protocol_side(patch)), chosen)
+    pairs = prefetch(lambda i: read(i, side=protocol_side(patch)), chosen)
     for done, pair in enumerate(pairs, 1):
         if pair is not None:
             image, label = pair
@@ -227,16 +228,6 @@ def probe_rows(
     if not rows:
         raise ValueError(f"None of the images of {images.name} could be used; give other --train-images.")
     return torch.cat(rows).clone(), torch.cat(shares)
-
-
-def _read_if_possible(images: LabelledSet, index: int, side: int):
-    try:
-        return images.read(index, side=side)
-    except (ValueError, FileNotFoundError) as error:
-        if images.classes:  # its labels are asked for by name
-            raise
-        log.warning("Skipped: %s", error)
-        return None
 
 
 def protocol_side(patch: int) -> int:
@@ -338,13 +329,12 @@ def evaluate(
 ) -> dict:
     """Score a model on a labelled set by the published protocol, beside its backbone's raw features.
 
-    train: images for the backbone's clusters, see `baseline_images` for the default, and if they have labels
-    for the linear probes. Returns plain values, ready for JSON: dataset, classes, images, clusters, model,
-    seed, protocol, published (see `datasets.Published`), and results, a list of {features, probe, crf,
-    accuracy, miou, iou, confusion, assignment, image_accuracy, many_to_one}; shares are fractions, confusion
-    is (n_classes, K) pixel counts, many_to_one the scores with each cluster in its majority class, or None
-    where clusters are not more than classes. Raises ValueError for unreadable, unpaired or wrongly sized
-    files and for a set without one labelled pixel.
+    train: images for the backbone's clusters, see `baseline_images` for the default, and if they have labels for the
+    linear probes. Returns plain values, ready for JSON: dataset, classes, images, clusters, model, seed, protocol,
+    published (see `datasets.Published`), and results, a list of {features, probe, crf, accuracy, miou, iou, confusion,
+    assignment, image_accuracy, many_to_one}; shares are fractions, confusion is (n_classes, K) pixel counts,
+    many_to_one the scores with each cluster in its majority class, or None where clusters are not more than classes.
+    Raises ValueError for unreadable, unpaired or wrongly sized files and for a set without one labelled pixel.
     """
     train, clusters = train or baseline_images(model, labelled), cluster_count(model)
     if spare := clusters > len(labelled.classes):
@@ -380,16 +370,10 @@ def _result(counts: np.ndarray, probe: Probe, spare: bool) -> dict:
         assignment = match_clusters(confusion)
         if probe.merged is not None:  # what has become part of another cluster matches nothing
             assignment[probe.merged != np.arange(len(assignment))] = -1
-        many_to_one = _plain_scores(confusion, confusion.argmax(0)) if spare else None
+        many_to_one = scores(confusion, confusion.argmax(0)) if spare else None
     accuracies = [scores(one, assignment)["accuracy"] for one in counts]
-    return _plain_scores(confusion, assignment) | dict(
-        confusion=confusion.tolist(), image_accuracy=accuracies, many_to_one=many_to_one
-    )
-
-
-def _plain_scores(confusion: np.ndarray, assignment: np.ndarray) -> dict:
-    result = scores(confusion, assignment)
-    return result | dict(iou=result["iou"].tolist(), assignment=assignment.tolist())
+    rest = dict(confusion=confusion.tolist(), image_accuracy=accuracies, many_to_one=many_to_one)
+    return scores(confusion, assignment) | rest
 
 
 def _protocol(model: Stego, labelled: LabelledSet, train: LabelledSet, probes: dict, crf: bool) -> str:
@@ -465,13 +449,6 @@ def _rows(report: dict) -> list[tuple]:
 
 def write_json(report: dict, path):
     """The whole report; NaN (a class that does not occur) becomes null."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
+    plain = json.loads(json.dumps(report), parse_constant=lambda nan: None)
     with replacing(path) as part:
-        part.write_text(json.dumps(plain(report), allow_nan=False, indent=1))
+        part.write_text(json.dumps(plain, indent=1))

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -130,14 +130,19 @@ def available_memory(device="cpu") -> float:
         return math.inf
 
 
-def image_views(path, views: str, patch: int) -> Tensor | None:
-    """What the backbone sees of an image, (1 or 5, 3, H, W); None, with a warning, if it cannot be used."""
+def or_skip(function: Callable, *args, **options):
+    """function(*args, **options); None, with a warning, where that is of an image that cannot be used."""
     try:
-        image = read_image(path)
-        size = backbone_size(image, patch, name=path)
+        return function(*args, **options)
     except (ValueError, FileNotFoundError) as error:
         log.warning("Skipped: %s", error)
         return None
+
+
+def image_views(path, views: str, patch: int) -> Tensor:
+    """What the backbone sees of an image, (1 or 5, 3, H, W)."""
+    image = read_image(path)
+    size = backbone_size(image, patch, name=path)
     if views == "windows":
         return to_tensor(image.resize(size, BILINEAR))[None]
     side = CROP_SIDE // patch * patch
@@ -163,15 +168,9 @@ def prefetch(function: Callable, items: Iterable, *, window: int = 8, workers: i
 
 def same_shape_batches(items: Iterable, most: int) -> Iterator[list]:
     """Pairs (name, tensor or None) in lists of at most `most` in a row whose tensors have one shape."""
-    batch: list = []
-    for item in items:
-        shapes = [getattr(x, "shape", None) for _, x in (item, *batch[:1])]
-        if batch and (len(batch) == most or shapes[0] != shapes[1]):
+    for _, run in groupby(items, key=lambda item: getattr(item[1], "shape", None)):
+        while batch := list(islice(run, most)):
             yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
 
 
 # ---- the token cache -------------------------------------------------------------------------------------------
@@ -187,12 +186,11 @@ class TokenCache:
     """
 
     def __init__(self, images: int, crops: int, positions: int, channels: int, *, path: Path | None = None):
-        rows, size = images * crops, self.size(images, crops, positions, channels)
+        rows = images * crops
+        size = rows * (4 + positions * 2) * channels + images  # bytes: of float32, of float16, one an image
         known = path is not None and path.exists() and path.stat().st_size == size
-        if path is None:
-            file = tempfile.TemporaryFile(prefix="stego-")  # without a name: nothing to clean up
-        else:
-            file = open(path, "r+b" if known else "w+b")
+        # one without a name leaves nothing to clean up
+        file = open(path, "r+b" if known else "w+b") if path else tempfile.TemporaryFile(prefix="stego-")
         if not known:
             self._reserve(file, size, path)
         means = np.memmap(file, np.float32, "r+", shape=(rows, channels))
@@ -201,11 +199,6 @@ class TokenCache:
         self.means, self.tokens, self.state = (torch.from_numpy(part) for part in (means, tokens, state))
         self.crops_each, self.device = crops, torch.device("cpu")
         self.rows = torch.empty(0, dtype=torch.int64)  # of each crop
-
-    @staticmethod
-    def size(images: int, crops: int, positions: int, channels: int) -> int:
-        """Bytes of the file: means in float32, tokens in float16, one byte an image."""
-        return images * (crops * (4 + positions * 2) * channels + 1)
 
     @staticmethod
     def _reserve(file, size: int, path: Path | None):
@@ -260,36 +253,26 @@ class TokenCache:
         if len(self.rows) < len(self.means):
             self.means = self.means[self.rows]
         self.device = torch.device(device)
-        if (
-            self.device.type == "cuda"
-            and self.tokens.nbytes < GPU_SHARE * torch.cuda.mem_get_info(self.device)[0]
-        ):
+        room = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+        if self.tokens.nbytes < GPU_SHARE * room:
             self.tokens = self.tokens.to(self.device)
 
     def sample(self, crops: Tensor, count: int) -> Tensor:
         """Tokens at `count` random positions of each crop: (B,) int64 -> (B, count, C) float32."""
         positions = self.tokens.shape[1]
-        rows = self.rows[crops, None] * positions + torch.randint(
-            positions, (len(crops), count)
-        )  # (B, count)
-        tokens = self.tokens.flatten(0, 1).index_select(0, to_device(rows.flatten(), self.tokens.device))
-        return to_device(tokens, self.device).unflatten(0, rows.shape).float()
+        drawn = torch.randint(positions, (len(crops), count))
+        rows = (self.rows[crops, None] * positions + drawn).flatten()  # (B * count,)
+        tokens = self.tokens.flatten(0, 1).index_select(0, to_device(rows, self.tokens.device))
+        return to_device(tokens, self.device).unflatten(0, drawn.shape).float()
 
 
 def encode(
-    backbone,
-    paths,
-    config: Config,
-    *,
-    device="cpu",
-    progress: Progress = no_progress,
-    checkpoint=None,
-    key: dict | None = None,
+    backbone, paths, config: Config, *, device="cpu", progress: Progress = no_progress, checkpoint=None
 ) -> TokenCache:
     """Push every image through the backbone once, cut up as config.views says.
 
     Unreadable images are named in a warning and left out. Raises ValueError if none is left. checkpoint: a
-    FitCheckpoint that keeps the cache; what it has under the same key is not computed again.
+    FitCheckpoint that keeps the cache; what it has is not computed again.
     """
     side = (RESOLUTION // 2 if config.views == "windows" else CROP_SIDE) // backbone.patch  # positions
     crops, positions = 1 if config.views == "whole" else 5, side**2
@@ -301,9 +284,9 @@ def encode(
         )
     if kept < positions and rank() == 0:
         bound = f"{config.cache_size:g} GB: {kept} random positions of {positions}"
-        log.warning("Features are bounded to %s a crop.", bound)
+        log.warning(f"Features are bounded to {bound} a crop.")
     shape = (len(paths), crops, kept, backbone.channels)
-    cache = checkpoint.token_cache(shape, key) if checkpoint else TokenCache(*shape)
+    cache = checkpoint.token_cache(shape) if checkpoint else TokenCache(*shape)
     _fill(cache, backbone, paths, config.views, device, progress)
     barrier()
     cache.finalize(device)
@@ -320,17 +303,18 @@ def _fill(cache: TokenCache, backbone, paths, views: str, device, progress: Prog
     if done:
         log.log(NOTICE, "Reusing the features of %d images.", done)
     inputs = prefetch(
-        lambda i: (i, image_views(paths[i], views, backbone.patch)),
+        lambda i: (i, or_skip(image_views, paths[i], views, backbone.patch)),
         missing,
         workers=min(os.cpu_count() or 1, READERS) if gpu else 1,
     )
     for batch in same_shape_batches(inputs, GPU_IMAGES if gpu else 1):
-        maps: Iterable = [None] * len(batch)
+        maps: Iterable = [None] * len(batch)  # of unreadable images
         if batch[0][1] is not None:
             with torch.inference_mode():
                 seen = dense_features(backbone, torch.cat([x for _, x in batch]), device)  # (B, C, h, w)
             maps = seen.split(len(batch[0][1]))
+            maps = map(five_windows, maps) if views == "windows" else maps
         for (i, _), part in zip(batch, maps):
-            cache.add(i, five_windows(part) if part is not None and views == "windows" else part)
+            cache.add(i, part)
         done += len(batch)
         progress("features", done, len(numbers))

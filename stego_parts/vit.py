@@ -85,13 +85,10 @@ class ViT(nn.Module):
 def convert_dino(state: dict) -> dict:
     """A ViT's state dict from one of DINO or DINOv2, a training checkpoint or a released STEGO checkpoint."""
     state = state.get("teacher", state)
-    if any(key.startswith(RELEASED) for key in state.get("state_dict", {})):
-        state = {
-            key.removeprefix(RELEASED): value
-            for key, value in state["state_dict"].items()
-            if key.startswith(RELEASED)
-        }
-    state = {re.sub(r"^(module\.)?(backbone\.)?", "", key): value for key, value in state.items()}
+    inside = state.get("state_dict", {}).items()
+    released = {key.removeprefix(RELEASED): value for key, value in inside if key.startswith(RELEASED)}
+    named = (released or state).items()
+    state = {re.sub(r"^(module\.)?(backbone\.)?", "", key): value for key, value in named}
     for key in [key for key in state if re.search(r"\.ls[12]\.gamma$", key)]:  # LayerScale: into weights
         gamma, linear = state.pop(key), "attn.proj" if ".ls1." in key else "mlp.fc2"
         for part in ("weight", "bias"):

@@ -10,7 +10,7 @@ from PIL import Image
 
 import stego
 from stego import Stego
-from stego_parts import report
+from stego_parts import config, report
 from stego_parts.drawing import VIVID
 from stego_parts.report import HEATMAP_HEIGHT, correspondence_sheet
 
@@ -100,8 +100,8 @@ def test_show_at(here, scenes, monkeypatch):
 
 
 def test_absolute_paths_stay_out_of_the_model(scenes):
-    assert stego._source_names([Path("a"), "b/*.png"]) == ("a", "b/*.png")
-    assert stego._source_names(["a", scenes]) == () and stego._source_names(["a"] * 17) == ()
+    assert config.source_names([Path("a"), "b/*.png"]) == ("a", "b/*.png")
+    assert config.source_names(["a", scenes]) == () and config.source_names(["a"] * 17) == ()
 
 
 @pytest.mark.parametrize(

@@ -217,9 +217,8 @@ def test_a_small_part_of_a_cluster_is_not_the_cluster(model):
     ],
 )
 def test_take_over(model, classes, same, shares, names):
-    earlier = Stego(
-        model.config, model.head, model.centers, model.share, backbone_sha256="", names=["a", "b", "c"]
-    )
+    earlier = Stego(model.config, model.head, model.centers, model.share, backbone_sha256="")
+    earlier.names = ["a", "b", "c"]
     new = Stego(model.config, model.head, torch.eye(classes, 70), torch.arange(classes), backbone_sha256="")
     inherit_ids(new, earlier, same)
     assert new.names == names

@@ -17,6 +17,7 @@ from cli import main
 from stego import Stego
 from stego_parts import checkpoint, tokens
 from stego_parts.checkpoint import FitCheckpoint
+from stego_parts.config import Config
 
 # one small view an image, of which the cache keeps random positions
 OPTIONS = dict(classes=3, backbone="tiny", steps=40, batch_size=4, views="whole", cache_size=0.001)
@@ -166,11 +167,12 @@ def test_a_damaged_state_means_starting_afresh(images, expected):
 
 @pytest.mark.skipif(checkpoint.fcntl is None, reason="no file locks here")
 def test_one_fit_at_a_time_in_a_folder(tmp_path):
-    first = FitCheckpoint(tmp_path / "kept")
+    of_a_fit = tmp_path / "kept", [], "", Config()
+    first = FitCheckpoint(*of_a_fit)
     with pytest.raises(ValueError, match="Another fit is working in"):
-        FitCheckpoint(tmp_path / "kept")
+        FitCheckpoint(*of_a_fit)
     first.close()
-    FitCheckpoint(tmp_path / "kept").close()
+    FitCheckpoint(*of_a_fit).close()
 
 
 COMMAND = ["fit", "images", "-k", "3", "--backbone", "tiny", "--steps", "40"]

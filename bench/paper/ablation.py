@@ -137,7 +137,7 @@ def run_row(data: LabelledFeatures, row: str, options: dict | None, steps: int, 
     tokens, (rows, shares) = data.tokens(config.views), data.train_rows()
     torch.manual_seed(seed)
     head = unit if options is None else fit_head(tokens, config)
-    centers, _ = cluster_codes(head, tokens, len(data.classes), evenness=config.evenness, seed=seed)
+    centers = cluster_codes(head, tokens, config)[0]
     with torch.inference_mode():
         codes = rows if options is None else torch.cat([head(part.float()) for part in rows.split(65536)])
     probe = linear_probe(codes.clone(), shares, seed=seed)
