@@ -42,7 +42,7 @@ def test_parts_have_the_labels_of_the_whole(model, monkeypatch, crf):
 @pytest.mark.skipif(not AERIAL.exists(), reason="needs ../shared/data/aerial")
 def test_an_orthomosaic_has_no_seams(monkeypatch):
     monkeypatch.setattr(tiles, "BLOCK", 400)
-    monkeypatch.setattr(stego, "CLUSTER_ROWS", 5000)  # real images need the clusters of a real fit
+    monkeypatch.setattr(stego, "CLUSTER_ROWS", 5000)  # clusters that a few starts do not find in real images
     monkeypatch.setattr(stego, "CLUSTER_STARTS", 12)
     pictures = [
         np.asarray(Image.open(AERIAL / f"dubai_t7_p00{p}_r{r}c{c}.jpg").convert("RGB").resize((320, 320)))
@@ -50,8 +50,8 @@ def test_an_orthomosaic_has_no_seams(monkeypatch):
         for p, c in ((1, 0), (1, 1), (2, 0))
     ]
     mosaic = mosaic_of(pictures, 3)  # (640, 960, 3)
-    model = Stego.fit(sorted(AERIAL.glob("dubai_t7*.jpg")), classes=5, backbone="tiny", steps=100)
-    assert agreement(model, mosaic, 320) > 0.99
+    model = Stego.fit(sorted(AERIAL.glob("dubai_t7*.jpg"))[:8], classes=5, backbone="tiny", steps=60)
+    assert agreement(model, mosaic, 320, crf=False) > 0.99
 
 
 def test_windows_cover_and_their_weights_add_up_to_one():
