@@ -354,12 +354,12 @@ def fit_and_save(
 
 def write_pictures(progress: Progress, models: dict, paths, sheet: Path, report):
     """The picture of a fit, its report, and what is said at its end; models: {file: model}."""
-    from stego_parts.outputs import write_picture
+    from stego_parts.images import write_image
     from stego_parts.report import agreement_line, fit_sheet, write_report
 
     fitted = [*models.values()]
     model = fitted[0]
-    write_picture(fit_sheet(fitted, progress=progress), sheet, "contact sheet")
+    write_image(fit_sheet(fitted, progress=progress), sheet, note="contact sheet")
     if report:
         write_report(model, report)
     if model.record.agreement and not is_quiet():

@@ -13,14 +13,12 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from stego_parts.backbones import fingerprint
 from stego_parts.drawing import cutout, overlay, with_legend
@@ -28,30 +26,29 @@ from stego_parts.images import (
     DESCRIPTION,
     IGNORE,
     IMAGE_SUFFIXES,
+    NOTE,
+    PIPE,
     TIFF,
     find_images,
     geo_tags,
     mask_image,
-    mask_tags,
     output_names,
     pixel_area,
     read_image,
-    replacing,
+    write_bytes,
+    write_image,
 )
 from stego_parts.maps import FrameAverage
 from stego_parts.model_files import read_model
 from stego_parts.segments import cluster_shares, coco_annotations, coco_document, labelme_document, table
 from stego_parts.tokens import check_resolution, no_progress, prefetch
 
-PIPE = "-"  # stdin as an image, stdout as an output
 # One file for all images, and its name in a folder.
 DOCUMENTS = {"json": "shares.json", "csv": "shares.csv", "coco": "coco.json"}
 SOFT = ("npz", "cutout")  # formats made of probabilities, not of a mask
 PICTURE, JSON = (".png", ".jpg", ".jpeg"), (".json",)  # suffixes of sheets and overlays, of documents
 SUFFIXES = {"mask": (".png", *TIFF), "tif": TIFF, "overlay": PICTURE, "cutout": (".png",), "npz": (".npz",)}
 SUFFIXES |= {"json": JSON, "csv": (".csv",), "coco": JSON, "labelme": JSON}
-FORMS = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}  # of pictures, as Pillow says
-NOTE = "stego"  # key of the note in PNG and JSON
 OVERLAY_SUFFIX = ".overlay.jpg"
 READ_AHEAD, WRITE_BEHIND = 3, 2  # images decoded before, and written after, the one that is segmented
 
@@ -295,12 +292,12 @@ class Writer(NamedTuple):
             extra = {"imagePath": relative(job, target), NOTE: note}
             write_bytes(labelme_document(result, self.clusters, self.min_area, **extra).encode(), target)
         elif kind == "cutout":
-            write_picture(cutout(image, result[self.keep].sum(0)), target, note)
+            write_image(cutout(image, result[self.keep].sum(0)), target, note=note, form="PNG")
         elif kind == "overlay":
-            write_picture(legend_overlay(self.model, image, result), target, note)
+            write_image(legend_overlay(self.model, image, result), target, note=note, form="PNG")
         else:
             picture, form = mask_image(result, self.model.colors), "TIFF" if kind == "tif" else "PNG"
-            write_picture(picture, target, note, form=form, tags=geo_tags(job.source))
+            write_image(picture, target, note=note, form=form, tags=geo_tags(job.source))
 
     def write_document(self, entries: list[dict], target: Path):
         """The one file of a format that has one for all images."""
@@ -324,25 +321,6 @@ def _attempt(function, *args):
         return error
 
 
-def write_picture(picture: Image.Image, target: Path, note: str, *, form: str = "PNG", tags=()):
-    """A picture with a note in it, in the format of the target's suffix, else in `form`; tags: of a GeoTIFF."""
-    form = FORMS.get(target.suffix.lower(), form)
-    if form == "JPEG":
-        options = dict(quality=90, comment=note)
-    elif form == "TIFF":
-        options = dict(compression="tiff_adobe_deflate", tiffinfo=mask_tags(tags, note))
-    else:
-        options = dict(pnginfo=PngInfo())
-        options["pnginfo"].add_text(NOTE, note)
-    with opened(target) as file:
-        picture.save(file, format=form, **options)
-
-
-def write_bytes(content: bytes, target: Path):
-    with opened(target) as file:
-        file.write(content)
-
-
 def packed_arrays(probabilities: np.ndarray, labels, image: Image.Image, note: str) -> bytes:
     """An .npz file of probabilities (K, h, w), with a note in it."""
     packed, size = io.BytesIO(), np.array([image.height, image.width])
@@ -364,16 +342,3 @@ def legend_overlay(model, image: Image.Image, mask: np.ndarray) -> Image.Image:
     """The picture with its segments over it and a legend below."""
     picture = overlay(image, mask, model.colors, model.labels)
     return with_legend(picture, mask, model.colors, model.labels)
-
-
-@contextmanager
-def opened(target: Path):
-    """A binary file that becomes the target, or goes to stdout, when the block ends well."""
-    if str(target) == PIPE:
-        whole = io.BytesIO()
-        yield whole
-        sys.stdout.buffer.write(whole.getvalue())
-        sys.stdout.buffer.flush()
-    else:
-        with replacing(target) as part, open(part, "wb") as file:
-            yield file

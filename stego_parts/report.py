@@ -24,8 +24,8 @@ from stego_parts.images import (
     five_boxes,
     mask_image,
     read_image,
-    replacing,
     to_tensor,
+    write_bytes,
     write_image,
 )
 from stego_parts.maps import dot_products, upsampled_argmax
@@ -193,8 +193,7 @@ def write_report(model: Stego, folder: Path | str):
     }
     for name, picture in pictures.items():
         write_image(picture, Path(folder) / f"{name}.png")
-    with replacing(Path(folder) / "report.txt") as part:
-        part.write_text("\n".join(report_lines(model)) + "\n", encoding="utf-8")
+    write_bytes("".join(f"{line}\n" for line in report_lines(model)).encode(), Path(folder) / "report.txt")
 
 
 def report_lines(model: Stego) -> list[str]:

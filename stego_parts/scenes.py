@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from stego_parts.images import replacing, write_image
+from stego_parts.images import write_bytes, write_image
 
 SCENE_CLASSES = ("sky", "hills", "grass", "road", "building", "tree", "car")
 SKY, HILLS, GRASS, ROAD, BUILDING, TREE, CAR = range(7)
@@ -55,8 +55,7 @@ def draw_scenes(folder: Path, counts: dict[str, int], *, seed: int, progress):
         write_image(image, folder / "images" / split / name)
         write_image(Image.fromarray(labels), folder / "labels" / split / name)
         progress("drawing", number + 1, len(splits))
-    with replacing(folder / "classes.txt") as part:
-        part.write_text("\n".join(SCENE_CLASSES) + "\n")
+    write_bytes("".join(f"{name}\n" for name in SCENE_CLASSES).encode(), folder / "classes.txt")
 
 
 def check_demo_folder(folder: Path):
