@@ -11,12 +11,14 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
-# Known here without importing torch: config.PRESETS, datasets.LAYOUTS, outputs.SUFFIXES, tokens.NOTICE
-PRESET_NAMES = ("default", "small", "cocostuff-small", "potsdam", "cityscapes", "cocostuff")
+from stego_parts.config import PRESETS, fit_config, parse_settings
+
+# Known here without importing torch: datasets.LAYOUTS, outputs.SUFFIXES, tokens.NOTICE
 DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")
 WRITTEN = dict(mask="masks", tif="masks", overlay="overlays", cutout="cut-outs", npz="probabilities")
 WRITTEN |= dict(json="shares", csv="shares", coco="segments", labelme="outlines")
@@ -175,10 +177,11 @@ def dataset_options(command):
 
 
 def made_in(*folders: Path) -> list[Path]:
-    """Outputs in folders of images, which are none to work on."""
-    from stego_parts.outputs import contact_sheets
+    """Outputs in folders of images, which are none to work on; a sheet without a note is somebody's own."""
+    from stego_parts.outputs import read_note
 
-    return [path for folder in folders for path in (*contact_sheets(folder), folder / OUTPUTS)]
+    sheets = [path for folder in folders for path in folder.glob("*-fit.png") if read_note(path)]
+    return [*sheets, *(folder / OUTPUTS for folder in folders)]
 
 
 def class_counts(text: str) -> list:
@@ -211,13 +214,10 @@ def keep_memory():
 
     dino_vits8 at 320 x 424 on a CPU core: 4.1 s in place of 5.2 s, for 0.1 to 0.3 GB more resident memory.
     """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another system, another allocator
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20)):
-        mallopt(parameter, value)
+    with suppress(OSError, AttributeError):  # another system, another allocator
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20)):
+            ctypes.CDLL("libc.so.6").mallopt(parameter, value)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -246,7 +246,7 @@ def main():
 @option("-k", "--classes", type=class_counts, metavar="K", help="Clusters: 12, auto, 8,12,20.  [default: 27]")
 @option("-o", "--output", default="stego.pt", type=PATH, help="The model.")
 @dataset_options
-@option("--preset", type=click.Choice(PRESET_NAMES), help="Hyper-parameters.  [default: default]")
+@option("--preset", type=click.Choice(list(PRESETS)), help="Hyper-parameters.  [default: default]")
 @option("--backbone", help="dino_vits8, dinov2_vits14, ..., tiny; or auto.  [default: the preset's]")
 @option("--steps", type=click.IntRange(min=1), help="Training steps.  [default: the preset's]")
 @option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any setting: --set b_rand=0.4.")
@@ -278,19 +278,17 @@ def fit(progress, images, dataset, root, classes, output, settings, from_model, 
     if bool(images) == bool(dataset) and not from_model:
         raise click.UsageError("Give images to fit on, or a --dataset, one of the two.")
     from stego import Stego
-    from stego_parts.checkpoint import kept_features
-    from stego_parts.config import fit_config, parse_settings
-    from stego_parts.datasets import PRESET_OF, dataset_root, labelled_set, published_line
+    from stego_parts import checkpoint, datasets, outputs
     from stego_parts.images import find_images
-    from stego_parts.outputs import PICTURE, check_outputs, check_replacing
 
     options |= parse_settings(settings)
     if dataset:
-        train = labelled_set(dataset, dataset_root(dataset, root), "train")
+        train = datasets.labelled_set(dataset, datasets.dataset_root(dataset, root), "train")
         images, classes = [image for image, _ in train.pairs], classes or [len(train.classes)]
-        options["preset"] = options["preset"] or PRESET_OF[dataset]
+        options["preset"] = options["preset"] or datasets.PRESET_OF[dataset]
         config = fit_config(options["preset"], backbone=options["backbone"])
-        log.log(NOTICE, published_line(dataset, preset=config.preset, backbone=config.backbone))
+        log.log(NOTICE, datasets.published_line(dataset, preset=config.preset, backbone=config.backbone))
+    base = kept = None
     if from_model:
         base = Stego.load(from_model, device=options["device"], weights=options["weights"])
         if not (images := images or base.config.images):
@@ -299,11 +297,12 @@ def fit(progress, images, dataset, root, classes, output, settings, from_model, 
     paths = [path for path, _ in find_images(images, exclude=options["exclude"])]
     inputs = [*paths, *filter(None, [options["weights"], from_model])]
     files, sheet = files_of_fit(output, classes), output.with_name(f"{output.stem}-fit.png")
-    check_outputs([*((file, ()) for file in files), (sheet, PICTURE)], inputs=inputs, folders=[report])
-    check_replacing(files, options["match"], overwrite)
-    if from_model:
-        options |= dict(from_model=base, kept=kept_features(from_model.with_name(FEATURES), paths, base))
-    if models := fit_and_save(progress, images, files, output, **options):
+    written = [*((file, ()) for file in files), (sheet, outputs.PICTURE)]
+    outputs.check_outputs(written, inputs=inputs, folders=[report])
+    outputs.check_replacing(files, options["match"], overwrite)
+    if base:
+        kept = checkpoint.kept_features(from_model.with_name(FEATURES), paths, base)
+    if models := fit_and_save(progress, images, files, output, kept, from_model=base, **options):
         write_pictures(progress, models, paths, sheet, report)
 
 
@@ -314,9 +313,7 @@ def files_of_fit(output: Path, counts: list | None) -> dict:
     return {output.with_stem(f"{output.stem}-{count}"): count for count in counts}
 
 
-def fit_and_save(
-    progress, images, files, output: Path, *, keep_features, resume, kept=None, **options
-) -> dict:
+def fit_and_save(progress, images, files, output: Path, kept, *, keep_features, **options) -> dict:
     """{file: model}, fitted alone or among torchrun's processes, of which only the first returns something.
 
     files: {file: number of clusters}, of which one model is trained, the others cluster its codes; kept: a folder of
@@ -327,25 +324,23 @@ def fit_and_save(
     from stego_parts.distributed import process_group
     from stego_parts.tokens import no_progress
 
-    models, from_model = {}, options.pop("from_model", None)
-    scratch = output.with_name(f"{output.name}.scratch")
-    if keep_features and not (resume and scratch.exists()):
+    models, scratch = {}, output.with_name(f"{output.name}.scratch")
+    if keep_features and not (options["resume"] and scratch.exists()):
         scratch = output.with_name(FEATURES)
     with process_group() as (rank, count):
-        if resume and count > 1:
+        if options["resume"] and count > 1:
             raise click.UsageError("--resume is for one process; leave it out.")
         if count == 1:
-            progress.go_on = f"the same command{'' if from_model else ' with --resume'} goes on"
+            progress.go_on = f"the same command{'' if options['from_model'] else ' with --resume'} goes on"
         if rank:  # the first process says the rest
             log.addFilter(lambda record: record.msg.startswith("Skipped"))
         shared = {name: options[name] for name in ("device", "match", "exclude")}
         shared |= dict(progress=no_progress if rank else progress, checkpoint=kept or scratch)
         for file, classes in files.items():
-            options |= dict(classes=classes, from_model=from_model, resume=resume)
-            from_model = models[file] = Stego.fit(images, **options | shared)
+            models[file] = Stego.fit(images, classes=classes, **options | shared)
+            options = dict(from_model=models[file])
             if not rank:
-                from_model.save(file)
-            options, resume = {}, False
+                models[file].save(file)
     progress.go_on = f"the model is in {' '.join(map(str, files))} already"
     if not (rank or kept):
         end_fit(scratch, keep_features=keep_features)
@@ -358,18 +353,18 @@ def write_pictures(progress: Progress, models: dict, paths, sheet: Path, report)
     from stego_parts.report import agreement_line, fit_sheet, write_report
 
     fitted = [*models.values()]
-    model = fitted[0]
+    record, config = fitted[0].record, fitted[0].config
     write_image(fit_sheet(fitted, progress=progress), sheet, note="contact sheet")
     if report:
-        write_report(model, report)
-    if model.record.agreement and not is_quiet():
-        click.echo(agreement_line(model.record.agreement))
-    for each in fitted:
+        write_report(fitted[0], report)
+    if record.agreement and not is_quiet():
+        click.echo(agreement_line(record.agreement))
+    for model in fitted:
         if log.isEnabledFor(logging.INFO):
-            print_usage(each)
-        log_config(each)
-    outputs = f"model {' '.join(map(str, models))}, picture {sheet}" + (f", report {report}" * bool(report))
-    progress.summary(f"{len(paths)} images, {model.config.backbone}", outputs)
+            print_usage(model)
+        log_config(model)
+    written = f"model {' '.join(map(str, models))}, picture {sheet}" + (f", report {report}" * bool(report))
+    progress.summary(f"{len(paths)} images, {config.backbone}", written)
 
 
 def log_config(model):
@@ -424,8 +419,8 @@ def predict(progress, images, model, output, kind, limit, dry_run, device, weigh
 
     formats, piped = outputs.check_formats(kind, images, output, **options), str(output) == outputs.PIPE
     _, only, min_area, skip_existing = map(options.pop, ("overlay", "only", "min_area", "skip_existing"))
-    made = made_in(model.parent)
-    jobs, document = outputs.plan_outputs(images, output, formats, model, limit, exclude=made)
+    exclude = made_in(model.parent)
+    jobs, document = outputs.plan_outputs(images, output, formats, model, limit, exclude=exclude)
     fitted = Stego.load(model, device=device, weights=weights)
     keep = fitted.select(only) if only else None
     note = outputs.note_of(fitted, keep, options | {"min_area": min_area})
@@ -517,27 +512,22 @@ def evaluate(progress, model, crf, json_file, figures, seed, device, weights, **
       stego eval --dataset cityscapes --root ~/data/cityscapes
       stego eval --images val/ --labels val_labels/ --names classes.txt --json scores.json --figures figures/
     """
-    from stego_parts.datasets import sets_to_score
+    from stego import Stego
+    from stego_parts import datasets, outputs, protocol
+    from stego_parts.report import write_figures
 
-    labelled, train = sets_to_score(**data)
+    labelled, train = datasets.sets_to_score(**data)
     pairs = [pair for each in (labelled, train) if each for pair in each.pairs]
     inputs = [model, *(path for pair in pairs for path in pair if path)]
-    from stego_parts.outputs import JSON, check_outputs
-
-    check_outputs([(json_file, JSON)], inputs=inputs, folders=[figures])
-    from stego import Stego
-    from stego_parts import protocol
-    from stego_parts import report as pictures
-
+    outputs.check_outputs([(json_file, outputs.JSON)], inputs=inputs, folders=[figures])
     fitted = Stego.load(model, device=device, weights=weights)
     report = protocol.evaluate(fitted, labelled, train=train, crf=crf, seed=seed, progress=progress)
     click.echo(protocol.table(report))
     if json_file:
         protocol.write_json(report, json_file)
     if figures:
-        pictures.write_figures(report, fitted, labelled, figures)
-    outputs = " and ".join(str(each) for each in (json_file, figures) if each)
-    progress.summary(f"{report['images']} images", outputs)
+        write_figures(report, fitted, labelled, figures)
+    progress.summary(f"{report['images']} images", " and ".join(map(str, filter(None, (json_file, figures)))))
 
 
 # ---- show --------------------------------------------------------------------------------------------------
@@ -590,8 +580,7 @@ def show(progress, things, model, sheet, at, output, backbone, export, device, w
     paths = [path for path, _ in find_images(images, exclude=made_in(model.parent))] if images else []
     check_outputs([(sheet, PICTURE)], inputs=[*paths, model])
     fitted = Stego.load(model, device=device, weights=weights)
-    for line in description(fitted):
-        click.echo(line)
+    click.echo("\n".join(description(fitted)))
     log_config(fitted)
     print_usage(fitted)
     if sheet:
@@ -654,38 +643,33 @@ def demo(progress, output, seed):
     import numpy as np
 
     from stego import Stego
+    from stego_parts import outputs, protocol, report, scenes
     from stego_parts.datasets import folder_set
-    from stego_parts.images import find_images, mask_image, read_image, write_image
-    from stego_parts.outputs import check_folder, legend_overlay
-    from stego_parts.protocol import evaluate, headline, table, write_json
-    from stego_parts.report import cluster_sheet, contact_sheet, write_figures
-    from stego_parts.scenes import SCENE_CLASSES, check_demo_folder, draw_scenes
+    from stego_parts.images import mask_image, read_image, write_image
 
-    check_folder(output)
-    check_demo_folder(output)
-    draw_scenes(output, DEMO_SCENES, seed=seed, progress=progress)
-    paths = [path for path, _ in find_images(output / "images" / "train")]
-    options = dict(classes=len(SCENE_CLASSES), backbone="tiny", steps=DEMO_STEPS, seed=seed)
+    outputs.check_folder(output)
+    scenes.check_demo_folder(output)
+    scenes.draw_scenes(output, DEMO_SCENES, seed=seed, progress=progress)
+    folders, names = (output / "images", output / "labels"), output / "classes.txt"
+    train, val = (folder_set(*(each / split for each in folders), names=names) for split in DEMO_SCENES)
+    paths, classes = [path for path, _ in train.pairs], scenes.SCENE_CLASSES
+    options = dict(classes=len(classes), backbone="tiny", steps=DEMO_STEPS, seed=seed)
     model = Stego.fit(paths, **options, progress=progress)
-    folders, names = ("images", "labels"), output / "classes.txt"
-    train, val = (
-        folder_set(*(output / each / split for each in folders), names=names) for split in DEMO_SCENES
-    )
-    report = evaluate(model, val, train=train, seed=seed, progress=progress)
-    most = np.argmax(headline(report)["confusion"], 0)  # the class that most of a cluster is
-    model.rename({k: SCENE_CLASSES[c] for k, c in enumerate(most)})
+    scores = protocol.evaluate(model, val, train=train, seed=seed, progress=progress)
+    most = np.argmax(protocol.headline(scores)["confusion"], 0)  # the class that most of a cluster is
+    model.rename({k: classes[c] for k, c in enumerate(most)})
     model.save(output / "stego.pt")
-    write_json(report, output / "scores.json")
-    write_figures(report, model, val, output / "figures")
-    write_image(contact_sheet(model, paths, progress=progress), output / "stego-fit.png")
-    write_image(cluster_sheet(model, paths, progress=progress), output / "clusters.png")
+    protocol.write_json(scores, output / "scores.json")
+    report.write_figures(scores, model, val, output / "figures")
+    write_image(report.contact_sheet(model, paths, progress=progress), output / "stego-fit.png")
+    write_image(report.cluster_sheet(model, paths, progress=progress), output / "clusters.png")
     for done, (path, _) in enumerate(val.pairs, 1):
         image = read_image(path)
         mask = model.predict(image)
         write_image(mask_image(mask, model.colors), output / "masks" / path.name)
-        write_image(legend_overlay(model, image, mask), output / "overlays" / path.with_suffix(".jpg").name)
+        write_image(outputs.legend_overlay(model, image, mask), output / "overlays" / f"{path.stem}.jpg")
         progress("predict", done, len(val.pairs))
-    click.echo(table(report))
+    click.echo(protocol.table(scores))
     progress.summary(f"{sum(DEMO_SCENES.values())} drawn scenes", f"everything in {output}")
 
 

@@ -220,11 +220,6 @@ def read_note(path: Path) -> str | None:
         return None
 
 
-def contact_sheets(folder: Path) -> list[Path]:
-    """What fits left in a folder beside their models; a picture without a note is somebody's own."""
-    return [path for path in folder.glob("*-fit.png") if read_note(path)]
-
-
 # ---- formats -----------------------------------------------------------------------------------------------
 
 
