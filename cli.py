@@ -26,7 +26,6 @@ NOTICE = logging.INFO + 5  # level of messages that are said unless --quiet
 MODEL_SUFFIXES = (".pt", ".pth", ".ckpt")
 OUTPUTS = "stego-out"  # folder of what predict writes, which fit leaves out
 FEATURES = "stego-features"  # folder, beside the model, of features that are kept for other fits
-DEMO_SCENES, DEMO_STEPS = {"train": 30, "val": 30}, 300  # three minutes on two cores; steps as in `fit`
 REFRESH = 0.2  # seconds between two updates of the progress line
 
 PATH, POSITIVE = click.Path(path_type=Path), click.FloatRange(0, min_open=True)
@@ -640,37 +639,12 @@ def demo(progress, output, seed):
     Example:
       stego demo -o /tmp/demo --seed 7
     """
-    import numpy as np
+    from stego_parts.demo import SCENES, check_demo_folder, run_demo
+    from stego_parts.protocol import table
 
-    from stego import Stego
-    from stego_parts import outputs, protocol, report, scenes
-    from stego_parts.datasets import folder_set
-    from stego_parts.images import mask_image, read_image, write_image
-
-    outputs.check_folder(output)
-    scenes.check_demo_folder(output)
-    scenes.draw_scenes(output, DEMO_SCENES, seed=seed, progress=progress)
-    folders, names = (output / "images", output / "labels"), output / "classes.txt"
-    train, val = (folder_set(*(each / split for each in folders), names=names) for split in DEMO_SCENES)
-    paths, classes = [path for path, _ in train.pairs], scenes.SCENE_CLASSES
-    options = dict(classes=len(classes), backbone="tiny", steps=DEMO_STEPS, seed=seed)
-    model = Stego.fit(paths, **options, progress=progress)
-    scores = protocol.evaluate(model, val, train=train, seed=seed, progress=progress)
-    most = np.argmax(protocol.headline(scores)["confusion"], 0)  # the class that most of a cluster is
-    model.rename({k: classes[c] for k, c in enumerate(most)})
-    model.save(output / "stego.pt")
-    protocol.write_json(scores, output / "scores.json")
-    report.write_figures(scores, model, val, output / "figures")
-    write_image(report.contact_sheet(model, paths, progress=progress), output / "stego-fit.png")
-    write_image(report.cluster_sheet(model, paths, progress=progress), output / "clusters.png")
-    for done, (path, _) in enumerate(val.pairs, 1):
-        image = read_image(path)
-        mask = model.predict(image)
-        write_image(mask_image(mask, model.colors), output / "masks" / path.name)
-        write_image(outputs.legend_overlay(model, image, mask), output / "overlays" / f"{path.stem}.jpg")
-        progress("predict", done, len(val.pairs))
-    click.echo(protocol.table(scores))
-    progress.summary(f"{sum(DEMO_SCENES.values())} drawn scenes", f"everything in {output}")
+    check_demo_folder(output)
+    click.echo(table(run_demo(output, seed=seed, progress=progress)))
+    progress.summary(f"{sum(SCENES.values())} drawn scenes", f"everything in {output}")
 
 
 if __name__ == "__main__":
