@@ -64,11 +64,6 @@ class Progress:
             seconds = f"{time.monotonic() - self.started:.0f} s"
             click.echo(f"{what}, {seconds}" + (f": {outputs}" if outputs else ""), err=err)
 
-    def interruption(self) -> str:
-        """What was under way, and how to go on."""
-        place = f" at {self.stage} {self.done}/{self.total}" if self.stage else ""
-        return f"Interrupted{place}; {self.go_on}."
-
 
 class Commands(click.Group):
     """The commands; whatever one ends with becomes one sentence and an exit code, by one rule."""
@@ -78,7 +73,8 @@ class Commands(click.Group):
         try:
             return super().invoke(context)
         except KeyboardInterrupt:
-            click.echo(f"\n{progress.interruption()}", err=True)
+            place = f" at {progress.stage} {progress.done}/{progress.total}" if progress.stage else ""
+            click.echo(f"\nInterrupted{place}; {progress.go_on}.", err=True)
             context.exit(130)
         except BrokenPipeError:  # the reader has seen enough: click ends in silence
             raise
@@ -107,19 +103,12 @@ def is_quiet() -> bool:
     return not log.isEnabledFor(logging.WARNING)
 
 
-def print_usage(model, changed=None):
-    """One line a cluster, those of one name in one: numbers, name, share of the training images, colour.
-
-    changed: a set of clusters, to say no more than their lines.
-    """
-    merged, width = model.merged.tolist(), max(map(len, model.names))
-    for k in sorted(set(merged)):
-        members = [m for m, first in enumerate(merged) if first == k]
-        if changed is None or changed & set(members):
-            share, color = float(model.share[members].sum()), tuple(model.palette[k].tolist())
-            bar = click.style("#" * max(round(60 * share), 1), fg=color)
-            name, numbers = f"{model.names[k]:{width}} " if width else "", "+".join(map(str, members))
-            click.echo(f"cluster {numbers:>3} {name}{share:6.1%} #{bytes(color).hex()} {bar}")
+def print_model(model, lines):
+    """Lines about a model, and with -v its configuration."""
+    for line in lines:
+        click.echo(line)
+    for key, value in vars(model.config).items():
+        log.info("%s: %s", key, value)
 
 
 # ---- options that commands share ---------------------------------------------------------------------------
@@ -199,13 +188,12 @@ def split_names(context, parameter, texts) -> list[str]:
     return names
 
 
-def points(context, parameter, texts) -> list[tuple[int, int]]:
-    """("120,80",) -> [(120, 80)]."""
-    pairs = [text.split(",") for text in texts]
-    for text, pair in zip(texts, pairs):
-        if len(pair) != 2 or not all(map(str.isdecimal, pair)):
-            raise click.BadParameter(f"got {text}; a point is two whole numbers, x and y, like 120,80.")
-    return [(int(x), int(y)) for x, y in pairs]
+def point(text: str) -> tuple[int, ...]:
+    """ "120,80" -> (120, 80)."""
+    pair = text.split(",")
+    if len(pair) != 2 or not all(map(str.isdecimal, pair)):
+        raise click.BadParameter(f"got {text}; a point is two whole numbers, x and y, like 120,80.")
+    return tuple(map(int, pair))
 
 
 def keep_memory():
@@ -287,11 +275,10 @@ def fit(progress, images, dataset, root, classes, output, settings, from_model, 
         options["preset"] = options["preset"] or datasets.PRESET_OF[dataset]
         config = fit_config(options["preset"], backbone=options["backbone"])
         log.log(NOTICE, datasets.published_line(dataset, preset=config.preset, backbone=config.backbone))
-    base = kept = None
-    if from_model:
-        base = Stego.load(from_model, device=options["device"], weights=options["weights"])
-        if not (images := images or base.config.images):
-            raise ValueError(f"{from_model} does not name the images of its fit; give some beside --from.")
+    loading = {name: options[name] for name in ("device", "weights")}
+    base = Stego.load(from_model, **loading) if from_model else None
+    if base and not (images := images or base.config.images):
+        raise ValueError(f"{from_model} does not name the images of its fit; give some beside --from.")
     options["exclude"] = [*made_in(output.parent, (from_model or output).parent), *filter(None, [report])]
     paths = [path for path, _ in find_images(images, exclude=options["exclude"])]
     inputs = [*paths, *filter(None, [options["weights"], from_model])]
@@ -299,8 +286,7 @@ def fit(progress, images, dataset, root, classes, output, settings, from_model, 
     written = [*((file, ()) for file in files), (sheet, outputs.PICTURE)]
     outputs.check_outputs(written, inputs=inputs, folders=[report])
     outputs.check_replacing(files, options["match"], overwrite)
-    if base:
-        kept = checkpoint.kept_features(from_model.with_name(FEATURES), paths, base)
+    kept = base and checkpoint.kept_features(from_model.with_name(FEATURES), paths, base)
     if models := fit_and_save(progress, images, files, output, kept, from_model=base, **options):
         write_pictures(progress, models, paths, sheet, report)
 
@@ -346,29 +332,23 @@ def fit_and_save(progress, images, files, output: Path, kept, *, keep_features, 
     return {} if rank else models
 
 
-def write_pictures(progress: Progress, models: dict, paths, sheet: Path, report):
+def write_pictures(progress: Progress, models: dict, paths, sheet: Path, charts: Path | None):
     """The picture of a fit, its report, and what is said at its end; models: {file: model}."""
+    from stego_parts import report
     from stego_parts.images import write_image
-    from stego_parts.report import agreement_line, fit_sheet, write_report
 
     fitted = [*models.values()]
     record, config = fitted[0].record, fitted[0].config
-    write_image(fit_sheet(fitted, progress=progress), sheet, note="contact sheet")
-    if report:
-        write_report(fitted[0], report)
+    write_image(report.fit_sheet(fitted, progress=progress), sheet, note="contact sheet")
+    if charts:
+        report.write_report(fitted[0], charts)
     if record.agreement and not is_quiet():
-        click.echo(agreement_line(record.agreement))
-    for model in fitted:
-        if log.isEnabledFor(logging.INFO):
-            print_usage(model)
-        log_config(model)
-    written = f"model {' '.join(map(str, models))}, picture {sheet}" + (f", report {report}" * bool(report))
+        click.echo(report.agreement_line(record.agreement))
+    if log.isEnabledFor(logging.INFO):
+        for model in fitted:
+            print_model(model, report.cluster_lines(model))
+    written = f"model {' '.join(map(str, models))}, picture {sheet}" + (f", report {charts}" * bool(charts))
     progress.summary(f"{len(paths)} images, {config.backbone}", written)
-
-
-def log_config(model):
-    for key, value in vars(model.config).items():
-        log.info("%s: %s", key, value)
 
 
 # ---- predict -----------------------------------------------------------------------------------------------
@@ -476,13 +456,15 @@ def name(names, model):
     if wrong or not pairs:
         raise click.UsageError(f"Got {(*wrong, 'no names')[0]!r}; name clusters by number, like 3=road.")
     from stego import Stego
+    from stego_parts.report import cluster_lines
 
     fitted = Stego.load(model, device="cpu")
     before = fitted.names.copy()
     fitted.rename({int(number): text.strip() for number, _, text in pairs})
     fitted.save(model)
-    if not is_quiet():
-        print_usage(fitted, {k for k, text in enumerate(fitted.names) if text != before[k]})
+    changed = {k for k, text in enumerate(fitted.names) if text != before[k]}
+    for line in cluster_lines(fitted, changed) if not is_quiet() else ():
+        click.echo(line)
 
 
 # ---- eval --------------------------------------------------------------------------------------------------
@@ -536,7 +518,7 @@ def evaluate(progress, model, crf, json_file, figures, seed, device, weights, **
 @click.argument("things", nargs=-1, metavar="[MODEL] [IMAGES]...")
 @model_or_first
 @option("--sheet", type=PATH, help="Picture of the regions that fit each cluster best.  [default: none]")
-@option("--at", multiple=True, metavar="X,Y", callback=points, help="Show what corresponds with a point.")
+@option("--at", multiple=True, metavar="X,Y", type=point, help="Show what corresponds with a point.")
 @option("-o", "--output", default="correspondences.png", type=PATH, help="With --at: the picture.")
 @option("--backbone", help="With --at and no model: whose features to show.  [default: auto]")
 @option("--export", type=PATH, metavar="FILE", help="The model with its backbone as ONNX.  [default: none]")
@@ -571,29 +553,25 @@ def show(progress, things, model, sheet, at, output, backbone, export, device, w
     if bool(images) != bool(sheet) or backbone:
         raise click.UsageError("Give images and a sheet, or neither: `stego show images/ --sheet sheet.png`.")
     from stego import Stego
+    from stego_parts import outputs, report
     from stego_parts.images import find_images, write_image
-    from stego_parts.outputs import PICTURE, check_outputs
-    from stego_parts.report import cluster_sheet, description
 
     model = model or Path("stego.pt")
     paths = [path for path, _ in find_images(images, exclude=made_in(model.parent))] if images else []
-    check_outputs([(sheet, PICTURE)], inputs=[*paths, model])
+    outputs.check_outputs([(sheet, outputs.PICTURE)], inputs=[*paths, model])
     fitted = Stego.load(model, device=device, weights=weights)
-    click.echo("\n".join(description(fitted)))
-    log_config(fitted)
-    print_usage(fitted)
+    print_model(fitted, [*report.description(fitted), *report.cluster_lines(fitted)])
     if sheet:
-        write_image(cluster_sheet(fitted, paths, progress=progress), sheet)
+        write_image(report.cluster_sheet(fitted, paths, progress=progress), sheet)
         progress.summary(f"{len(paths)} images", f"sheet {sheet}")
 
 
 def export_model(progress: Progress, model: Path, images, output: Path, device: str, weights):
     """Write a model as ONNX, for images of the shape of the one given, or else square ones."""
     from stego import Stego
-    from stego_parts.export import check_exporter, write_onnx
+    from stego_parts.export import write_onnx
     from stego_parts.outputs import check_outputs
 
-    check_exporter()
     check_outputs([(output, (".onnx",))], inputs=[model, *images])
     fitted = Stego.load(model, device=device, weights=weights)
     width, height = write_onnx(fitted, output, *images, progress=progress)
@@ -603,22 +581,20 @@ def export_model(progress: Progress, model: Path, images, output: Path, device: 
 def show_points(progress: Progress, images, at, model, output: Path, backbone: str, device: str, weights):
     """Write the picture of what corresponds with points of an image."""
     from stego import Stego, pick_device
+    from stego_parts import outputs, protocol, report
     from stego_parts.backbones import load_backbone
     from stego_parts.images import find_images, write_image
-    from stego_parts.outputs import PICTURE, check_outputs
-    from stego_parts.protocol import images_of
-    from stego_parts.report import correspondence_sheet
 
     image, others = Path(images[0]), images[1:] and [path for path, _ in find_images(images[1:])]
     if not image.is_file():
         raise ValueError(f"{image} is not an image file; --at is about points of one, name it first.")
-    check_outputs([(output, PICTURE)], inputs=[image, *others])
+    outputs.check_outputs([(output, outputs.PICTURE)], inputs=[image, *others])
     fitted = Stego.load(model, device=device, weights=weights) if model else None
     place = pick_device(device)
     network = fitted.backbone if fitted else load_backbone(backbone, weights=weights, device=place)
-    others = [path for path in others or images_of(fitted) if not path.samefile(image)]
-    show = functools.partial(correspondence_sheet, others=others, device=place, progress=progress)
-    write_image(show(network, image, at, model=fitted), output)
+    others = [path for path in others or protocol.images_of(fitted) if not path.samefile(image)]
+    options = dict(others=others, model=fitted, device=place, progress=progress)
+    write_image(report.correspondence_sheet(network, image, at, **options), output)
     progress.summary(f"{len(at)} points, {len(others)} other images to choose from", f"picture {output}")
 
 

@@ -155,6 +155,24 @@ def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image
     return regions
 
 
+def cluster_lines(model: Stego, changed: set | None = None) -> list[str]:
+    """One line a cluster, those of one name in one: numbers, name, share of the training images, colour.
+
+    changed: the clusters whose lines are wanted, if not all.
+    """
+    merged, width, lines = model.merged.tolist(), max(map(len, model.names)), []
+    for k in sorted(set(merged)):
+        members = [m for m, first in enumerate(merged) if first == k]
+        if changed is None or changed & set(members):
+            share, color = float(model.share[members].sum()), model.palette[k].tolist()
+            bar = "\x1b[38;2;{};{};{}m{}\x1b[0m".format(
+                *color, "#" * max(round(60 * share), 1)
+            )  # for terminals
+            name, numbers = f"{model.names[k]:{width}} " if width else "", "+".join(map(str, members))
+            lines.append(f"cluster {numbers:>3} {name}{share:6.1%} #{bytes(color).hex()} {bar}")
+    return lines
+
+
 def description(model) -> list[str]:
     """How a model was made, for people."""
     c, backbone = model.config, f"backbone  {model.config.backbone}, weights {model.backbone_sha256[:12]}"
