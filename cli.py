@@ -28,7 +28,7 @@ OUTPUTS = "stego-out"  # folder of what predict writes, which fit leaves out
 FEATURES = "stego-features"  # folder, beside the model, of features that are kept for other fits
 REFRESH = 0.2  # seconds between two updates of the progress line
 
-PATH, POSITIVE = click.Path(path_type=Path), click.FloatRange(0, min_open=True)
+PATH, POSITIVE, WHOLE = click.Path(path_type=Path), click.FloatRange(0, min_open=True), click.IntRange(0)
 option = functools.partial(click.option, show_default=True)
 log = logging.getLogger("stego")
 
@@ -275,8 +275,7 @@ def fit(progress, images, dataset, root, classes, output, settings, from_model, 
         options["preset"] = options["preset"] or datasets.PRESET_OF[dataset]
         config = fit_config(options["preset"], backbone=options["backbone"])
         log.log(NOTICE, datasets.published_line(dataset, preset=config.preset, backbone=config.backbone))
-    loading = {name: options[name] for name in ("device", "weights")}
-    base = Stego.load(from_model, **loading) if from_model else None
+    base = from_model and Stego.load(from_model, device=options["device"], weights=options["weights"])
     if base and not (images := images or base.config.images):
         raise ValueError(f"{from_model} does not name the images of its fit; give some beside --from.")
     options["exclude"] = [*made_in(output.parent, (from_model or output).parent), *filter(None, [report])]
@@ -338,17 +337,16 @@ def write_pictures(progress: Progress, models: dict, paths, sheet: Path, charts:
     from stego_parts.images import write_image
 
     fitted = [*models.values()]
-    record, config = fitted[0].record, fitted[0].config
     write_image(report.fit_sheet(fitted, progress=progress), sheet, note="contact sheet")
     if charts:
         report.write_report(fitted[0], charts)
-    if record.agreement and not is_quiet():
-        click.echo(report.agreement_line(record.agreement))
+    if (agreement := fitted[0].record.agreement) and not is_quiet():
+        click.echo(report.agreement_line(agreement))
     if log.isEnabledFor(logging.INFO):
         for model in fitted:
             print_model(model, report.cluster_lines(model))
     written = f"model {' '.join(map(str, models))}, picture {sheet}" + (f", report {charts}" * bool(charts))
-    progress.summary(f"{len(paths)} images, {config.backbone}", written)
+    progress.summary(f"{len(paths)} images, {fitted[0].config.backbone}", written)
 
 
 # ---- predict -----------------------------------------------------------------------------------------------
@@ -361,13 +359,11 @@ def write_pictures(progress: Progress, models: dict, paths, sheet: Path, charts:
 @option("--format", "kind", default="mask", type=click.Choice(list(WRITTEN)), help="What is written.")
 @option("--overlay", is_flag=True, help="Beside each mask, the picture with its segments and a legend.")
 @option("--only", multiple=True, callback=split_names, metavar="NAMES", help="Clusters to keep: road,7.")
-@option(
-    "--min-area", default=0, type=click.IntRange(0), help="Pixels of the smallest region in coco, labelme."
-)
+@option("--min-area", default=0, type=WHOLE, help="Pixels of the smallest region in coco, labelme.")
 @option("--crf/--no-crf", default=True, help="Sharpen the segments with a dense CRF.")
 @option("--crf-size", default=0.5, type=POSITIVE, help="Megapixels that the CRF works on, of larger photos.")
 @option("--resolution", default=320, help="Pixels of the shorter side that the backbone sees.")
-@option("--tile", type=click.IntRange(0), metavar="PIXELS", help="See larger images in parts of this side.")
+@option("--tile", type=WHOLE, metavar="PIXELS", help="See larger images in parts of this side.")
 @option("--smooth", is_flag=True, help="Images are frames of a video: keep clusters steady between them.")
 @option("--skip-existing", is_flag=True, help="Leave images alone whose outputs are there and up to date.")
 @option("--limit", type=click.IntRange(1), metavar="N", help="The first N images only.  [default: all]")
@@ -398,30 +394,28 @@ def predict(progress, images, model, output, kind, limit, dry_run, device, weigh
 
     formats, piped = outputs.check_formats(kind, images, output, **options), str(output) == outputs.PIPE
     _, only, min_area, skip_existing = map(options.pop, ("overlay", "only", "min_area", "skip_existing"))
-    exclude = made_in(model.parent)
-    jobs, document = outputs.plan_outputs(images, output, formats, model, limit, exclude=exclude)
+    jobs, document = outputs.plan_outputs(images, output, formats, model, limit, made_in(model.parent))
     fitted = Stego.load(model, device=device, weights=weights)
     keep = fitted.select(only) if only else None
-    note = outputs.note_of(fitted, keep, options | {"min_area": min_area})
-    writer = outputs.Writer(fitted, kind, keep, note, min_area)
+    writer = outputs.Writer(fitted, kind, keep, min_area, options)
     todo = [job for job in jobs if not (skip_existing and writer.is_done(job))]
     skipped = f", {len(jobs) - len(todo)} skipped" if skip_existing else ""
     if dry_run:
         for path in [document] if document else [path for job in todo for path in job.targets.values()]:
             click.echo(path)
         return progress.summary(f"{len(todo)} images{skipped}", "nothing was written", err=True)
-    done = segment_all(progress, writer, todo, document, options)
+    done = segment_all(progress, writer, todo, document)
     what = f"{' and '.join(map(WRITTEN.get, formats))} in {'stdout' if piped else document or output}"
     progress.summary(f"{done} of {len(todo)} images{skipped}", what, err=piped)
     sys.exit(0 if done == len(todo) else 1)
 
 
-def segment_all(progress: Progress, writer, jobs, document, options: dict) -> int:
+def segment_all(progress: Progress, writer, jobs, document) -> int:
     """Segment images and write their outputs; says what went wrong, and returns how many went well."""
     entries = []
-    if not (document or options["smooth"]):
+    if not (document or writer.options["smooth"]):
         progress.go_on = "the same command with --skip-existing goes on"
-    for done, (job, entry) in enumerate(writer.results(jobs, options, progress), 1):
+    for done, (job, entry) in enumerate(writer.results(jobs, progress), 1):
         if isinstance(entry, Exception):
             who, what = str(job.source) if isinstance(job.source, Path) else "<stdin>", sentence(entry)
             log.error("%s", what if who in what else f"{who}: {what}")
@@ -616,10 +610,9 @@ def demo(progress, output, seed):
       stego demo -o /tmp/demo --seed 7
     """
     from stego_parts.demo import SCENES, check_demo_folder, run_demo
-    from stego_parts.protocol import table
 
     check_demo_folder(output)
-    click.echo(table(run_demo(output, seed=seed, progress=progress)))
+    click.echo(run_demo(output, seed=seed, progress=progress))
     progress.summary(f"{sum(SCENES.values())} drawn scenes", f"everything in {output}")
 
 

@@ -40,8 +40,8 @@ def draw_scenes(folder: Path, *, seed: int, progress: Progress = no_progress):
     write_bytes("".join(f"{name}\n" for name in SCENE_CLASSES).encode(), folder / "classes.txt")
 
 
-def run_demo(folder: Path, *, seed: int = 0, progress: Progress = no_progress) -> dict:
-    """Leave images, labels, a model, masks, overlays, sheets and scores in a folder; returns the evaluation."""
+def run_demo(folder: Path, *, seed: int = 0, progress: Progress = no_progress) -> str:
+    """Leave images, labels, a model, masks, overlays, sheets and scores in a folder; returns the scores, as a table."""
     draw_scenes(folder, seed=seed, progress=progress)
     folders, names = (folder / "images", folder / "labels"), folder / "classes.txt"
     train, val = (folder_set(*(each / split for each in folders), names=names) for split in SCENES)
@@ -62,4 +62,4 @@ def run_demo(folder: Path, *, seed: int = 0, progress: Progress = no_progress) -
         write_image(mask_image(mask, model.colors), folder / "masks" / path.name)
         write_image(legend_overlay(model, image, mask), folder / "overlays" / f"{path.stem}.jpg")
         progress("predict", done, len(val.pairs))
-    return scores
+    return protocol.table(scores)

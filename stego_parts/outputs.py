@@ -13,8 +13,9 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -151,7 +152,7 @@ class Job(NamedTuple):
     targets: dict[str, Path]
 
 
-def plan_outputs(images, output: Path, formats, model: Path, limit=None, *, exclude=()) -> tuple:
+def plan_outputs(images, output: Path, formats, model: Path, limit: int | None, exclude) -> tuple:
     """A job for each of the first images, and the one file of a format that has one, or None; all checked.
 
     images: files, folders and patterns, or - for stdin. exclude: outputs of earlier runs.
@@ -192,16 +193,7 @@ def is_file(output: Path) -> bool:
     return str(output) == PIPE or bool(output.suffix) and not output.is_dir()
 
 
-# ---- notes -------------------------------------------------------------------------------------------------
-
-
-def note_of(model, keep, options: dict) -> str:
-    """What outputs depend on beside their images, as a hash: the model, its names and colours, the options."""
-    palette = torch.from_numpy(model.palette)
-    tensors = {**model.head.state_dict(), "centers": model.centers, "palette": palette}
-    parts = [fingerprint(tensors), model.backbone_sha256, model.config.adaptation, model.names, keep]
-    parts.append(sorted(options.items()))
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+# ---- formats -----------------------------------------------------------------------------------------------
 
 
 def read_note(path: Path) -> str | None:
@@ -220,21 +212,19 @@ def read_note(path: Path) -> str | None:
         return None
 
 
-# ---- formats -----------------------------------------------------------------------------------------------
+@dataclass
+class Writer:
+    """Segments images and writes the outputs of a model.
 
-
-class Writer(NamedTuple):
-    """Writes the outputs of a model.
-
-    kind: the format; keep: clusters to keep, None for all; note: of what they are made with, goes into each output;
-    min_area: pixels of the smallest region that counts.
+    kind: the format; keep: clusters to keep, None for all; min_area: pixels of the smallest region that counts;
+    options: of `Stego.predict`, resolution and smooth (whether images are frames of a video) among them.
     """
 
-    model: object
+    model: Any
     kind: str
     keep: list | None
-    note: str
-    min_area: int = 0
+    min_area: int
+    options: dict
 
     @property
     def clusters(self) -> dict[int, str]:
@@ -242,25 +232,31 @@ class Writer(NamedTuple):
         kept = self.model.merged[slice(None) if self.keep is None else self.keep]
         return {k: self.model.labels[k] for k in np.unique(kept).tolist()}
 
-    def note_for(self, kind: str) -> str:
-        return f"{kind} {self.note}"
+    @functools.cached_property
+    def note(self) -> str:
+        """What outputs depend on beside their images, as a hash: the model, its names and colours, the options."""
+        model, palette = self.model, torch.from_numpy(self.model.palette)
+        tensors = {**model.head.state_dict(), "centers": model.centers, "palette": palette}
+        parts = [fingerprint(tensors), model.backbone_sha256, model.config.adaptation, model.names, self.keep]
+        parts.append(sorted((self.options | {"min_area": self.min_area}).items()))
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def is_done(self, job: Job) -> bool:
         """All outputs are there, made with what the note says, and not older than the image."""
         targets = job.targets.items()
-        made = [path.stat().st_mtime for kind, path in targets if read_note(path) == self.note_for(kind)]
+        made = [path.stat().st_mtime for kind, path in targets if read_note(path) == f"{kind} {self.note}"]
         return len(made) == len(targets) and min(made) >= job.source.stat().st_mtime
 
-    def results(self, jobs: list[Job], options: dict, progress=no_progress) -> Iterator[tuple]:
+    def results(self, jobs: list[Job], progress=no_progress) -> Iterator[tuple]:
         """(job, what `write` returned, or the error) for each; threads read and write meanwhile."""
-        check_resolution(self.model.backbone, options["resolution"], device=self.model.device)
+        check_resolution(self.model.backbone, self.options["resolution"], device=self.model.device)
         segment = self.model.probabilities if self.kind in SOFT else self.model.predict
         average = functools.lru_cache(1)(lambda folder: FrameAverage())  # each folder is another video
         images = prefetch(lambda job: _attempt(read_image, job.source), jobs, window=READ_AHEAD)
 
         def segment_next(job, image):
-            smooth = average(job.source.parent) if options["smooth"] else None
-            return segment(image, **options | dict(smooth=smooth, progress=progress))
+            smooth = average(job.source.parent) if self.options["smooth"] else None
+            return segment(image, **self.options | dict(smooth=smooth, progress=progress))
 
         masks = ((job, image, _attempt(segment_next, job, image)) for job, image in zip(jobs, images))
         yield from zip(jobs, prefetch(lambda each: _attempt(self.write, *each), masks, window=WRITE_BEHIND))
@@ -280,11 +276,13 @@ class Writer(NamedTuple):
 
     def write_one(self, kind: str, target: Path, job: Job, image: Image.Image, result: np.ndarray):
         """One output of an image."""
-        note = self.note_for(kind)
+        note = f"{kind} {self.note}"
         if kind == "npz":
             write_bytes(packed_arrays(result, self.model.labels, image, note), target)
         elif kind == "labelme":
-            extra = {"imagePath": relative(job, target), NOTE: note}
+            piped = not isinstance(job.source, Path)
+            place = job.place if piped else Path(os.path.relpath(job.source, target.parent))
+            extra = {"imagePath": place.as_posix(), NOTE: note}
             write_bytes(labelme_document(result, self.clusters, self.min_area, **extra).encode(), target)
         elif kind == "cutout":
             write_image(cutout(image, result[self.keep].sum(0)), target, note=note, form="PNG")
@@ -324,13 +322,6 @@ def packed_arrays(probabilities: np.ndarray, labels, image: Image.Image, note: s
     with zipfile.ZipFile(packed, "a") as archive:
         archive.comment = note.encode()
     return packed.getvalue()
-
-
-def relative(job: Job, target: Path) -> str:
-    """Where an image lies, seen from an output of it."""
-    if not isinstance(job.source, Path):
-        return str(job.place)
-    return Path(os.path.relpath(job.source, target.parent)).as_posix()
 
 
 def legend_overlay(model, image: Image.Image, mask: np.ndarray) -> Image.Image:
