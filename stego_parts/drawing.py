@@ -222,9 +222,7 @@ def image_rows(
 ) -> Image.Image:
     """Rows of (caption, RGB pictures) below headings of their columns, over a legend {name: colour}."""
     rows = list(rows)
-    parts = [
-        part for caption, pictures in rows for part in (text_picture(caption), stack(pictures, across=True))
-    ]
+    parts = [stack([text_picture(caption), stack(pictures, across=True)]) for caption, pictures in rows]
     if headings and rows:
         columns = zip(headings, rows[0][1])
         titles = [text_picture(text, width=picture.width) for text, picture in columns]
@@ -238,17 +236,17 @@ def image_rows(
 # ---- correspondences -------------------------------------------------------------------------------------------
 
 
-def spotlight(image: Image.Image, weight: np.ndarray, color: Color, *, opacity: float = 0.8) -> Image.Image:
+def spotlight(image: Image.Image, weight: np.ndarray, color: Color) -> Image.Image:
     """The picture in grey, coloured where weight (H, W), 0 to 1, is large."""
     grey = np.asarray(image.convert("L"), dtype=float)[..., None]  # (H, W, 1)
-    share = opacity * weight[..., None]
+    share = 0.8 * weight[..., None]
     return Image.fromarray((grey * (1 - share) + np.asarray(color) * share).round().astype(np.uint8))
 
 
-def mark(image: Image.Image, x: float, y: float, color: Color, *, radius: int = 4):
+def mark(image: Image.Image, x: float, y: float, color: Color):
     """Draw a ringed dot into the picture at (x, y), in pixels."""
     draw = ImageDraw.Draw(image)
-    for r, fill in ((radius + 2, INK), (radius + 1, "white"), (radius - 1, color)):
+    for r, fill in ((6, INK), (5, "white"), (3, color)):  # radii in pixels
         draw.ellipse([x - r, y - r, x + r, y + r], fill=fill)
 
 

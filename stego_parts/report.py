@@ -3,7 +3,8 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +31,40 @@ from stego_parts.images import (
 )
 from stego_parts.maps import dot_products, upsampled_argmax
 from stego_parts.protocol import both_features, class_maps, cluster_probe, headline, protocol_side
-from stego_parts.tokens import BILINEAR, RESOLUTION, Progress, backbone_size, no_progress
+from stego_parts.tokens import BILINEAR, Progress, backbone_size, no_progress
 
 SHEET_IMAGES, SHEET_SAMPLE = 24, 12  # images up to which the contact sheet shows all; how many of more
 REGION = 1 / 3  # side of the squares that show what a cluster is, of the image's shorter side
+REGIONS = 6  # of them for each cluster
 SHOWN, CANDIDATES = 4, 300  # other images that a sheet of correspondences shows; among how many it looks
 HEATMAP_HEIGHT = 200  # pixels: height of its pictures
 CROP_HEIGHT = 112  # pixels: height of the crops that show nearest neighbours
+CROPS = 6  # that are shown with their neighbours
+FEATURES = "backbone features"
+KNOWN = logging.DEBUG  # level at which images are skipped that the fit has named
 
 log = logging.getLogger("stego")
+
+
+def _usable(function: Callable, paths, stage: str, progress: Progress, level=logging.WARNING) -> Iterator:
+    """(path, function(path)) of each image that can be used; another is said to be skipped, at a level."""
+    for done, path in enumerate(paths, 1):
+        try:
+            yield path, function(path)
+        except (ValueError, FileNotFoundError) as error:
+            log.log(level, "Skipped: %s", error)
+        progress(stage, done, len(paths))
+
+
+def _small_image(model: Stego, path) -> Image.Image:
+    """An image, as small as the backbone sees it."""
+    image = read_image(path)
+    return image.resize(model.working_size(image), BILINEAR)
+
+
+def _write_pictures(pictures: dict[str, Image.Image], folder: Path | str):
+    for name, picture in pictures.items():
+        write_image(picture, Path(folder) / f"{name}.png")
 
 
 # ---- a fit -----------------------------------------------------------------------------------------------------
@@ -52,17 +78,16 @@ def fit_sheet(models: Sequence[Stego], *, progress: Progress = no_progress) -> I
     return contact_sheet(models[0], paths, progress=progress)
 
 
-def contact_sheet(model: Stego, paths: Iterable[Path], *, progress: Progress = no_progress) -> Image.Image:
+def contact_sheet(model: Stego, paths: Sequence[Path], *, progress: Progress = no_progress) -> Image.Image:
     """A picture of the images, of many some that are evenly spread, beside their segments.
 
     The CRF works at the size of a picture on the sheet.
     """
-    paths = list(paths)
     if len(paths) > SHEET_IMAGES:
         paths = paths[:: len(paths) // SHEET_SAMPLE][:SHEET_SAMPLE]
-    seen = _small_images(model, paths, progress)
+    images = _usable(partial(_small_image, model), paths, "picture", progress, KNOWN)
     size = math.prod(drawing.SHEET_CELL) / 1e6
-    pairs = [(image, model.predict(image, crf_size=size)) for _, image in seen]
+    pairs = [(image, model.predict(image, crf_size=size)) for _, image in images]
     return drawing.contact_sheet(pairs, model.colors, model.labels)
 
 
@@ -72,7 +97,7 @@ def comparison_sheet(
 ) -> Image.Image:
     """At most SHEET_SAMPLE of the images, a row each, beside their segments by models with one head, without CRF."""
     paths, rows = paths[:: -(-len(paths) // SHEET_SAMPLE)], []
-    for path, image in _small_images(models[0], paths, progress):
+    for path, image in _usable(partial(_small_image, models[0]), paths, "picture", progress, KNOWN):
         codes, pictures = models[0].codes(to_tensor(image)[None]), [drawing.cell(image)]
         for model in models:
             scores = dot_products(codes, model.image_centers(codes))[0]  # (K, h, w)
@@ -80,19 +105,6 @@ def comparison_sheet(
             pictures.append(drawing.cell(image, mask, model.colors, model.labels))
         rows.append((Path(path).name, pictures))
     return image_rows(rows, headings=["", *(f"{len(model.centers)} clusters" for model in models)])
-
-
-def _small_images(
-    model: Stego, paths: Sequence[Path], progress: Progress
-) -> Iterator[tuple[Path, Image.Image]]:
-    """Images as small as the backbone sees them; those that cannot be used, which a fit has named, are left out."""
-    for done, path in enumerate(paths, 1):
-        try:
-            image = read_image(path)
-            yield path, image.resize(model.working_size(image), BILINEAR)
-        except (ValueError, FileNotFoundError):
-            continue
-        progress("picture", done, len(paths))
 
 
 def cluster_sheet(model: Stego, paths: Sequence[Path], *, progress: Progress = no_progress) -> Image.Image:
@@ -108,31 +120,17 @@ def cluster_sheet(model: Stego, paths: Sequence[Path], *, progress: Progress = n
 
 
 @torch.inference_mode()
-def best_regions(
-    model: Stego,
-    paths: Sequence[Path],
-    *,
-    count: int = 6,
-    resolution: int = RESOLUTION,
-    progress: Progress = no_progress,
-) -> list[list[tuple[Image.Image, np.ndarray]]]:
-    """What each cluster is: the `count` squares of images that fit it best, at most one an image.
+def best_regions(model: Stego, paths: Sequence[Path], *, progress: Progress = no_progress) -> list[list]:
+    """What each cluster is: the squares of images that fit it best, REGIONS of them, at most one an image.
 
     The fit of a square is the mean over it of the cosine to the centre, 0 where another cluster is nearer.
     Returns for each cluster (picture, mask (side, side) uint8) pairs, the best first; clusters that share a name
     are one, the lowest of them.
     """
     best: list[list[tuple]] = [[] for _ in model.centers]  # of (fit, picture, mask)
-    for done, path in enumerate(paths, 1):
-        try:
-            picture = read_image(path)
-            picture = picture.resize(model.working_size(picture, resolution), BILINEAR)
-        except (ValueError, FileNotFoundError) as error:
-            log.warning("Skipped: %s", error)
-            continue
+    for _, picture in _usable(partial(_small_image, model), paths, "regions", progress):
         for k, region in _regions(model, picture).items():
-            best[k] = sorted([*best[k], region], key=lambda each: -each[0])[:count]
-        progress("regions", done, len(paths))
+            best[k] = sorted([*best[k], region], key=lambda each: -each[0])[:REGIONS]
     return [[(picture, mask) for _, picture, mask in regions] for regions in best]
 
 
@@ -164,28 +162,25 @@ def cluster_lines(model: Stego, changed: set | None = None) -> list[str]:
     for k in sorted(set(merged)):
         members = [m for m, first in enumerate(merged) if first == k]
         if changed is None or changed & set(members):
-            share, color = float(model.share[members].sum()), model.palette[k].tolist()
-            bar = "\x1b[38;2;{};{};{}m{}\x1b[0m".format(
-                *color, "#" * max(round(60 * share), 1)
-            )  # for terminals
+            share, (r, g, b) = float(model.share[members].sum()), model.palette[k].tolist()
+            bar = (
+                f"\x1b[38;2;{r};{g};{b}m{'#' * max(round(60 * share), 1)}\x1b[0m"  # as terminals colour text
+            )
             name, numbers = f"{model.names[k]:{width}} " if width else "", "+".join(map(str, members))
-            lines.append(f"cluster {numbers:>3} {name}{share:6.1%} #{bytes(color).hex()} {bar}")
+            lines.append(f"cluster {numbers:>3} {name}{share:6.1%} #{r:02x}{g:02x}{b:02x} {bar}")
     return lines
 
 
 def description(model) -> list[str]:
     """How a model was made, for people."""
-    c, backbone = model.config, f"backbone  {model.config.backbone}, weights {model.backbone_sha256[:12]}"
+    c, lines = model.config, [f"backbone  {model.config.backbone}, weights {model.backbone_sha256[:12]}"]
     if c.preset == RELEASED:
-        return [
-            backbone,
-            "training  a checkpoint of the reference implementation, which has no options in it",
-        ]
+        return [*lines, "training  a checkpoint of the reference implementation, which has no options in it"]
     settings = [(name, getattr(c, name)) for name in SETTINGS]
     values = [f"{name}={x:.3g}" if isinstance(x, float) else f"{name}={x}" for name, x in settings]
     images = c.crops if c.views == "whole" else c.crops // 5
     return [
-        backbone,
+        *lines,
         f"data      {images} images, {c.crops} crops",
         f"training  {c.steps} steps, preset {c.preset}, seed {c.seed}",
         f"settings  {' '.join(values)}",
@@ -200,17 +195,15 @@ def write_report(model: Stego, folder: Path | str):
     """
     if not ((record := model.record) and record.history):
         raise ValueError("This model has no history to report; a report is written right after fit.")
-    steps = [entry["step"] for entry in record.history]
-    loss = {"loss": (steps, [entry["loss"] for entry in record.history])}
-    terms = [name for name in TERMS if name in record.history[-1]]
-    means = {name: (steps, [entry[name] for entry in record.history]) for name in terms}
+    history, steps = record.history, [entry["step"] for entry in record.history]
+    means = {name: (steps, [entry[name] for entry in history]) for name in TERMS if name in history[-1]}
+    loss = {"loss": (steps, [entry["loss"] for entry in history])}
     pictures = {
         "loss": line_chart(loss, title="Loss", x_label="step"),
         "similarity": line_chart(means, title="Mean similarity of codes", x_label="step"),
         "neighbors": _neighbor_rows(record, model.config.views),
     }
-    for name, picture in pictures.items():
-        write_image(picture, Path(folder) / f"{name}.png")
+    _write_pictures(pictures, folder)
     write_bytes("".join(f"{line}\n" for line in report_lines(model)).encode(), Path(folder) / "report.txt")
 
 
@@ -247,10 +240,10 @@ def agreement_line(agreement: dict[int, list[float]]) -> str:
     return f"{first} clusters: halves of the images agree on them to {score}; {near}."
 
 
-def _neighbor_rows(record: FitRecord, views: str, rows: int = 6) -> Image.Image:
+def _neighbor_rows(record: FitRecord, views: str) -> Image.Image:
     """Some crops, evenly spread over all, each before its nearest neighbours."""
     count, shown = len(record.images), []
-    for crop in range(0, count, max(count // rows, 1))[:rows]:
+    for crop in range(0, count, max(count // CROPS, 1))[:CROPS]:
         crops = (crop, *record.neighbors[crop].tolist())
         try:
             pictures = [_crop_picture(record, each, views) for each in crops]
@@ -293,24 +286,20 @@ def correspondence_sheet(
     is the point itself, none its mean correspondence with its image, or less (the centering of Eq. 3).
     Raises ValueError for a point outside of the image, or what cannot be read.
     """
-    picture = read_image(image)
+    (width, height), seen = read_image(image).size, partial(_seen, network=network, device=device)
     for x, y in at:
-        if not (0 <= x < picture.width and 0 <= y < picture.height):
+        if not (0 <= x < width and 0 <= y < height):
             raise ValueError(
-                f"The point {x},{y} is not in {image}, which is {picture.width} x {picture.height} "
-                f"pixels: x is 0 to {picture.width - 1}, y 0 to {picture.height - 1}."
+                f"The point {x},{y} is not in {image}, which is {width} x {height} pixels: "
+                f"x is 0 to {width - 1}, y 0 to {height - 1}."
             )
-    own = _unit_maps(network, model, picture, image, device)
     if len(others) > SHOWN:
-        mean = unit(own["backbone features"].mean((1, 2)))
-        others = _nearest_images(network, mean, others, device, progress)
-    pictures = [(picture, own)]
-    for path in others:
-        pictures.append((other := read_image(path), _unit_maps(network, model, other, path, device)))
+        others = _nearest_images(seen, image, others, progress)
+    pictures = [seen(path, model=model) for path in (image, *others)]
     rows = [
         (f"{kind} at {x},{y}", _heatmaps(pictures, kind, (x, y), color))
         for (x, y), color in zip(at, itertools.cycle(drawing.VIVID))
-        for kind in own
+        for kind in pictures[0][1]
     ]
     return image_rows(rows, headings=[Path(path).name for path in (image, *others)])
 
@@ -336,32 +325,32 @@ def _heatmaps(
     return shown
 
 
-def _unit_maps(network, model, picture: Image.Image, name, device) -> dict:
-    """Unit features (C, h, w) of a picture, averaged with its mirror's, and the model's codes (D, h, w)."""
-    x = to_tensor(picture.resize(backbone_size(picture, network.patch, name=name), BILINEAR))[None].to(device)
-    seen = network(torch.cat([x, x.flip(-1)]))  # (2, C, h, w)
-    kinds = {"backbone features": seen} | ({"codes": model.head.on_map(seen)} if model else {})
-    return {kind: F.normalize(unmirror(maps)[0], dim=0) for kind, maps in kinds.items()}
+def _seen(path, *, network, device, model: Stego | None = None) -> tuple[Image.Image, dict[str, Tensor]]:
+    """A picture, its unit features (C, h, w), averaged with its mirror's, and a model's codes (D, h, w)."""
+    picture = read_image(path)
+    x = to_tensor(picture.resize(backbone_size(picture, network.patch, name=path), BILINEAR))[None].to(device)
+    maps = {FEATURES: network(torch.cat([x, x.flip(-1)]))}  # (2, C, h, w)
+    if model:
+        maps["codes"] = model.head.on_map(maps[FEATURES])
+    return picture, {kind: F.normalize(unmirror(each)[0], dim=0) for kind, each in maps.items()}
 
 
-def _nearest_images(network, mean: Tensor, paths, device, progress: Progress) -> list:
-    """The SHOWN images whose averaged features are nearest to a unit vector (C,), of CANDIDATES spread over paths."""
-    paths, near = list(paths)[:: math.ceil(len(paths) / CANDIDATES)], []
-    for done, path in enumerate(paths, 1):
-        try:
-            maps = _unit_maps(network, None, read_image(path), path, device)["backbone features"]
-            near.append((float(unit(maps.mean((1, 2))) @ mean), path))
-        except (ValueError, FileNotFoundError) as error:
-            log.warning("Skipped: %s", error)
-        progress("neighbors", done, len(paths))
+def _nearest_images(seen: Callable, image, paths, progress: Progress) -> list:
+    """The SHOWN images whose averaged features are nearest to those of an image, of CANDIDATES spread over paths."""
+
+    def mean(path) -> Tensor:
+        return unit(seen(path)[1][FEATURES].mean((1, 2)))  # (C,)
+
+    own, paths = mean(image), paths[:: math.ceil(len(paths) / CANDIDATES)]
+    near = [(float(each @ own), path) for path, each in _usable(mean, paths, "neighbors", progress)]
     return [path for _, path in sorted(near, key=lambda each: -each[0])[:SHOWN]]
 
 
 # ---- an evaluation ---------------------------------------------------------------------------------------------
 
 
-def write_figures(report: dict, model: Stego, labelled: LabelledSet, folder: Path | str) -> list[Path]:
-    """confusion.png, strips.png: where pixels of each class go, and examples; returns their paths."""
+def write_figures(report: dict, model: Stego, labelled: LabelledSet, folder: Path | str):
+    """confusion.png, strips.png: where pixels of each class go, and examples."""
     best, classes = headline(report), report["classes"]
     columns = np.argsort([c if c >= 0 else len(classes) for c in best["assignment"]], kind="stable").tolist()
     names = [f"{k} {classes[c]}" if (c := best["assignment"][k]) >= 0 else f"{k} -" for k in columns]
@@ -369,13 +358,8 @@ def write_figures(report: dict, model: Stego, labelled: LabelledSet, folder: Pat
     with np.errstate(invalid="ignore"):
         shares = counts / counts.sum(1, keepdims=True)  # a class that does not occur: NaN
     title = f"{report['dataset']}: clusters (with their classes) of the pixels of each class, %"
-    pictures = {
-        "confusion": matrix_picture(shares[:, columns], classes, names, title=title),
-        "strips": _examples(best, model, labelled),
-    }
-    for name, picture in pictures.items():
-        write_image(picture, Path(folder) / f"{name}.png")
-    return [Path(folder) / f"{name}.png" for name in pictures]
+    confusion = matrix_picture(shares[:, columns], classes, names, title=title)
+    _write_pictures({"confusion": confusion, "strips": _examples(best, model, labelled)}, folder)
 
 
 @torch.inference_mode()
