@@ -9,8 +9,9 @@ from PIL import Image
 from stego import Stego
 from stego_parts import protocol, report
 from stego_parts.datasets import folder_set
+from stego_parts.drawing import with_legend
 from stego_parts.images import mask_image, read_image, write_bytes, write_image
-from stego_parts.outputs import check_folder, legend_overlay
+from stego_parts.outputs import check_folder
 from stego_parts.scenes import SCENE_CLASSES, draw_scene
 from stego_parts.tokens import Progress, no_progress
 
@@ -54,12 +55,13 @@ def run_demo(folder: Path, *, seed: int = 0, progress: Progress = no_progress) -
     model.save(folder / "stego.pt")
     protocol.write_json(scores, folder / "scores.json")
     report.write_figures(scores, model, val, folder / "figures")
-    write_image(report.contact_sheet(model, paths, progress=progress), folder / "stego-fit.png")
+    write_image(report.fit_sheet([model], progress=progress), folder / "stego-fit.png")
     write_image(report.cluster_sheet(model, paths, progress=progress), folder / "clusters.png")
     for done, (path, _) in enumerate(val.pairs, 1):
         image = read_image(path)
         mask = model.predict(image)
         write_image(mask_image(mask, model.colors), folder / "masks" / path.name)
-        write_image(legend_overlay(model, image, mask), folder / "overlays" / f"{path.stem}.jpg")
+        overlay = with_legend(image, mask, model.colors, model.labels)
+        write_image(overlay, folder / "overlays" / f"{path.stem}.jpg")
         progress("predict", done, len(val.pairs))
     return protocol.table(scores)

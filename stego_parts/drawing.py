@@ -100,10 +100,10 @@ def segment_legend(
 def with_legend(
     image: Image.Image, mask: np.ndarray, palette: np.ndarray, labels: Sequence[str]
 ) -> Image.Image:
-    """The picture over a legend of the clusters of its mask (H, W), the largest first."""
-    em = max(EM, image.width // 60)
+    """The picture with the segments of its mask (H, W) over a legend of their clusters, the largest first."""
+    em, picture = max(EM, image.width // 60), overlay(image, mask, palette, labels)
     names = segment_legend([mask], palette, labels, max(image.width, 16 * em) - 2 * GAP, em=em)
-    return stack([image, framed(names)], gap=0)
+    return stack([picture, framed(names)], gap=0)
 
 
 def overlay(

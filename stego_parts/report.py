@@ -14,21 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from stego import FitRecord, Stego, pixels, unit, unmirror
-from stego_parts import drawing
+from stego_parts import drawing, images
 from stego_parts.config import RELEASED, SETTINGS, TERMS
 from stego_parts.datasets import LabelledSet
 from stego_parts.diagnostics import plausible_counts, training_warning
 from stego_parts.drawing import image_rows, line_chart, matrix_picture
-from stego_parts.images import (
-    IGNORE,
-    distinct_colors,
-    five_boxes,
-    mask_image,
-    read_image,
-    to_tensor,
-    write_bytes,
-    write_image,
-)
 from stego_parts.maps import dot_products, upsampled_argmax
 from stego_parts.protocol import both_features, class_maps, cluster_probe, headline, protocol_side
 from stego_parts.tokens import BILINEAR, Progress, backbone_size, no_progress
@@ -58,36 +48,31 @@ def _usable(function: Callable, paths, stage: str, progress: Progress, level=log
 
 def _small_image(model: Stego, path) -> Image.Image:
     """An image, as small as the backbone sees it."""
-    image = read_image(path)
+    image = images.read_image(path)
     return image.resize(model.working_size(image), BILINEAR)
 
 
 def _write_pictures(pictures: dict[str, Image.Image], folder: Path | str):
     for name, picture in pictures.items():
-        write_image(picture, Path(folder) / f"{name}.png")
+        images.write_image(picture, Path(folder) / f"{name}.png")
 
 
 # ---- a fit -----------------------------------------------------------------------------------------------------
 
 
 def fit_sheet(models: Sequence[Stego], *, progress: Progress = no_progress) -> Image.Image:
-    """The picture of a fit: `contact_sheet` of a model, `comparison_sheet` of several with one head."""
-    paths = models[0].record.paths  # of large images, what was seen at once
+    """The picture of a fit: its images, of many some that are evenly spread, beside their segments.
+
+    The CRF works at the size of a picture on the sheet. Of several models with one head: `comparison_sheet`.
+    """
+    model, paths = models[0], models[0].record.paths  # of large images, what was seen at once
     if len(models) > 1:
         return comparison_sheet(models, paths, progress=progress)
-    return contact_sheet(models[0], paths, progress=progress)
-
-
-def contact_sheet(model: Stego, paths: Sequence[Path], *, progress: Progress = no_progress) -> Image.Image:
-    """A picture of the images, of many some that are evenly spread, beside their segments.
-
-    The CRF works at the size of a picture on the sheet.
-    """
     if len(paths) > SHEET_IMAGES:
         paths = paths[:: len(paths) // SHEET_SAMPLE][:SHEET_SAMPLE]
-    images = _usable(partial(_small_image, model), paths, "picture", progress, KNOWN)
+    seen = _usable(partial(_small_image, model), paths, "picture", progress, KNOWN)
     size = math.prod(drawing.SHEET_CELL) / 1e6
-    pairs = [(image, model.predict(image, crf_size=size)) for _, image in images]
+    pairs = [(image, model.predict(image, crf_size=size)) for _, image in seen]
     return drawing.contact_sheet(pairs, model.colors, model.labels)
 
 
@@ -98,7 +83,7 @@ def comparison_sheet(
     """At most SHEET_SAMPLE of the images, a row each, beside their segments by models with one head, without CRF."""
     paths, rows = paths[:: -(-len(paths) // SHEET_SAMPLE)], []
     for path, image in _usable(partial(_small_image, models[0]), paths, "picture", progress, KNOWN):
-        codes, pictures = models[0].codes(to_tensor(image)[None]), [drawing.cell(image)]
+        codes, pictures = models[0].codes(images.to_tensor(image)[None]), [drawing.cell(image)]
         for model in models:
             scores = dot_products(codes, model.image_centers(codes))[0]  # (K, h, w)
             mask = model.merged[upsampled_argmax(scores, image.height, image.width)]
@@ -136,7 +121,7 @@ def best_regions(model: Stego, paths: Sequence[Path], *, progress: Progress = no
 
 def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image.Image, np.ndarray]]:
     """The square of a picture that fits each cluster best, and how well; clusters that are nowhere are left out."""
-    codes, patch = model.codes(to_tensor(picture)[None]), model.backbone.patch
+    codes, patch = model.codes(images.to_tensor(picture)[None]), model.backbone.patch
     cosines = dot_products(F.normalize(codes, dim=1), model.image_centers(codes))[0]  # (K, h, w)
     mask = model.merged[upsampled_argmax(cosines, picture.height, picture.width)]
     won = cosines.clamp(min=0) * (cosines == cosines.amax(0))
@@ -178,10 +163,10 @@ def description(model) -> list[str]:
         return [*lines, "training  a checkpoint of the reference implementation, which has no options in it"]
     settings = [(name, getattr(c, name)) for name in SETTINGS]
     values = [f"{name}={x:.3g}" if isinstance(x, float) else f"{name}={x}" for name, x in settings]
-    images = c.crops if c.views == "whole" else c.crops // 5
+    count = c.crops if c.views == "whole" else c.crops // 5
     return [
         *lines,
-        f"data      {images} images, {c.crops} crops",
+        f"data      {count} images, {c.crops} crops",
         f"training  {c.steps} steps, preset {c.preset}, seed {c.seed}",
         f"settings  {' '.join(values)}",
     ]
@@ -204,7 +189,8 @@ def write_report(model: Stego, folder: Path | str):
         "neighbors": _neighbor_rows(record, model.config.views),
     }
     _write_pictures(pictures, folder)
-    write_bytes("".join(f"{line}\n" for line in report_lines(model)).encode(), Path(folder) / "report.txt")
+    text = "".join(f"{line}\n" for line in report_lines(model))
+    images.write_bytes(text.encode(), Path(folder) / "report.txt")
 
 
 def report_lines(model: Stego) -> list[str]:
@@ -255,9 +241,9 @@ def _neighbor_rows(record: FitRecord, views: str) -> Image.Image:
 
 def _crop_picture(record: FitRecord, crop: int, views: str) -> Image.Image:
     """What a crop shows."""
-    picture = read_image(record.paths[record.images[crop]])
+    picture = images.read_image(record.paths[record.images[crop]])
     if views != "whole":
-        picture = picture.crop(five_boxes(*picture.size)[crop % 5])
+        picture = picture.crop(images.five_boxes(*picture.size)[crop % 5])
     return _of_height(picture, CROP_HEIGHT)
 
 
@@ -286,7 +272,7 @@ def correspondence_sheet(
     is the point itself, none its mean correspondence with its image, or less (the centering of Eq. 3).
     Raises ValueError for a point outside of the image, or what cannot be read.
     """
-    (width, height), seen = read_image(image).size, partial(_seen, network=network, device=device)
+    (width, height), seen = images.read_image(image).size, partial(_seen, network=network, device=device)
     for x, y in at:
         if not (0 <= x < width and 0 <= y < height):
             raise ValueError(
@@ -327,8 +313,9 @@ def _heatmaps(
 
 def _seen(path, *, network, device, model: Stego | None = None) -> tuple[Image.Image, dict[str, Tensor]]:
     """A picture, its unit features (C, h, w), averaged with its mirror's, and a model's codes (D, h, w)."""
-    picture = read_image(path)
-    x = to_tensor(picture.resize(backbone_size(picture, network.patch, name=path), BILINEAR))[None].to(device)
+    picture = images.read_image(path)
+    size = backbone_size(picture, network.patch, name=path)
+    x = images.to_tensor(picture.resize(size, BILINEAR))[None].to(device)
     maps = {FEATURES: network(torch.cat([x, x.flip(-1)]))}  # (2, C, h, w)
     if model:
         maps["codes"] = model.head.on_map(maps[FEATURES])
@@ -367,15 +354,15 @@ def _examples(best: dict, model: Stego, labelled: LabelledSet) -> Image.Image:
     """Image, label and prediction of the best, the median and the worst image by accuracy."""
     accuracy = np.array([np.nan if x is None else x for x in best["image_accuracy"]], dtype=float)
     ranked = np.argsort(-accuracy, kind="stable")[: np.isfinite(accuracy).sum()]  # NaN sorts last
-    classes = np.array([c if c >= 0 else IGNORE for c in best["assignment"]], np.uint8)  # of each cluster
-    palette, rows = distinct_colors(len(labelled.classes)), []
+    of_cluster = np.array([c if c >= 0 else images.IGNORE for c in best["assignment"]], np.uint8)
+    palette, rows = images.distinct_colors(len(labelled.classes)), []
     probes = {("stego", "cluster"): cluster_probe(model)}
     for what, i in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
         image, label = labelled.read(i, side=protocol_side(model.backbone.patch))
         picture = pixels(image).to(model.device) if best["crf"] else None
         maps = class_maps(both_features(model, image), probes, label.shape, picture)
-        predicted = classes[maps["stego", "cluster", best["crf"]]]
-        masks = [mask_image(mask, palette).convert("RGB") for mask in (label, predicted)]
+        predicted = of_cluster[maps["stego", "cluster", best["crf"]]]
+        masks = [images.mask_image(mask, palette).convert("RGB") for mask in (label, predicted)]
         name, share = labelled.pairs[i][0].name, accuracy[i]
         rows.append((f"{what}: {name}, accuracy {share:.1%}", [image, *masks]))
     names = dict(zip(labelled.classes, palette.tolist()))

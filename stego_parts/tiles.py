@@ -89,12 +89,9 @@ def blend_weights(length: int, window: int) -> tuple[list[int], Tensor]:
     first = starts(length, window, int(OVERLAP * window))
     rise = torch.arange(1, window + 1).float()
     weights = (torch.minimum(rise, rise.flip(0)) ** FADE).repeat(len(first), 1)  # (n, window)
-    total = torch.zeros(length)
-    for start, weight in zip(first, weights):
-        total[start : start + window] += weight
-    return first, torch.stack(
-        [weight / total[start : start + window] for start, weight in zip(first, weights)]
-    )
+    positions = torch.tensor(first)[:, None] + torch.arange(window)  # (n, window)
+    total = torch.zeros(length).index_add_(0, positions.flatten(), weights.flatten())
+    return first, weights / total[positions]
 
 
 def label_blocks(

@@ -69,7 +69,8 @@ def test_all_images_are_on_the_sheet_up_to_24(model, scenes, monkeypatch, count,
     monkeypatch.setattr(
         type(model), "predict", lambda self, image, **options: np.zeros(image.size[::-1], np.uint8)
     )
-    report.contact_sheet(model, [scenes / "scene00.png"] * count)
+    monkeypatch.setattr(model, "record", model.record._replace(paths=[scenes / "scene00.png"] * count))
+    report.fit_sheet([model])
     assert len(seen) == shown
 
 

@@ -794,7 +794,7 @@ MAY_IMPORT = {  # of ours; nobody imports cli, and only cli imports click
     "tokens",
     "protocol": "crf kmeans stego config datasets images maps tokens",
     "report": "stego config datasets diagnostics drawing images maps protocol tokens",
-    "demo": "stego datasets images outputs protocol report scenes tokens",
+    "demo": "stego datasets drawing images outputs protocol report scenes tokens",
 }
 
 
