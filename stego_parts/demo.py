@@ -61,7 +61,6 @@ def run_demo(folder: Path, *, seed: int = 0, progress: Progress = no_progress) -
         image = read_image(path)
         mask = model.predict(image)
         write_image(mask_image(mask, model.colors), folder / "masks" / path.name)
-        overlay = with_legend(image, mask, model.colors, model.labels)
-        write_image(overlay, folder / "overlays" / f"{path.stem}.jpg")
+        write_image(with_legend(image, mask, model), folder / "overlays" / f"{path.stem}.jpg")
         progress("predict", done, len(val.pairs))
     return protocol.table(scores)

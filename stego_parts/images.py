@@ -193,9 +193,7 @@ def open_image(path, what: str, *, name=None) -> Iterator[Image.Image]:
         ) from error
     except UnidentifiedImageError as error:
         raise ValueError(f"Cannot read {name} as {what} (no known format).") from error
-    except (
-        Exception
-    ) as error:  # decoders raise whatever a damaged file leads them to: TypeError, struct.error
+    except Exception as error:  # decoders raise whatever a damaged file leads them to, struct.error say
         reason = getattr(error, "strerror", None) or str(error).strip() or "broken file"
         raise ValueError(f"Cannot read {name} as {what} ({reason.splitlines()[0]}).") from error
 
@@ -319,10 +317,8 @@ def _distinct_colors() -> np.ndarray:
     levels = np.arange(0, 256, 15)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     lab = to_lab(grid)
-    lightness, chroma = lab[:, 0], np.hypot(lab[:, 1], lab[:, 2])
-    fits = np.all(
-        [lightness > LIGHTNESS[0], lightness < LIGHTNESS[1], chroma > CHROMA[0], chroma < CHROMA[1]], 0
-    )
+    ranges = ((lab[:, 0], LIGHTNESS), (np.hypot(lab[:, 1], lab[:, 2]), CHROMA))
+    fits = np.all([(low < values) & (values < high) for values, (low, high) in ranges], 0)
     grid, lab = grid[fits], lab[fits].T.copy()  # (n, 3), (3, n)
     colors, distance = np.zeros((IGNORE + 1, 3), np.uint8), np.full(len(grid), np.inf)
     latest = int(np.abs(grid - FIRST_COLOR).sum(1).argmin())

@@ -32,11 +32,8 @@ from stego_parts.tokens import check_resolution, no_progress, prefetch
 # One file for all images, and its name in a folder.
 DOCUMENTS = {"json": "shares.json", "csv": "shares.csv", "coco": "coco.json"}
 SOFT = ("npz", "cutout")  # formats made of probabilities, not of a mask
-PICTURE, JSON, TIFF = (
-    (".png", ".jpg", ".jpeg"),
-    (".json",),
-    images.TIFF,
-)  # suffixes of sheets, documents, maps
+# Suffixes of sheets and overlays, of documents, of maps
+PICTURE, JSON, TIFF = (".png", ".jpg", ".jpeg"), (".json",), images.TIFF
 SUFFIXES = {"mask": (".png", *TIFF), "tif": TIFF, "overlay": PICTURE, "cutout": (".png",), "npz": (".npz",)}
 SUFFIXES |= {"json": JSON, "csv": (".csv",), "coco": JSON, "labelme": JSON}
 OVERLAY_SUFFIX = ".overlay.jpg"
@@ -276,8 +273,7 @@ class Writer:
         elif kind == "cutout":
             images.write_image(cutout(image, result[self.keep].sum(0)), target, note=note, form="PNG")
         elif kind == "overlay":
-            picture = with_legend(image, result, self.model.colors, self.model.labels)
-            images.write_image(picture, target, note=note, form="PNG")
+            images.write_image(with_legend(image, result, self.model), target, note=note, form="PNG")
         else:
             picture, tags = images.mask_image(result, self.model.colors), images.geo_tags(job.source)
             form = "TIFF" if kind == "tif" else "PNG"

@@ -63,23 +63,21 @@ def _write_pictures(pictures: dict[str, Image.Image], folder: Path | str):
 def fit_sheet(models: Sequence[Stego], *, progress: Progress = no_progress) -> Image.Image:
     """The picture of a fit: its images, of many some that are evenly spread, beside their segments.
 
-    The CRF works at the size of a picture on the sheet. Of several models with one head: `comparison_sheet`.
+    The CRF works at the size of a picture on the sheet. Of several models with one head: `_comparison_sheet`.
     """
     model, paths = models[0], models[0].record.paths  # of large images, what was seen at once
     if len(models) > 1:
-        return comparison_sheet(models, paths, progress=progress)
+        return _comparison_sheet(models, paths, progress)
     if len(paths) > SHEET_IMAGES:
         paths = paths[:: len(paths) // SHEET_SAMPLE][:SHEET_SAMPLE]
     seen = _usable(partial(_small_image, model), paths, "picture", progress, KNOWN)
     size = math.prod(drawing.SHEET_CELL) / 1e6
     pairs = [(image, model.predict(image, crf_size=size)) for _, image in seen]
-    return drawing.contact_sheet(pairs, model.colors, model.labels)
+    return drawing.contact_sheet(pairs, model)
 
 
 @torch.inference_mode()
-def comparison_sheet(
-    models: Sequence[Stego], paths: Sequence[Path], *, progress: Progress = no_progress
-) -> Image.Image:
+def _comparison_sheet(models: Sequence[Stego], paths: Sequence[Path], progress: Progress) -> Image.Image:
     """At most SHEET_SAMPLE of the images, a row each, beside their segments by models with one head, without CRF."""
     paths, rows = paths[:: -(-len(paths) // SHEET_SAMPLE)], []
     for path, image in _usable(partial(_small_image, models[0]), paths, "picture", progress, KNOWN):
@@ -87,7 +85,7 @@ def comparison_sheet(
         for model in models:
             scores = dot_products(codes, model.image_centers(codes))[0]  # (K, h, w)
             mask = model.merged[upsampled_argmax(scores, image.height, image.width)]
-            pictures.append(drawing.cell(image, mask, model.colors, model.labels))
+            pictures.append(drawing.cell(image, mask, model))
         rows.append((Path(path).name, pictures))
     return image_rows(rows, headings=["", *(f"{len(model.centers)} clusters" for model in models)])
 
@@ -148,9 +146,7 @@ def cluster_lines(model: Stego, changed: set | None = None) -> list[str]:
         members = [m for m, first in enumerate(merged) if first == k]
         if changed is None or changed & set(members):
             share, (r, g, b) = float(model.share[members].sum()), model.palette[k].tolist()
-            bar = (
-                f"\x1b[38;2;{r};{g};{b}m{'#' * max(round(60 * share), 1)}\x1b[0m"  # as terminals colour text
-            )
+            bar = f"\x1b[38;2;{r};{g};{b}m{'#' * max(round(60 * share), 1)}\x1b[0m"  # colour on a terminal
             name, numbers = f"{model.names[k]:{width}} " if width else "", "+".join(map(str, members))
             lines.append(f"cluster {numbers:>3} {name}{share:6.1%} #{r:02x}{g:02x}{b:02x} {bar}")
     return lines
@@ -290,9 +286,7 @@ def correspondence_sheet(
     return image_rows(rows, headings=[Path(path).name for path in (image, *others)])
 
 
-def _heatmaps(
-    pictures: list[tuple], kind: str, at: tuple[int, int], color: drawing.Color
-) -> list[Image.Image]:
+def _heatmaps(pictures: list, kind: str, at: tuple[int, int], color: drawing.Color) -> list[Image.Image]:
     """Pictures, of which the first has the point, coloured where their maps of one kind correspond with it.
 
     By more than the point's mean correspondence with its own image.
