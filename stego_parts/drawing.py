@@ -68,9 +68,9 @@ def flow(pictures: Iterable[Image.Image], width: int, *, gap: int = GAP) -> Imag
     return stack((stack(line, across=True, gap=gap) for line in lines), gap=gap)
 
 
-def framed(picture: Image.Image, border: int = GAP) -> Image.Image:
+def framed(picture: Image.Image) -> Image.Image:
     """A white margin."""
-    return ImageOps.expand(picture, border, "white")
+    return ImageOps.expand(picture, GAP, "white")
 
 
 def legend(entries: Iterable[tuple[str, Color]], width: int, *, em: int = EM) -> Image.Image:
