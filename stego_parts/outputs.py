@@ -303,9 +303,8 @@ def _attempt(function, *args):
 
 def packed_arrays(probabilities: np.ndarray, labels, image: Image.Image, note: str) -> bytes:
     """An .npz file of probabilities (K, h, w), with a note in it."""
-    packed, size = io.BytesIO(), np.array([image.height, image.width])
-    arrays = dict(probabilities=probabilities.astype(np.float16), names=np.array(labels), size=size)
-    np.savez_compressed(packed, **arrays)
+    packed, size = io.BytesIO(), [image.height, image.width]
+    np.savez_compressed(packed, probabilities=probabilities.astype(np.float16), names=labels, size=size)
     with zipfile.ZipFile(packed, "a") as archive:
         archive.comment = note.encode()
     return packed.getvalue()
