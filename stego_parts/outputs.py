@@ -24,6 +24,7 @@ from PIL import Image
 from stego_parts import images
 from stego_parts.backbones import fingerprint
 from stego_parts.drawing import cutout, with_legend
+from stego_parts.images import PIPE
 from stego_parts.maps import FrameAverage
 from stego_parts.model_files import read_model
 from stego_parts.segments import cluster_shares, coco_annotations, coco_document, labelme_document, table
@@ -45,8 +46,8 @@ READ_AHEAD, WRITE_BEHIND = 3, 2  # images decoded before, and written after, the
 
 def check_formats(kind, sources, output, *, overlay, only, min_area, skip_existing, smooth, crf, **_):
     """The formats, a list, that options of predict ask for; ValueError for what does not go together."""
-    two, piped = overlay and kind != "overlay", str(output) == images.PIPE
-    if images.PIPE in sources and len(sources) > 1:
+    two, piped = overlay and kind != "overlay", str(output) == PIPE
+    if PIPE in sources and len(sources) > 1:
         raise ValueError("- stands for one image on stdin; give it alone, or give files.")
     if two and kind not in ("mask", "tif"):
         raise ValueError(f"--overlay goes with masks; leave it or --format {kind} out.")
@@ -60,9 +61,9 @@ def check_formats(kind, sources, output, *, overlay, only, min_area, skip_existi
         )
     if min_area and kind not in ("coco", "labelme"):
         raise ValueError(f"--min-area is for --format coco and labelme; leave it or --format {kind} out.")
-    if skip_existing and (kind in DOCUMENTS or piped or images.PIPE in sources):
+    if skip_existing and (kind in DOCUMENTS or piped or PIPE in sources):
         raise ValueError("--skip-existing is for image files with outputs of their own; leave it out.")
-    if smooth and (skip_existing or images.PIPE in sources):
+    if smooth and (skip_existing or PIPE in sources):
         raise ValueError("--smooth is for all frames in their order; leave --skip-existing and - out.")
     return [kind, "overlay"] if two else [kind]
 
@@ -75,7 +76,7 @@ def check_outputs(files, *, inputs=(), folders=()):
     """
     read, written = {Path(path).resolve() for path in inputs}, set()
     for path, suffixes in files:
-        if path is None or str(path) == images.PIPE:
+        if path is None or str(path) == PIPE:
             continue
         if path.resolve() in read:
             raise ValueError(f"The output {path} would overwrite an input; choose another name.")
@@ -141,7 +142,7 @@ def plan_outputs(sources, output: Path, formats, model: Path, limit: int | None,
 
     sources: files, folders and patterns, or - for stdin. exclude: outputs of earlier runs.
     """
-    if images.PIPE in sources:
+    if PIPE in sources:
         sources, inputs = [(sys.stdin.buffer, Path("stdin"))], [model]
     else:
         sources = images.find_images(sources, exclude=[output, *exclude])
@@ -174,7 +175,7 @@ def _jobs(sources, output: Path, formats, limit) -> list[Job]:
 
 def is_file(output: Path) -> bool:
     """Whether an output, which need not be there, is one file or stdout, not a folder."""
-    return str(output) == images.PIPE or bool(output.suffix) and not output.is_dir()
+    return str(output) == PIPE or bool(output.suffix) and not output.is_dir()
 
 
 # ---- formats -----------------------------------------------------------------------------------------------
