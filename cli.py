@@ -587,8 +587,8 @@ def show_points(progress: Progress, images, at, model, output: Path, backbone: s
     place = pick_device(device)
     network = fitted.backbone if fitted else load_backbone(backbone, weights=weights, device=place)
     others = [path for path in others or protocol.images_of(fitted) if not path.samefile(image)]
-    options = dict(others=others, model=fitted, device=place, progress=progress)
-    write_image(report.correspondence_sheet(network, image, at, **options), output)
+    draw = functools.partial(report.correspondence_sheet, others=others, device=place, progress=progress)
+    write_image(draw(network, image, at, model=fitted), output)
     progress.summary(f"{len(at)} points, {len(others)} other images to choose from", f"picture {output}")
 
 
