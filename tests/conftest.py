@@ -27,11 +27,20 @@ def library_logging():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_cluster_rows():
-    """k-means on 5,000 codes: enough for drawn scenes, and quick."""
+def short_kmeans():
+    """k-means of 3 starts on 2,000 codes: enough for drawn scenes, and quick."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stego.CLUSTER_ROWS", 5000)
+        patch.setattr("stego.CLUSTER_ROWS", 2000)
+        for module in ("stego", "stego_parts.protocol"):
+            patch.setattr(f"{module}.CLUSTER_STARTS", 3)
         yield
+
+
+@pytest.fixture
+def short_sheet(monkeypatch):
+    """The picture of a fit shows one image, where it does not matter which."""
+    for name in ("SHEET_IMAGES", "SHEET_SAMPLE"):
+        monkeypatch.setattr(f"stego_parts.report.{name}", 1)
 
 
 @pytest.fixture(scope="session")

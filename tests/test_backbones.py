@@ -1,8 +1,8 @@
 """The backbones: an independent plain-attention transformer, the weight files' layouts, downloads that go wrong."""
 
 import hashlib
+import runpy
 import socket
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -219,7 +219,7 @@ def server():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # 0.01 s to shut down
     yield Handler, f"http://127.0.0.1:{server.server_port}/dino_deitsmall8_pretrain.pth"
     server.shutdown()
     server.server_close()
@@ -257,10 +257,10 @@ def test_fetching_ahead_of_time(small, server, monkeypatch, capsys):
     handler.body = b"<html>log in first</html>"
     with pytest.raises(SystemExit, match="is not a usable weight file"):
         backbones.main(["dino_vits8"])
-    shown = subprocess.run(
-        [sys.executable, "-m", "stego_parts.backbones", "vgg"], capture_output=True, text=True
-    )
-    assert shown.returncode == 2 and "dinov2_vits14" in shown.stderr
+    monkeypatch.setattr(sys, "argv", ["backbones", "vgg"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(backbones.__file__, run_name="__main__")
+    assert "dinov2_vits14" in capsys.readouterr().err
 
 
 def unreachable() -> str:

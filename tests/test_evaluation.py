@@ -13,7 +13,6 @@ from conftest import draw_scene
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import stego
 from cli import main
 from crf import dense_crf
 from stego import Stego, pixels
@@ -289,11 +288,11 @@ def test_an_unreadable_train_image_is_skipped(model, drawn, tmp_path, caplog):
 
 
 def test_codes_with_features_beside_them(scenes, drawn, monkeypatch):
-    monkeypatch.setattr(stego, "CLUSTER_ROWS", 2000)
     monkeypatch.setattr(protocol, "ROUNDS", 20)
     val, train = sets(drawn)
     val.pairs, train.pairs = val.pairs[:1], train.pairs[:2]
-    fitted = Stego.fit(scenes, classes=3, backbone="tiny", steps=2, batch_size=4, feature_weight=0.5)
+    image = scenes / "scene00.png"
+    fitted = Stego.fit(image, classes=3, backbone="tiny", steps=2, batch_size=4, feature_weight=0.5)
     probes = fit_probes(fitted, val, train=train)
     assert probes["stego", "linear"].weight.shape == (3, fitted.centers.shape[1])
     counts = protocol.confusions(fitted, val, probes, crf=False)["stego", "linear", False].sum(0)

@@ -11,6 +11,8 @@ from PIL import Image
 
 from stego_parts.maps import FRAME_WEIGHT, FrameAverage
 
+FAST = ("--no-crf", "--resolution", 160)
+
 
 def write_video(folder, scenes) -> Path:
     """A frame of each drawn scene, with noise of its own."""
@@ -24,7 +26,7 @@ def write_video(folder, scenes) -> Path:
 
 def predicted(model, *args) -> list[np.ndarray]:
     """The masks of a run of predict."""
-    run("predict", *args, "-m", model, "-o", "out", "--no-crf")
+    run("predict", *args, "-m", model, "-o", "out", *FAST)
     masks = [np.array(Image.open(path)) for path in sorted(Path("out").rglob("*.png"))]
     shutil.rmtree("out")
     return masks
@@ -73,6 +75,6 @@ def test_only_all_frames_in_order(here, saved):
     video = write_video("video", [3])
     for args in ((video, "--skip-existing"), ("-",)):
         assert "all frames in their order" in run("predict", *args, "--smooth", "-m", saved, code=2).stderr
-    run("predict", video, "-m", saved, "-o", "out", "--no-crf", "--smooth")
-    again = run("predict", video, "-m", saved, "-o", "out", "--no-crf", "--skip-existing")
+    run("predict", video, "-m", saved, "-o", "out", *FAST, "--smooth")
+    again = run("predict", video, "-m", saved, "-o", "out", *FAST, "--skip-existing")
     assert "1 of 1 images, 0 skipped" in again.stdout  # made with other options

@@ -15,12 +15,15 @@ from stego_parts import tokens
 from stego_parts.drawing import GAP, SHEET_CELL
 
 FIT = ("--backbone", "tiny", "--steps", 3)
+pytestmark = pytest.mark.usefixtures("short_sheet")
 
 
 @pytest.fixture
 def images(here, scenes):
-    """A folder of four images, as a person has it: a model notes relative names."""
-    shutil.copytree(scenes / "sub", "images")
+    """A folder of two images, as a person has it: a model notes relative names."""
+    Path("images").mkdir()
+    for name in ("scene00.png", "scene01.png"):
+        shutil.copy(scenes / name, "images")
     return Path("images")
 
 
@@ -45,7 +48,7 @@ def test_another_k_is_what_a_fit_with_it_gives(images, monkeypatch):
     monkeypatch.setattr(stego, "train_head", None)
     monkeypatch.setattr(tokens, "image_views", None)
     result = run("fit", "--from", "stego.pt", "-k", 5, "-o", "five.pt")
-    assert "Reusing the features of 4 images" in result.stderr and "model five.pt" in result.stdout
+    assert "Reusing the features of 2 images" in result.stderr and "model five.pt" in result.stdout
     assert same("five.pt", "fitted.pt") and Path("five-fit.png").is_file()
     run("fit", "--from", "stego.pt", "--seed", 4, "--set", "evenness=0.5", "-o", "other.pt")
     config = Stego.load("other.pt").config
@@ -63,23 +66,24 @@ def test_without_kept_features_they_are_computed_again(images):
 def test_features_of_other_images_are_left_alone(images, scenes):
     run("fit", images, *FIT, "-k", 3, "--keep-features")
     before = Path("stego-features/tokens").read_bytes()
-    run("fit", scenes / "scene00.png", "--from", "stego.pt", "-k", 2, "-o", "two.pt")
+    run("fit", scenes / "scene02.png", "--from", "stego.pt", "-k", 2, "-o", "two.pt")
     assert Path("stego-features/tokens").read_bytes() == before
     assert Stego.load("two.pt").config.crops == 5
 
 
 def test_several_numbers_train_once_and_leave_one_picture(images, monkeypatch):
+    monkeypatch.setattr("stego_parts.report.SHEET_SAMPLE", 12)  # room for both images
     trained, seen = (
         count_calls(monkeypatch, *each) for each in ((stego, "train_head"), (tokens, "image_views"))
     )
     result = run("fit", images, *FIT, "-k", "4,2,3", "-o", "a.pt")
-    assert len(trained) == 1 and len(seen) == 4
+    assert len(trained) == 1 and len(seen) == 2
     assert sorted(os.listdir()) == ["a-2.pt", "a-3.pt", "a-4.pt", "a-fit.png", "images"]
     assert [len(Stego.load(f"a-{k}.pt").centers) for k in (2, 3, 4)] == [2, 3, 4]
     assert "model a-2.pt a-3.pt a-4.pt, picture a-fit.png" in result.stdout
     with Image.open("a-fit.png") as picture:
         assert picture.width == 4 * SHEET_CELL[0] + 5 * GAP  # the image and three numbers
-        assert picture.height > 4 * SHEET_CELL[1]
+        assert picture.height > 2 * SHEET_CELL[1]
     run("fit", "--from", "a-2.pt", "-k", "3,4", "-o", "b.pt")
     assert same("a-3.pt", "b-3.pt") and same("a-4.pt", "b-4.pt")
 

@@ -5,7 +5,6 @@ import struct
 import sys
 import zlib
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -14,6 +13,7 @@ from PIL import Image
 
 from cli import main
 
+FAST = ("--no-crf", "--resolution", "96")
 SCENE = Image.fromarray(draw_scene(0)[0])
 
 
@@ -61,16 +61,6 @@ TABLE = {
     "strip.png": (lambda path: Image.new("RGB", (60_000, 10), "red").save(path), (60_000, 10), ""),
     "speck.png": (lambda path: Image.new("RGB", (5, 900)).save(path), None, "smaller than one patch"),
     "cut.jpg": (cut, None, "Cannot read"),
-    "empty.jpg": (lambda path: path.write_bytes(b""), None, "Cannot read"),
-    "text.png": (lambda path: path.write_text("hello"), None, "Cannot read"),
-    "moving.gif": (lambda path: SCENE.save(path, save_all=True, append_images=[SCENE] * 3), (128, 96), ""),
-    "deep.tiff": (
-        lambda path: Image.fromarray(np.full((96, 128), 40_000, np.uint16)).save(path),
-        (128, 96),
-        "",
-    ),
-    "print.jpg": (lambda path: SCENE.convert("CMYK").save(path), (128, 96), ""),
-    "clear.png": (lambda path: SCENE.quantize(8).save(path, transparency=0), (128, 96), ""),
     "rotated.jpg": (rotated, (96, 128), ""),
     "pipe.jpg": (os.mkfifo, None, "neither a file nor a folder"),
     "folder.jpg": (lambda path: path.mkdir(), None, "No images in"),
@@ -95,7 +85,7 @@ def test_predict(model, tmp_path, monkeypatch, name):
     model.save("stego.pt")
     (tmp_path / "in").mkdir()
     make(tmp_path / "in" / name)
-    arguments = ["predict", f"in/{name}", "-o", "out.png", "--no-crf"]
+    arguments = ["predict", f"in/{name}", "-o", "out.png", *FAST]
     result = CliRunner().invoke(main, arguments)
     assert "Traceback" not in result.output and (
         result.exception is None or isinstance(result.exception, SystemExit)
@@ -119,11 +109,11 @@ def test_a_folder_of_everything(model, tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for name, (make, _, _) in TABLE.items():
         make(tmp_path / "in" / name)
-    result = CliRunner().invoke(main, ["predict", "in", "-o", "out", "--no-crf"])
+    result = CliRunner().invoke(main, ["predict", "in", "-o", "out", *FAST])
     assert result.exit_code == 1 and "Traceback" not in result.output, result.output
     good = {os.path.splitext(name)[0] + ".png" for name, (_, size, _) in TABLE.items() if size}
     assert set(os.listdir("out")) - {"locked.png"} == good
-    for name in ("bomb.png", "cut.jpg", "text.png", "speck.png"):
+    for name in ("bomb.png", "cut.jpg", "speck.png"):
         assert f"in/{name}" in result.output
 
 
@@ -132,9 +122,9 @@ def test_the_limit_can_be_raised(model, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)  # so that a scene of 12,288 is too large
     model.save("stego.pt")
     SCENE.save("scene.png")
-    result = CliRunner().invoke(main, ["predict", "scene.png", "-o", "out.png", "--no-crf"])
+    result = CliRunner().invoke(main, ["predict", "scene.png", "-o", "out.png", *FAST])
     assert result.exit_code == 1 and "--max-megapixels" in result.output
-    arguments = ["predict", "scene.png", "-o", "out.png", "--no-crf", "--max-megapixels", "0.1"]
+    arguments = ["predict", "scene.png", "-o", "out.png", *FAST, "--max-megapixels", "0.1"]
     assert CliRunner().invoke(main, arguments).exit_code == 0 and Image.open("out.png").size == (128, 96)
 
 
@@ -151,7 +141,7 @@ def test_a_full_disk_leaves_the_old_outputs_alone(model, tmp_path, monkeypatch, 
     Image.new("L", (3, 3)).save("mask.png")
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir()}
     fill_up(monkeypatch, after)
-    result = CliRunner().invoke(main, ["predict", "scene.png", "-o", "mask.png", "--no-crf"])
+    result = CliRunner().invoke(main, ["predict", "scene.png", "-o", "mask.png", *FAST])
     assert result.exit_code == 1 and "no space left" in result.output and "Traceback" not in result.output
     with pytest.raises(OSError):
         model.save("stego.pt")
@@ -206,6 +196,7 @@ def test_a_model_from_a_stranger(tmp_path, monkeypatch):
 
 
 FORGED = {
+    "narrow centres": lambda state: state | {"centers": state["centers"][:, :3]},
     "whole centres": lambda state: state | {"centers": state["centers"].long()},
     "endless centres": lambda state: state | {"centers": state["centers"] * torch.inf},
     "long palette": lambda state: state | {"palette": torch.zeros(300, 3, dtype=torch.uint8)},
@@ -236,7 +227,8 @@ FORGED = {
             }
         }
     ),
-    "no head": lambda state: state | {"head": {}},
+    "no head": lambda state: {key: value for key, value in state.items() if key != "head"},
+    "an empty head": lambda state: state | {"head": {}},
     "a tensor for everything": lambda state: (
         {key: torch.zeros(3) for key in state} | {"format": "stego", "version": 1}
     ),

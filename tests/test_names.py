@@ -61,12 +61,6 @@ def test_bad_names(here, saved, given, code, message):
     assert saved.read_bytes() == before
 
 
-def test_names_that_are_none_mean_a_damaged_model(here, saved):
-    torch.save(torch.load(saved, weights_only=True) | {"names": ["a", 1, "b"]}, "odd.pt")
-    with pytest.raises(ValueError, match="damaged"):
-        Stego.load("odd.pt")
-
-
 def test_one_name_for_two_clusters(saved):
     model = Stego.load(saved)
     model.rename({0: "ground", 2: "ground"})
@@ -121,10 +115,10 @@ def test_show_says_how_the_model_was_made(copy):
 
 
 def test_sheet_shows_regions_of_each_cluster(copy, scenes, model, monkeypatch):
-    result = run("show", copy, scenes, "--sheet", "sheet.png")
-    assert "12 images" in result.stdout
+    result = run("show", copy, scenes / "sub", "--sheet", "sheet.png")
+    assert "4 images" in result.stdout
     with Image.open("sheet.png") as sheet:
-        assert sheet.width > 6 * 100 and sheet.height > 2 * 100
+        assert sheet.width > 4 * 100 and sheet.height > 2 * 100
     paths = sorted(scenes.rglob("*.png"))[:8]
     plain = shallow_copy(model)
     plain.config = replace(model.config, adaptation=0.0)  # one set of centres, so that images can be compared
@@ -175,15 +169,15 @@ def test_models_of_the_reference_implementation(here, saved):
 # ---- fit --match -----------------------------------------------------------------------------------------------
 
 
-def test_the_same_data_fitted_anew_keeps_numbers_names_and_colours(scenes, saved, tmp_path):
-    earlier = Stego.load(saved)
+def test_the_same_data_fitted_anew_keeps_numbers_names_and_colours(scenes, tmp_path):
+    two = [scenes / "scene00.png", scenes / "scene01.png"]
+    options = dict(classes=3, backbone="tiny", steps=20, batch_size=8)
+    earlier = Stego.fit(two, **options)
     inherit_ids(earlier, earlier, {0: 2, 1: 0, 2: 1})  # another order than by share
     earlier.rename({0: "a", 1: "b", 2: "c"})
     earlier.palette = np.array([[9, 0, 0], [0, 9, 0], [0, 0, 9]], np.uint8)
     earlier.save(tmp_path / "earlier.pt")
-    again = Stego.fit(
-        scenes, classes=3, backbone="tiny", steps=60, batch_size=8, match=tmp_path / "earlier.pt"
-    )
+    again = Stego.fit(two, match=tmp_path / "earlier.pt", **options)
     assert again.names == ["a", "b", "c"] and np.array_equal(again.palette, earlier.palette)
     image = np.asarray(Image.open(scenes / "scene00.png").convert("RGB"))
     before, after = (model.predict(image, crf=False, resolution=160) for model in (earlier, again))

@@ -19,7 +19,8 @@ from stego_parts import checkpoint, tokens
 from stego_parts.checkpoint import FitCheckpoint
 from stego_parts.config import Config
 
-OPTIONS = dict(classes=3, backbone="tiny", steps=40, batch_size=4)
+# one small view an image, of which the cache keeps random positions
+OPTIONS = dict(classes=3, backbone="tiny", steps=40, batch_size=4, views="whole", cache_size=0.001)
 
 
 def draw_into(folder) -> Path:
@@ -174,9 +175,11 @@ def test_one_fit_at_a_time_in_a_folder(tmp_path):
     FitCheckpoint(*of_a_fit).close()
 
 
-COMMAND = ["fit", "images", "-k", "3", "--backbone", "tiny", "--steps", "40", "--set", "batch_size=4"]
+COMMAND = ["fit", "images", "-k", "3", "--backbone", "tiny", "--steps", "40"]
+COMMAND += ["--set", "batch_size=4", "--set", "views=whole", "--set", "cache_size=0.001"]
 
 
+@pytest.mark.usefixtures("short_sheet")
 def test_command(images, expected, monkeypatch):
     def stop(self, stage, done, total):
         if (stage, done) == ("training", 20):

@@ -8,6 +8,7 @@ import torch
 from conftest import draw_scene, run
 from PIL import Image
 
+import stego
 from stego import Stego
 from stego_parts import tiles
 from stego_parts.images import Window, image_size, read_image
@@ -41,6 +42,8 @@ def test_parts_have_the_labels_of_the_whole(model, monkeypatch, crf):
 @pytest.mark.skipif(not AERIAL.exists(), reason="needs ../shared/data/aerial")
 def test_an_orthomosaic_has_no_seams(monkeypatch):
     monkeypatch.setattr(tiles, "BLOCK", 400)
+    monkeypatch.setattr(stego, "CLUSTER_ROWS", 5000)  # real images need the clusters of a real fit
+    monkeypatch.setattr(stego, "CLUSTER_STARTS", 12)
     pictures = [
         np.asarray(Image.open(AERIAL / f"dubai_t7_p00{p}_r{r}c{c}.jpg").convert("RGB").resize((320, 320)))
         for r in (0, 1)
@@ -102,24 +105,25 @@ def test_size_as_displayed(tmp_path):
     assert image_size(tmp_path / "turned.jpg") == read_image(tmp_path / "turned.jpg").size == (30, 40)
 
 
+@pytest.mark.usefixtures("short_sheet")
 def test_fit_on_one_large_image(here):
     """One mosaic alone: its tiles are the images; predict sees it at the scale of the fit, as the command does."""
-    mosaic = mosaic_of([draw_scene(i, 96, 128)[0] for i in range(4)], 2)  # (192, 256, 3)
+    mosaic = mosaic_of([draw_scene(i, 160, 160)[0] for i in range(4)], 2)  # (320, 320, 3)
     Image.fromarray(mosaic).save("mosaic.png")
-    run("fit", "mosaic.png", "-k", 3, "--backbone", "tiny", "--steps", 20, "--set", "tile=96")
+    run("fit", "mosaic.png", "-k", 3, "--backbone", "tiny", "--steps", 20, "--set", "tile=160")
     fitted = Stego.load("stego.pt")
-    assert (fitted.config.tile, fitted.config.crops) == (96, 6 * 5) and Path("stego-fit.png").exists()
-    small = dict(crf=False, resolution=96)
-    run("predict", "mosaic.png", "-o", "mask.png", "--no-crf", "--resolution", 96)
+    assert (fitted.config.tile, fitted.config.crops) == (160, 4 * 5) and Path("stego-fit.png").exists()
+    small = dict(crf=False, resolution=160)
+    run("predict", "mosaic.png", "-o", "mask.png", "--no-crf", "--resolution", 160)
     mask, whole = np.asarray(Image.open("mask.png")), fitted.predict("mosaic.png", tile=0, **small)
-    assert (mask == fitted.predict("mosaic.png", tile=96, **small)).all() and (mask != whole).any()
-    run("predict", "mosaic.png", "-o", "whole.png", "--no-crf", "--resolution", 96, "--tile", 0)
+    assert (mask == fitted.predict("mosaic.png", tile=160, **small)).all() and (mask != whole).any()
+    run("predict", "mosaic.png", "-o", "whole.png", "--no-crf", "--resolution", 160, "--tile", 0)
     assert (np.asarray(Image.open("whole.png")) == whole).all()
 
 
 def test_arrays_of_a_large_image_are_brought_down(model):
     mosaic = mosaic_of([draw_scene(i)[0] for i in range(4)], 2)
-    q = model.probabilities(mosaic, tile=96, crf=False, crf_size=0.01)
+    q = model.probabilities(mosaic, tile=96, resolution=96, crf=False, crf_size=0.01)
     assert q.shape[0] == 3 and q[0].size <= 10_100 and np.allclose(q.sum(0), 1, atol=1e-5)
 
 
