@@ -11,12 +11,14 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
-# Known here without importing torch: config.PRESETS, datasets.LAYOUTS, outputs.SUFFIXES, tokens.NOTICE
-PRESET_NAMES = ("default", "small", "cocostuff-small", "potsdam", "cityscapes", "cocostuff")
+from stego_parts.config import PRESETS, fit_config, parse_settings
+
+# Known here without importing torch: datasets.LAYOUTS, outputs.SUFFIXES, tokens.NOTICE
 DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")
 WRITTEN = dict(mask="masks", tif="masks", overlay="overlays", cutout="cut-outs", npz="probabilities")
 WRITTEN |= dict(json="shares", csv="shares", coco="segments", labelme="outlines")
@@ -24,10 +26,9 @@ NOTICE = logging.INFO + 5  # level of messages that are said unless --quiet
 MODEL_SUFFIXES = (".pt", ".pth", ".ckpt")
 OUTPUTS = "stego-out"  # folder of what predict writes, which fit leaves out
 FEATURES = "stego-features"  # folder, beside the model, of features that are kept for other fits
-DEMO_SCENES, DEMO_STEPS = {"train": 30, "val": 30}, 300  # three minutes on two cores; steps as in `fit`
 REFRESH = 0.2  # seconds between two updates of the progress line
 
-PATH, POSITIVE = click.Path(path_type=Path), click.FloatRange(0, min_open=True)
+PATH, POSITIVE, WHOLE = click.Path(path_type=Path), click.FloatRange(0, min_open=True), click.IntRange(0)
 option = functools.partial(click.option, show_default=True)
 log = logging.getLogger("stego")
 
@@ -63,11 +64,6 @@ class Progress:
             seconds = f"{time.monotonic() - self.started:.0f} s"
             click.echo(f"{what}, {seconds}" + (f": {outputs}" if outputs else ""), err=err)
 
-    def interruption(self) -> str:
-        """What was under way, and how to go on."""
-        place = f" at {self.stage} {self.done}/{self.total}" if self.stage else ""
-        return f"Interrupted{place}; {self.go_on}."
-
 
 class Commands(click.Group):
     """The commands; whatever one ends with becomes one sentence and an exit code, by one rule."""
@@ -77,7 +73,8 @@ class Commands(click.Group):
         try:
             return super().invoke(context)
         except KeyboardInterrupt:
-            click.echo(f"\n{progress.interruption()}", err=True)
+            place = f" at {progress.stage} {progress.done}/{progress.total}" if progress.stage else ""
+            click.echo(f"\nInterrupted{place}; {progress.go_on}.", err=True)
             context.exit(130)
         except BrokenPipeError:  # the reader has seen enough: click ends in silence
             raise
@@ -106,19 +103,12 @@ def is_quiet() -> bool:
     return not log.isEnabledFor(logging.WARNING)
 
 
-def print_usage(model, changed=None):
-    """One line a cluster, those of one name in one: numbers, name, share of the training images, colour.
-
-    changed: a set of clusters, to say no more than their lines.
-    """
-    merged, width = model.merged.tolist(), max(map(len, model.names))
-    for k in sorted(set(merged)):
-        members = [m for m, first in enumerate(merged) if first == k]
-        if changed is None or changed & set(members):
-            share, color = float(model.share[members].sum()), tuple(model.palette[k].tolist())
-            bar = click.style("#" * max(round(60 * share), 1), fg=color)
-            name, numbers = f"{model.names[k]:{width}} " if width else "", "+".join(map(str, members))
-            click.echo(f"cluster {numbers:>3} {name}{share:6.1%} #{bytes(color).hex()} {bar}")
+def print_model(model, lines):
+    """Lines about a model, and with -v its configuration."""
+    for line in lines:
+        click.echo(line)
+    for key, value in vars(model.config).items():
+        log.info("%s: %s", key, value)
 
 
 # ---- options that commands share ---------------------------------------------------------------------------
@@ -175,10 +165,11 @@ def dataset_options(command):
 
 
 def made_in(*folders: Path) -> list[Path]:
-    """Outputs in folders of images, which are none to work on."""
-    from stego_parts.outputs import contact_sheets
+    """Outputs in folders of images, which are none to work on; a sheet without a note is somebody's own."""
+    from stego_parts.outputs import read_note
 
-    return [path for folder in folders for path in (*contact_sheets(folder), folder / OUTPUTS)]
+    sheets = [path for folder in folders for path in folder.glob("*-fit.png") if read_note(path)]
+    return [*sheets, *(folder / OUTPUTS for folder in folders)]
 
 
 def class_counts(text: str) -> list:
@@ -197,13 +188,12 @@ def split_names(context, parameter, texts) -> list[str]:
     return names
 
 
-def points(context, parameter, texts) -> list[tuple[int, int]]:
-    """("120,80",) -> [(120, 80)]."""
-    pairs = [text.split(",") for text in texts]
-    for text, pair in zip(texts, pairs):
-        if len(pair) != 2 or not all(map(str.isdecimal, pair)):
-            raise click.BadParameter(f"got {text}; a point is two whole numbers, x and y, like 120,80.")
-    return [(int(x), int(y)) for x, y in pairs]
+def point(text: str) -> tuple[int, ...]:
+    """ "120,80" -> (120, 80)."""
+    pair = text.split(",")
+    if len(pair) != 2 or not all(map(str.isdecimal, pair)):
+        raise click.BadParameter(f"got {text}; a point is two whole numbers, x and y, like 120,80.")
+    return tuple(map(int, pair))
 
 
 def keep_memory():
@@ -211,13 +201,10 @@ def keep_memory():
 
     dino_vits8 at 320 x 424 on a CPU core: 4.1 s in place of 5.2 s, for 0.1 to 0.3 GB more resident memory.
     """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another system, another allocator
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20)):
-        mallopt(parameter, value)
+    with suppress(OSError, AttributeError):  # another system, another allocator
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 512 << 20), (M_TOP_PAD, 64 << 20)):
+            ctypes.CDLL("libc.so.6").mallopt(parameter, value)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -246,7 +233,7 @@ def main():
 @option("-k", "--classes", type=class_counts, metavar="K", help="Clusters: 12, auto, 8,12,20.  [default: 27]")
 @option("-o", "--output", default="stego.pt", type=PATH, help="The model.")
 @dataset_options
-@option("--preset", type=click.Choice(PRESET_NAMES), help="Hyper-parameters.  [default: default]")
+@option("--preset", type=click.Choice(list(PRESETS)), help="Hyper-parameters.  [default: default]")
 @option("--backbone", help="dino_vits8, dinov2_vits14, ..., tiny; or auto.  [default: the preset's]")
 @option("--steps", type=click.IntRange(min=1), help="Training steps.  [default: the preset's]")
 @option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any setting: --set b_rand=0.4.")
@@ -278,32 +265,28 @@ def fit(progress, images, dataset, root, classes, output, settings, from_model, 
     if bool(images) == bool(dataset) and not from_model:
         raise click.UsageError("Give images to fit on, or a --dataset, one of the two.")
     from stego import Stego
-    from stego_parts.checkpoint import kept_features
-    from stego_parts.config import fit_config, parse_settings
-    from stego_parts.datasets import PRESET_OF, dataset_root, labelled_set, published_line
+    from stego_parts import checkpoint, datasets, outputs
     from stego_parts.images import find_images
-    from stego_parts.outputs import PICTURE, check_outputs, check_replacing
 
     options |= parse_settings(settings)
     if dataset:
-        train = labelled_set(dataset, dataset_root(dataset, root), "train")
+        train = datasets.labelled_set(dataset, datasets.dataset_root(dataset, root), "train")
         images, classes = [image for image, _ in train.pairs], classes or [len(train.classes)]
-        options["preset"] = options["preset"] or PRESET_OF[dataset]
+        options["preset"] = options["preset"] or datasets.PRESET_OF[dataset]
         config = fit_config(options["preset"], backbone=options["backbone"])
-        log.log(NOTICE, published_line(dataset, preset=config.preset, backbone=config.backbone))
-    if from_model:
-        base = Stego.load(from_model, device=options["device"], weights=options["weights"])
-        if not (images := images or base.config.images):
-            raise ValueError(f"{from_model} does not name the images of its fit; give some beside --from.")
+        log.log(NOTICE, datasets.published_line(dataset, preset=config.preset, backbone=config.backbone))
+    base = from_model and Stego.load(from_model, device=options["device"], weights=options["weights"])
+    if base and not (images := images or base.config.images):
+        raise ValueError(f"{from_model} does not name the images of its fit; give some beside --from.")
     options["exclude"] = [*made_in(output.parent, (from_model or output).parent), *filter(None, [report])]
     paths = [path for path, _ in find_images(images, exclude=options["exclude"])]
     inputs = [*paths, *filter(None, [options["weights"], from_model])]
     files, sheet = files_of_fit(output, classes), output.with_name(f"{output.stem}-fit.png")
-    check_outputs([*((file, ()) for file in files), (sheet, PICTURE)], inputs=inputs, folders=[report])
-    check_replacing(files, options["match"], overwrite)
-    if from_model:
-        options |= dict(from_model=base, kept=kept_features(from_model.with_name(FEATURES), paths, base))
-    if models := fit_and_save(progress, images, files, output, **options):
+    written = [*((file, ()) for file in files), (sheet, outputs.PICTURE)]
+    outputs.check_outputs(written, inputs=inputs, folders=[report])
+    outputs.check_replacing(files, options["match"], overwrite)
+    kept = base and checkpoint.kept_features(from_model.with_name(FEATURES), paths, base)
+    if models := fit_and_save(progress, images, files, output, kept, from_model=base, **options):
         write_pictures(progress, models, paths, sheet, report)
 
 
@@ -314,9 +297,7 @@ def files_of_fit(output: Path, counts: list | None) -> dict:
     return {output.with_stem(f"{output.stem}-{count}"): count for count in counts}
 
 
-def fit_and_save(
-    progress, images, files, output: Path, *, keep_features, resume, kept=None, **options
-) -> dict:
+def fit_and_save(progress, images, files, output: Path, kept, *, keep_features, **options) -> dict:
     """{file: model}, fitted alone or among torchrun's processes, of which only the first returns something.
 
     files: {file: number of clusters}, of which one model is trained, the others cluster its codes; kept: a folder of
@@ -327,54 +308,45 @@ def fit_and_save(
     from stego_parts.distributed import process_group
     from stego_parts.tokens import no_progress
 
-    models, from_model = {}, options.pop("from_model", None)
-    scratch = output.with_name(f"{output.name}.scratch")
-    if keep_features and not (resume and scratch.exists()):
+    models, scratch = {}, output.with_name(f"{output.name}.scratch")
+    if keep_features and not (options["resume"] and scratch.exists()):
         scratch = output.with_name(FEATURES)
     with process_group() as (rank, count):
-        if resume and count > 1:
+        if options["resume"] and count > 1:
             raise click.UsageError("--resume is for one process; leave it out.")
         if count == 1:
-            progress.go_on = f"the same command{'' if from_model else ' with --resume'} goes on"
+            progress.go_on = f"the same command{'' if options['from_model'] else ' with --resume'} goes on"
         if rank:  # the first process says the rest
             log.addFilter(lambda record: record.msg.startswith("Skipped"))
         shared = {name: options[name] for name in ("device", "match", "exclude")}
         shared |= dict(progress=no_progress if rank else progress, checkpoint=kept or scratch)
         for file, classes in files.items():
-            options |= dict(classes=classes, from_model=from_model, resume=resume)
-            from_model = models[file] = Stego.fit(images, **options | shared)
+            models[file] = Stego.fit(images, classes=classes, **options | shared)
+            options = dict(from_model=models[file])
             if not rank:
-                from_model.save(file)
-            options, resume = {}, False
+                models[file].save(file)
     progress.go_on = f"the model is in {' '.join(map(str, files))} already"
     if not (rank or kept):
         end_fit(scratch, keep_features=keep_features)
     return {} if rank else models
 
 
-def write_pictures(progress: Progress, models: dict, paths, sheet: Path, report):
+def write_pictures(progress: Progress, models: dict, paths, sheet: Path, charts: Path | None):
     """The picture of a fit, its report, and what is said at its end; models: {file: model}."""
-    from stego_parts.outputs import write_picture
-    from stego_parts.report import agreement_line, fit_sheet, write_report
+    from stego_parts import report
+    from stego_parts.images import write_image
 
     fitted = [*models.values()]
-    model = fitted[0]
-    write_picture(fit_sheet(fitted, progress=progress), sheet, "contact sheet")
-    if report:
-        write_report(model, report)
-    if model.record.agreement and not is_quiet():
-        click.echo(agreement_line(model.record.agreement))
-    for each in fitted:
-        if log.isEnabledFor(logging.INFO):
-            print_usage(each)
-        log_config(each)
-    outputs = f"model {' '.join(map(str, models))}, picture {sheet}" + (f", report {report}" * bool(report))
-    progress.summary(f"{len(paths)} images, {model.config.backbone}", outputs)
-
-
-def log_config(model):
-    for key, value in vars(model.config).items():
-        log.info("%s: %s", key, value)
+    write_image(report.fit_sheet(fitted, progress=progress), sheet, note="contact sheet")
+    if charts:
+        report.write_report(fitted[0], charts)
+    if (agreement := fitted[0].record.agreement) and not is_quiet():
+        click.echo(report.agreement_line(agreement))
+    if log.isEnabledFor(logging.INFO):
+        for model in fitted:
+            print_model(model, report.cluster_lines(model))
+    written = f"model {' '.join(map(str, models))}, picture {sheet}" + (f", report {charts}" * bool(charts))
+    progress.summary(f"{len(paths)} images, {fitted[0].config.backbone}", written)
 
 
 # ---- predict -----------------------------------------------------------------------------------------------
@@ -387,13 +359,11 @@ def log_config(model):
 @option("--format", "kind", default="mask", type=click.Choice(list(WRITTEN)), help="What is written.")
 @option("--overlay", is_flag=True, help="Beside each mask, the picture with its segments and a legend.")
 @option("--only", multiple=True, callback=split_names, metavar="NAMES", help="Clusters to keep: road,7.")
-@option(
-    "--min-area", default=0, type=click.IntRange(0), help="Pixels of the smallest region in coco, labelme."
-)
+@option("--min-area", default=0, type=WHOLE, help="Pixels of the smallest region in coco, labelme.")
 @option("--crf/--no-crf", default=True, help="Sharpen the segments with a dense CRF.")
 @option("--crf-size", default=0.5, type=POSITIVE, help="Megapixels that the CRF works on, of larger photos.")
 @option("--resolution", default=320, help="Pixels of the shorter side that the backbone sees.")
-@option("--tile", type=click.IntRange(0), metavar="PIXELS", help="See larger images in parts of this side.")
+@option("--tile", type=WHOLE, metavar="PIXELS", help="See larger images in parts of this side.")
 @option("--smooth", is_flag=True, help="Images are frames of a video: keep clusters steady between them.")
 @option("--skip-existing", is_flag=True, help="Leave images alone whose outputs are there and up to date.")
 @option("--limit", type=click.IntRange(1), metavar="N", help="The first N images only.  [default: all]")
@@ -424,30 +394,28 @@ def predict(progress, images, model, output, kind, limit, dry_run, device, weigh
 
     formats, piped = outputs.check_formats(kind, images, output, **options), str(output) == outputs.PIPE
     _, only, min_area, skip_existing = map(options.pop, ("overlay", "only", "min_area", "skip_existing"))
-    made = made_in(model.parent)
-    jobs, document = outputs.plan_outputs(images, output, formats, model, limit, exclude=made)
+    jobs, document = outputs.plan_outputs(images, output, formats, model, limit, made_in(model.parent))
     fitted = Stego.load(model, device=device, weights=weights)
     keep = fitted.select(only) if only else None
-    note = outputs.note_of(fitted, keep, options | {"min_area": min_area})
-    writer = outputs.Writer(fitted, kind, keep, note, min_area)
+    writer = outputs.Writer(fitted, kind, keep, min_area, options)
     todo = [job for job in jobs if not (skip_existing and writer.is_done(job))]
     skipped = f", {len(jobs) - len(todo)} skipped" if skip_existing else ""
     if dry_run:
         for path in [document] if document else [path for job in todo for path in job.targets.values()]:
             click.echo(path)
         return progress.summary(f"{len(todo)} images{skipped}", "nothing was written", err=True)
-    done = segment_all(progress, writer, todo, document, options)
+    done = segment_all(progress, writer, todo, document)
     what = f"{' and '.join(map(WRITTEN.get, formats))} in {'stdout' if piped else document or output}"
     progress.summary(f"{done} of {len(todo)} images{skipped}", what, err=piped)
     sys.exit(0 if done == len(todo) else 1)
 
 
-def segment_all(progress: Progress, writer, jobs, document, options: dict) -> int:
+def segment_all(progress: Progress, writer, jobs, document) -> int:
     """Segment images and write their outputs; says what went wrong, and returns how many went well."""
     entries = []
-    if not (document or options["smooth"]):
+    if not (document or writer.options["smooth"]):
         progress.go_on = "the same command with --skip-existing goes on"
-    for done, (job, entry) in enumerate(writer.results(jobs, options, progress), 1):
+    for done, (job, entry) in enumerate(writer.results(jobs, progress), 1):
         if isinstance(entry, Exception):
             who, what = str(job.source) if isinstance(job.source, Path) else "<stdin>", sentence(entry)
             log.error("%s", what if who in what else f"{who}: {what}")
@@ -482,13 +450,15 @@ def name(names, model):
     if wrong or not pairs:
         raise click.UsageError(f"Got {(*wrong, 'no names')[0]!r}; name clusters by number, like 3=road.")
     from stego import Stego
+    from stego_parts.report import cluster_lines
 
     fitted = Stego.load(model, device="cpu")
     before = fitted.names.copy()
     fitted.rename({int(number): text.strip() for number, _, text in pairs})
     fitted.save(model)
-    if not is_quiet():
-        print_usage(fitted, {k for k, text in enumerate(fitted.names) if text != before[k]})
+    changed = {k for k, text in enumerate(fitted.names) if text != before[k]}
+    for line in cluster_lines(fitted, changed) if not is_quiet() else ():
+        click.echo(line)
 
 
 # ---- eval --------------------------------------------------------------------------------------------------
@@ -517,27 +487,22 @@ def evaluate(progress, model, crf, json_file, figures, seed, device, weights, **
       stego eval --dataset cityscapes --root ~/data/cityscapes
       stego eval --images val/ --labels val_labels/ --names classes.txt --json scores.json --figures figures/
     """
-    from stego_parts.datasets import sets_to_score
+    from stego import Stego
+    from stego_parts import datasets, outputs, protocol
+    from stego_parts.report import write_figures
 
-    labelled, train = sets_to_score(**data)
+    labelled, train = datasets.sets_to_score(**data)
     pairs = [pair for each in (labelled, train) if each for pair in each.pairs]
     inputs = [model, *(path for pair in pairs for path in pair if path)]
-    from stego_parts.outputs import JSON, check_outputs
-
-    check_outputs([(json_file, JSON)], inputs=inputs, folders=[figures])
-    from stego import Stego
-    from stego_parts import protocol
-    from stego_parts import report as pictures
-
+    outputs.check_outputs([(json_file, outputs.JSON)], inputs=inputs, folders=[figures])
     fitted = Stego.load(model, device=device, weights=weights)
     report = protocol.evaluate(fitted, labelled, train=train, crf=crf, seed=seed, progress=progress)
     click.echo(protocol.table(report))
     if json_file:
         protocol.write_json(report, json_file)
     if figures:
-        pictures.write_figures(report, fitted, labelled, figures)
-    outputs = " and ".join(str(each) for each in (json_file, figures) if each)
-    progress.summary(f"{report['images']} images", outputs)
+        write_figures(report, fitted, labelled, figures)
+    progress.summary(f"{report['images']} images", " and ".join(map(str, filter(None, (json_file, figures)))))
 
 
 # ---- show --------------------------------------------------------------------------------------------------
@@ -547,7 +512,7 @@ def evaluate(progress, model, crf, json_file, figures, seed, device, weights, **
 @click.argument("things", nargs=-1, metavar="[MODEL] [IMAGES]...")
 @model_or_first
 @option("--sheet", type=PATH, help="Picture of the regions that fit each cluster best.  [default: none]")
-@option("--at", multiple=True, metavar="X,Y", callback=points, help="Show what corresponds with a point.")
+@option("--at", multiple=True, metavar="X,Y", type=point, help="Show what corresponds with a point.")
 @option("-o", "--output", default="correspondences.png", type=PATH, help="With --at: the picture.")
 @option("--backbone", help="With --at and no model: whose features to show.  [default: auto]")
 @option("--export", type=PATH, metavar="FILE", help="The model with its backbone as ONNX.  [default: none]")
@@ -582,30 +547,25 @@ def show(progress, things, model, sheet, at, output, backbone, export, device, w
     if bool(images) != bool(sheet) or backbone:
         raise click.UsageError("Give images and a sheet, or neither: `stego show images/ --sheet sheet.png`.")
     from stego import Stego
+    from stego_parts import outputs, report
     from stego_parts.images import find_images, write_image
-    from stego_parts.outputs import PICTURE, check_outputs
-    from stego_parts.report import cluster_sheet, description
 
     model = model or Path("stego.pt")
     paths = [path for path, _ in find_images(images, exclude=made_in(model.parent))] if images else []
-    check_outputs([(sheet, PICTURE)], inputs=[*paths, model])
+    outputs.check_outputs([(sheet, outputs.PICTURE)], inputs=[*paths, model])
     fitted = Stego.load(model, device=device, weights=weights)
-    for line in description(fitted):
-        click.echo(line)
-    log_config(fitted)
-    print_usage(fitted)
+    print_model(fitted, [*report.description(fitted), *report.cluster_lines(fitted)])
     if sheet:
-        write_image(cluster_sheet(fitted, paths, progress=progress), sheet)
+        write_image(report.cluster_sheet(fitted, paths, progress=progress), sheet)
         progress.summary(f"{len(paths)} images", f"sheet {sheet}")
 
 
 def export_model(progress: Progress, model: Path, images, output: Path, device: str, weights):
     """Write a model as ONNX, for images of the shape of the one given, or else square ones."""
     from stego import Stego
-    from stego_parts.export import check_exporter, write_onnx
+    from stego_parts.export import write_onnx
     from stego_parts.outputs import check_outputs
 
-    check_exporter()
     check_outputs([(output, (".onnx",))], inputs=[model, *images])
     fitted = Stego.load(model, device=device, weights=weights)
     width, height = write_onnx(fitted, output, *images, progress=progress)
@@ -615,22 +575,20 @@ def export_model(progress: Progress, model: Path, images, output: Path, device: 
 def show_points(progress: Progress, images, at, model, output: Path, backbone: str, device: str, weights):
     """Write the picture of what corresponds with points of an image."""
     from stego import Stego, pick_device
+    from stego_parts import outputs, protocol, report
     from stego_parts.backbones import load_backbone
     from stego_parts.images import find_images, write_image
-    from stego_parts.outputs import PICTURE, check_outputs
-    from stego_parts.protocol import images_of
-    from stego_parts.report import correspondence_sheet
 
     image, others = Path(images[0]), images[1:] and [path for path, _ in find_images(images[1:])]
     if not image.is_file():
         raise ValueError(f"{image} is not an image file; --at is about points of one, name it first.")
-    check_outputs([(output, PICTURE)], inputs=[image, *others])
+    outputs.check_outputs([(output, outputs.PICTURE)], inputs=[image, *others])
     fitted = Stego.load(model, device=device, weights=weights) if model else None
     place = pick_device(device)
     network = fitted.backbone if fitted else load_backbone(backbone, weights=weights, device=place)
-    others = [path for path in others or images_of(fitted) if not path.samefile(image)]
-    show = functools.partial(correspondence_sheet, others=others, device=place, progress=progress)
-    write_image(show(network, image, at, model=fitted), output)
+    others = [path for path in others or protocol.images_of(fitted) if not path.samefile(image)]
+    draw = functools.partial(report.correspondence_sheet, others=others, device=place, progress=progress)
+    write_image(draw(network, image, at, model=fitted), output)
     progress.summary(f"{len(at)} points, {len(others)} other images to choose from", f"picture {output}")
 
 
@@ -651,42 +609,11 @@ def demo(progress, output, seed):
     Example:
       stego demo -o /tmp/demo --seed 7
     """
-    import numpy as np
+    from stego_parts.demo import SCENES, check_demo_folder, run_demo
 
-    from stego import Stego
-    from stego_parts.datasets import folder_set
-    from stego_parts.images import find_images, mask_image, read_image, write_image
-    from stego_parts.outputs import check_folder, legend_overlay
-    from stego_parts.protocol import evaluate, headline, table, write_json
-    from stego_parts.report import cluster_sheet, contact_sheet, write_figures
-    from stego_parts.scenes import SCENE_CLASSES, check_demo_folder, draw_scenes
-
-    check_folder(output)
     check_demo_folder(output)
-    draw_scenes(output, DEMO_SCENES, seed=seed, progress=progress)
-    paths = [path for path, _ in find_images(output / "images" / "train")]
-    options = dict(classes=len(SCENE_CLASSES), backbone="tiny", steps=DEMO_STEPS, seed=seed)
-    model = Stego.fit(paths, **options, progress=progress)
-    folders, names = ("images", "labels"), output / "classes.txt"
-    train, val = (
-        folder_set(*(output / each / split for each in folders), names=names) for split in DEMO_SCENES
-    )
-    report = evaluate(model, val, train=train, seed=seed, progress=progress)
-    most = np.argmax(headline(report)["confusion"], 0)  # the class that most of a cluster is
-    model.rename({k: SCENE_CLASSES[c] for k, c in enumerate(most)})
-    model.save(output / "stego.pt")
-    write_json(report, output / "scores.json")
-    write_figures(report, model, val, output / "figures")
-    write_image(contact_sheet(model, paths, progress=progress), output / "stego-fit.png")
-    write_image(cluster_sheet(model, paths, progress=progress), output / "clusters.png")
-    for done, (path, _) in enumerate(val.pairs, 1):
-        image = read_image(path)
-        mask = model.predict(image)
-        write_image(mask_image(mask, model.colors), output / "masks" / path.name)
-        write_image(legend_overlay(model, image, mask), output / "overlays" / path.with_suffix(".jpg").name)
-        progress("predict", done, len(val.pairs))
-    click.echo(table(report))
-    progress.summary(f"{sum(DEMO_SCENES.values())} drawn scenes", f"everything in {output}")
+    click.echo(run_demo(output, seed=seed, progress=progress))
+    progress.summary(f"{sum(SCENES.values())} drawn scenes", f"everything in {output}")
 
 
 if __name__ == "__main__":

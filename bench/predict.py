@@ -64,12 +64,12 @@ def main(images, backbone, limit, threads, rounds):
     found = []
     with tempfile.TemporaryDirectory() as folder:
         jobs = [Job(path, Path(path.name), {"mask": Path(folder) / f"{path.stem}.png"}) for path in paths]
-        writer = Writer(model, "mask", None, "")
         options = {"crf": False, "resolution": RESOLUTION, "smooth": False}
+        writer = Writer(model, "mask", None, 0, options)
         model.backbone(inputs[0])
         for _ in range(rounds):
             alone = seconds(lambda: [model.backbone(x) for x in inputs])
-            whole = seconds(lambda: list(writer.results(jobs, options)))
+            whole = seconds(lambda: list(writer.results(jobs)))
             found.append((*alone, *whole))
     clock, cpu, whole_clock, whole_cpu = np.median(found, 0) / len(paths)
     start, _ = seconds(lambda: subprocess.run([sys.executable, "-c", "import stego"], check=True))

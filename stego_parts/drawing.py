@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -67,9 +68,9 @@ def flow(pictures: Iterable[Image.Image], width: int, *, gap: int = GAP) -> Imag
     return stack((stack(line, across=True, gap=gap) for line in lines), gap=gap)
 
 
-def framed(picture: Image.Image, border: int = GAP) -> Image.Image:
+def framed(picture: Image.Image) -> Image.Image:
     """A white margin."""
-    return ImageOps.expand(picture, border, "white")
+    return ImageOps.expand(picture, GAP, "white")
 
 
 def legend(entries: Iterable[tuple[str, Color]], width: int, *, em: int = EM) -> Image.Image:
@@ -82,43 +83,41 @@ def legend(entries: Iterable[tuple[str, Color]], width: int, *, em: int = EM) ->
 # ---- segments --------------------------------------------------------------------------------------------------
 
 
+class Clusters(NamedTuple):
+    """How clusters are shown: their colours (K, 3) uint8 and labels, none to write none. A model has both, too."""
+
+    colors: np.ndarray
+    labels: Sequence[str] = ()
+
+
 def cluster_name(k: int, labels: Sequence[str]) -> str:
     """A cluster's number, and its name if it has one."""
     return labels[k] if labels[k] == str(k) else f"{k} {labels[k]}"
 
 
-def segment_legend(
-    masks: Iterable[np.ndarray], palette: np.ndarray, labels: Sequence[str], width: int, *, em: int = EM
-) -> Image.Image:
-    """The clusters in masks (H, W), the largest first; palette: (K, 3), labels: (K,)."""
+def segment_legend(masks: Iterable[np.ndarray], clusters, width: int, *, em: int) -> Image.Image:
+    """The clusters in masks (H, W), the largest first."""
+    colors, labels = clusters.colors.tolist(), clusters.labels
     counts = [np.bincount(mask.ravel(), minlength=IGNORE + 1)[: len(labels)] for mask in masks]
     sizes = sum(counts, np.zeros(len(labels), int))  # (K,)
     present = [k for k in np.argsort(-sizes, kind="stable").tolist() if sizes[k]]
-    return legend([(cluster_name(k, labels), tuple(palette[k].tolist())) for k in present], width, em=em)
+    return legend([(cluster_name(k, labels), tuple(colors[k])) for k in present], width, em=em)
 
 
-def with_legend(
-    image: Image.Image, mask: np.ndarray, palette: np.ndarray, labels: Sequence[str]
-) -> Image.Image:
-    """The picture over a legend of the clusters of its mask (H, W), the largest first."""
-    em = max(EM, image.width // 60)
-    names = segment_legend([mask], palette, labels, max(image.width, 16 * em) - 2 * GAP, em=em)
-    return stack([image, framed(names)], gap=0)
+def with_legend(image: Image.Image, mask: np.ndarray, clusters) -> Image.Image:
+    """The picture with the segments of its mask (H, W) over a legend of their clusters, the largest first."""
+    em, picture = max(EM, image.width // 60), overlay(image, mask, clusters)
+    names = segment_legend([mask], clusters, max(image.width, 16 * em) - 2 * GAP, em=em)
+    return stack([picture, framed(names)], gap=0)
 
 
-def overlay(
-    image: Image.Image,
-    mask: np.ndarray,
-    palette: np.ndarray,
-    labels: Sequence[str] | None = None,
-    *,
-    opacity: float = OPACITY,
-) -> Image.Image:
-    """Segments over the picture in grey, thinly outlined; labels (K,) or numbers are written on large ones.
+def overlay(image: Image.Image, mask: np.ndarray, clusters, *, opacity: float = OPACITY) -> Image.Image:
+    """Segments over the picture in grey, thinly outlined; labels, or else numbers, are written on large ones.
 
     The picture stays as it is where the mask is 255.
     """
-    colors, grey = mask_image(mask, palette).convert("RGB"), image.convert("L").convert("RGB")
+    labels, grey = clusters.labels, image.convert("L").convert("RGB")
+    colors = mask_image(mask, clusters.colors).convert("RGB")
     shown = np.array(Image.blend(grey, colors, opacity))  # (H, W, 3)
     shown[mask == IGNORE] = np.asarray(image)[mask == IGNORE]
     line = _edges(mask)
@@ -168,24 +167,22 @@ def _write_inside(picture: Image.Image, at: tuple[int, int], radius: float, text
             return
 
 
-def contact_sheet(
-    pairs: Iterable[tuple[Image.Image, np.ndarray]], palette: np.ndarray, labels: Sequence[str]
-) -> Image.Image:
+def contact_sheet(pairs: Iterable[tuple[Image.Image, np.ndarray]], clusters) -> Image.Image:
     """Pictures beside their segments over a legend: pairs of (RGB picture, mask (H, W)) -> one picture."""
     cells, masks = [], []
     for image, mask in pairs:
         image, mask = _of_cell(image, mask)
         masks.append(mask)
-        cells.append(stack([image, overlay(image, mask, palette, labels)], across=True, gap=2))
+        cells.append(stack([image, overlay(image, mask, clusters)], across=True, gap=2))
     sheet = flow(cells, SHEET_COLUMNS * (2 * SHEET_CELL[0] + 2 + GAP))
-    names = segment_legend(masks, palette, labels, max(sheet.width, SHEET_CELL[0]), em=SHEET_EM)
+    names = segment_legend(masks, clusters, max(sheet.width, SHEET_CELL[0]), em=SHEET_EM)
     return framed(stack([sheet, names], gap=2 * GAP))
 
 
-def cell(image: Image.Image, mask=None, palette=None, labels=None) -> Image.Image:
+def cell(image: Image.Image, mask: np.ndarray | None = None, clusters=None) -> Image.Image:
     """A picture, with its segments where there is a mask (H, W), on white of SHEET_CELL."""
     image, mask = _of_cell(image, mask)
-    picture = image if mask is None else overlay(image, mask, palette, labels)
+    picture = image if mask is None else overlay(image, mask, clusters)
     return ImageOps.pad(picture, SHEET_CELL, color="white", centering=(0, 0))
 
 
@@ -214,17 +211,10 @@ def region_sheet(rows: Sequence[tuple[str, Color, Sequence]], *, columns: int = 
     return framed(stack(blocks, across=True, gap=4 * GAP))
 
 
-def image_rows(
-    rows: Iterable[tuple[str, Sequence[Image.Image]]],
-    *,
-    headings: Sequence[str] = (),
-    names: dict | None = None,
-) -> Image.Image:
+def image_rows(rows: Iterable[tuple], *, headings: Sequence = (), names: dict | None = None) -> Image.Image:
     """Rows of (caption, RGB pictures) below headings of their columns, over a legend {name: colour}."""
     rows = list(rows)
-    parts = [
-        part for caption, pictures in rows for part in (text_picture(caption), stack(pictures, across=True))
-    ]
+    parts = [stack([text_picture(caption), stack(pictures, across=True)]) for caption, pictures in rows]
     if headings and rows:
         columns = zip(headings, rows[0][1])
         titles = [text_picture(text, width=picture.width) for text, picture in columns]
@@ -238,26 +228,24 @@ def image_rows(
 # ---- correspondences -------------------------------------------------------------------------------------------
 
 
-def spotlight(image: Image.Image, weight: np.ndarray, color: Color, *, opacity: float = 0.8) -> Image.Image:
+def spotlight(image: Image.Image, weight: np.ndarray, color: Color) -> Image.Image:
     """The picture in grey, coloured where weight (H, W), 0 to 1, is large."""
     grey = np.asarray(image.convert("L"), dtype=float)[..., None]  # (H, W, 1)
-    share = opacity * weight[..., None]
+    share = 0.8 * weight[..., None]
     return Image.fromarray((grey * (1 - share) + np.asarray(color) * share).round().astype(np.uint8))
 
 
-def mark(image: Image.Image, x: float, y: float, color: Color, *, radius: int = 4):
+def mark(image: Image.Image, x: float, y: float, color: Color):
     """Draw a ringed dot into the picture at (x, y), in pixels."""
     draw = ImageDraw.Draw(image)
-    for r, fill in ((radius + 2, INK), (radius + 1, "white"), (radius - 1, color)):
+    for r, fill in ((6, INK), (5, "white"), (3, color)):  # radii in pixels
         draw.ellipse([x - r, y - r, x + r, y + r], fill=fill)
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------
 
 
-def line_chart(
-    series: dict, *, title: str, x_label: str, y_label: str = "", y_range: tuple[float, float] | None = None
-) -> Image.Image:
+def line_chart(series: dict, *, title: str, x_label: str, y_label: str = "", y_range=None) -> Image.Image:
     """Curves {name: (xs, ys)} with axes, ticks and a legend; y_range (low, high) fixes the vertical axis.
 
     Values that are not finite are left out.

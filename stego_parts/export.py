@@ -36,17 +36,13 @@ class Scores(nn.Module):
         return dot_products(F.normalize(codes), adapted_centers(codes, self.centers, self.adaptation))
 
 
-def check_exporter():
-    """ValueError without the packages of the exporter."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ValueError(f'ONNX needs {" and ".join(missing)}; get it with `pip install "stego[onnx]"`.')
-
-
 def write_onnx(model: Stego, path: Path, image=None, *, progress: Progress = no_progress) -> tuple[int, int]:
     """Write `Scores` for images of one size, that at which the model sees an image, or a square: (width, height).
 
-    The file's metadata has the clusters' names, under `names`, as a JSON list.
+    The file's metadata has the clusters' names, under `names`, as a JSON list. ValueError without the exporter.
     """
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ValueError(f'ONNX needs {" and ".join(missing)}; get it with `pip install "stego[onnx]"`.')
     image = Image.new("RGB", (RESOLUTION, RESOLUTION)) if image is None else read_image(image)
     width, height = model.working_size(image)
     progress("export", 0, 1)

@@ -9,12 +9,12 @@ import io
 import logging
 import math
 import os
+import secrets
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -22,6 +22,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch import Tensor
 
@@ -38,7 +39,10 @@ FIRST_COLOR = (0, 135, 195)  # of cluster 0
 XYZ_OF_RGB = np.array(  # of linear sRGB (IEC 61966-2-1)
     [(0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041)]
 )
+PIPE = "-"  # stdin as an image, stdout as an output
 TIFF = (".tif", ".tiff")
+FORMS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"} | dict.fromkeys(TIFF, "TIFF")  # as Pillow says
+NOTE = "stego"  # key of the note in PNG
 DOUBLE, SHORT, ASCII = 12, 3, 2  # types of TIFF tags
 PIXEL_SCALE, TRANSFORMATION, GEO_KEYS, NO_DATA, DESCRIPTION = 33550, 34264, 34735, 42113, 270  # TIFF tags
 MODEL_TYPE, LINEAR_UNIT, PROJECTED, METRE = 1024, 3076, 1, 9001  # of GEO_KEYS: two keys, a value of each
@@ -189,9 +193,7 @@ def open_image(path, what: str, *, name=None) -> Iterator[Image.Image]:
         ) from error
     except UnidentifiedImageError as error:
         raise ValueError(f"Cannot read {name} as {what} (no known format).") from error
-    except (
-        Exception
-    ) as error:  # decoders raise whatever a damaged file leads them to: TypeError, struct.error
+    except Exception as error:  # decoders raise whatever a damaged file leads them to, struct.error say
         reason = getattr(error, "strerror", None) or str(error).strip() or "broken file"
         raise ValueError(f"Cannot read {name} as {what} ({reason.splitlines()[0]}).") from error
 
@@ -291,13 +293,8 @@ def five_crops(image: Image.Image) -> list[Image.Image]:
 def five_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
     """(left, top, right, bottom) of the four corners and the centre, each half as wide and half as high."""
     w, h = max(width // 2, 1), max(height // 2, 1)
-    corners = [
-        (0, 0),
-        (width - w, 0),
-        (0, height - h),
-        (width - w, height - h),
-        ((width - w) // 2, (height - h) // 2),
-    ]
+    right, bottom = width - w, height - h
+    corners = [(x, y) for y in (0, bottom) for x in (0, right)] + [(right // 2, bottom // 2)]
     return [(x, y, x + w, y + h) for x, y in corners]
 
 
@@ -320,10 +317,8 @@ def _distinct_colors() -> np.ndarray:
     levels = np.arange(0, 256, 15)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     lab = to_lab(grid)
-    lightness, chroma = lab[:, 0], np.hypot(lab[:, 1], lab[:, 2])
-    fits = np.all(
-        [lightness > LIGHTNESS[0], lightness < LIGHTNESS[1], chroma > CHROMA[0], chroma < CHROMA[1]], 0
-    )
+    ranges = ((lab[:, 0], LIGHTNESS), (np.hypot(lab[:, 1], lab[:, 2]), CHROMA))
+    fits = np.all([(low < values) & (values < high) for values, (low, high) in ranges], 0)
     grid, lab = grid[fits], lab[fits].T.copy()  # (n, 3), (3, n)
     colors, distance = np.zeros((IGNORE + 1, 3), np.uint8), np.full(len(grid), np.inf)
     latest = int(np.abs(grid - FIRST_COLOR).sum(1).argmin())
@@ -346,29 +341,30 @@ def to_lab(rgb: np.ndarray) -> np.ndarray:
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the name if the block ends well and vanishes if not."""
-    path, part = Path(path), None
+    path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"Cannot write {path}: it is a folder or a device; name a file.")
+    part = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(".part", f".{path.stem[:40]}-", path.parent)
-        os.close(handle)
-        part = Path(name)
         yield part
-        os.chmod(part, 0o666 & ~_umask())  # mkstemp's private mode is not what a user expects of an output
         os.replace(part, path)
         log.info("Wrote %s", path)
     except OSError as error:  # its own words name the temporary file
         raise type(error)(f"Cannot write {path} ({(error.strerror or str(error)).lower()}).") from error
     finally:
-        if part:
-            part.unlink(missing_ok=True)
+        with suppress(OSError):  # it has another name now, or never was
+            part.unlink()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def write_bytes(content: bytes, path: Path | str):
+    """Write a file whole or not at all, or to stdout."""
+    if str(path) == PIPE:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    else:
+        with replacing(path) as part:
+            part.write_bytes(content)
 
 
 def mask_image(mask: np.ndarray, palette: np.ndarray) -> Image.Image:
@@ -380,13 +376,24 @@ def mask_image(mask: np.ndarray, palette: np.ndarray) -> Image.Image:
     return image
 
 
-def write_image(image: Image.Image, path: Path | str):
-    """Save in the format of the suffix, whole or not at all."""
-    form = Image.registered_extensions().get(Path(path).suffix.lower())
+def write_image(image: Image.Image, path: Path | str, *, note="", form: str | None = None, tags=()):
+    """Save whole or not at all, with a note in it, in the format of the suffix, else in `form`.
+
+    tags: of the GeoTIFF that a TIFF is a mask of.
+    """
+    form = FORMS.get(Path(path).suffix.lower(), form)
     if form is None:
         raise ValueError(f"Cannot tell the format of {path} from its suffix; use .png.")
-    with replacing(path) as part:
-        image.save(part, format=form, **({"quality": 90} if form == "JPEG" else {}))
+    packed, text = io.BytesIO(), PngInfo()
+    if note:
+        text.add_text(NOTE, note)
+    options = {
+        "PNG": dict(pnginfo=text),
+        "JPEG": dict(quality=90, comment=note),
+        "TIFF": dict(compression="tiff_adobe_deflate", tiffinfo=mask_tags(tags, note)),
+    }
+    image.save(packed, format=form, **options[form])
+    write_bytes(packed.getvalue(), path)
 
 
 # ---- place on Earth --------------------------------------------------------------------------------------------

@@ -13,45 +13,30 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
+from stego_parts import images
 from stego_parts.backbones import fingerprint
-from stego_parts.drawing import cutout, overlay, with_legend
-from stego_parts.images import (
-    DESCRIPTION,
-    IGNORE,
-    IMAGE_SUFFIXES,
-    TIFF,
-    find_images,
-    geo_tags,
-    mask_image,
-    mask_tags,
-    output_names,
-    pixel_area,
-    read_image,
-    replacing,
-)
+from stego_parts.drawing import cutout, with_legend
+from stego_parts.images import PIPE
 from stego_parts.maps import FrameAverage
 from stego_parts.model_files import read_model
 from stego_parts.segments import cluster_shares, coco_annotations, coco_document, labelme_document, table
 from stego_parts.tokens import check_resolution, no_progress, prefetch
 
-PIPE = "-"  # stdin as an image, stdout as an output
 # One file for all images, and its name in a folder.
 DOCUMENTS = {"json": "shares.json", "csv": "shares.csv", "coco": "coco.json"}
 SOFT = ("npz", "cutout")  # formats made of probabilities, not of a mask
-PICTURE, JSON = (".png", ".jpg", ".jpeg"), (".json",)  # suffixes of sheets and overlays, of documents
+# Suffixes of sheets and overlays, of documents, of maps
+PICTURE, JSON, TIFF = (".png", ".jpg", ".jpeg"), (".json",), images.TIFF
 SUFFIXES = {"mask": (".png", *TIFF), "tif": TIFF, "overlay": PICTURE, "cutout": (".png",), "npz": (".npz",)}
 SUFFIXES |= {"json": JSON, "csv": (".csv",), "coco": JSON, "labelme": JSON}
-FORMS = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}  # of pictures, as Pillow says
-NOTE = "stego"  # key of the note in PNG and JSON
 OVERLAY_SUFFIX = ".overlay.jpg"
 READ_AHEAD, WRITE_BEHIND = 3, 2  # images decoded before, and written after, the one that is segmented
 
@@ -59,10 +44,10 @@ READ_AHEAD, WRITE_BEHIND = 3, 2  # images decoded before, and written after, the
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
-def check_formats(kind, images, output, *, overlay, only, min_area, skip_existing, smooth, crf, **_):
+def check_formats(kind, sources, output, *, overlay, only, min_area, skip_existing, smooth, crf, **_):
     """The formats, a list, that options of predict ask for; ValueError for what does not go together."""
     two, piped = overlay and kind != "overlay", str(output) == PIPE
-    if PIPE in images and len(images) > 1:
+    if PIPE in sources and len(sources) > 1:
         raise ValueError("- stands for one image on stdin; give it alone, or give files.")
     if two and kind not in ("mask", "tif"):
         raise ValueError(f"--overlay goes with masks; leave it or --format {kind} out.")
@@ -76,9 +61,9 @@ def check_formats(kind, images, output, *, overlay, only, min_area, skip_existin
         )
     if min_area and kind not in ("coco", "labelme"):
         raise ValueError(f"--min-area is for --format coco and labelme; leave it or --format {kind} out.")
-    if skip_existing and (kind in DOCUMENTS or piped or PIPE in images):
+    if skip_existing and (kind in DOCUMENTS or piped or PIPE in sources):
         raise ValueError("--skip-existing is for image files with outputs of their own; leave it out.")
-    if smooth and (skip_existing or PIPE in images):
+    if smooth and (skip_existing or PIPE in sources):
         raise ValueError("--smooth is for all frames in their order; leave --skip-existing and - out.")
     return [kind, "overlay"] if two else [kind]
 
@@ -103,7 +88,7 @@ def check_outputs(files, *, inputs=(), folders=()):
             raise ValueError(f"The output {path} is a device or a pipe; name a file.")
         if suffixes and path.suffix.lower() not in suffixes:
             raise ValueError(f"The output {path} is not a {' or '.join(suffixes)} file, which is needed.")
-        if not suffixes and path.suffix.lower() in IMAGE_SUFFIXES:
+        if not suffixes and path.suffix.lower() in images.IMAGE_SUFFIXES:
             raise ValueError(f"The model {path} has the name of an image; choose one like stego.pt.")
         written.add(path)
     folders = {folder for folder in folders if folder}
@@ -121,9 +106,8 @@ def check_replacing(outputs, match, overwrite: bool):
         try:
             named = [f"{k}={name}" for k, name in enumerate(read_model(output)["names"]) if name]
         except ValueError as error:
-            raise ValueError(
-                f"{error} To replace the file, give --overwrite; or choose another -o."
-            ) from error
+            advice = "To replace the file, give --overwrite; or choose another -o."
+            raise ValueError(f"{error} {advice}") from error
         if named:
             raise ValueError(
                 f"{output} has named clusters ({', '.join(named)}); keep the names with --match {output}, or "
@@ -137,8 +121,7 @@ def check_folder(folder: Path):
     if not there.is_dir():
         raise ValueError(f"{there} is not a folder, and outputs are to go there; choose another place.")
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise ValueError(f"Cannot write into {there}: {error.strerror}.") from error
 
@@ -154,15 +137,15 @@ class Job(NamedTuple):
     targets: dict[str, Path]
 
 
-def plan_outputs(images, output: Path, formats, model: Path, limit=None, *, exclude=()) -> tuple:
+def plan_outputs(sources, output: Path, formats, model: Path, limit: int | None, exclude) -> tuple:
     """A job for each of the first images, and the one file of a format that has one, or None; all checked.
 
-    images: files, folders and patterns, or - for stdin. exclude: outputs of earlier runs.
+    sources: files, folders and patterns, or - for stdin. exclude: outputs of earlier runs.
     """
-    if PIPE in images:
+    if PIPE in sources:
         sources, inputs = [(sys.stdin.buffer, Path("stdin"))], [model]
     else:
-        sources = find_images(images, exclude=[output, *exclude])
+        sources = images.find_images(sources, exclude=[output, *exclude])
         inputs = [model, *(path for path, _ in sources)]
     jobs, document = _jobs(sources, output, formats, limit), None
     if formats[0] in DOCUMENTS:
@@ -183,7 +166,7 @@ def _jobs(sources, output: Path, formats, limit) -> list[Job]:
         return [Job(*sources[0], targets)]
     places = [place for _, place in sources]  # of all, whatever the limit: names depend on each other
     suffixes = [OVERLAY_SUFFIX if each == "overlay" else SUFFIXES[each][0] for each in formats]
-    names = [output_names(places, suffix) for suffix in suffixes]
+    names = [images.output_names(places, suffix) for suffix in suffixes]
     return [
         Job(source, place, {each: output / name for each, name in zip(formats, row)})
         for (source, place), *row in zip(sources, *names)
@@ -195,16 +178,7 @@ def is_file(output: Path) -> bool:
     return str(output) == PIPE or bool(output.suffix) and not output.is_dir()
 
 
-# ---- notes -------------------------------------------------------------------------------------------------
-
-
-def note_of(model, keep, options: dict) -> str:
-    """What outputs depend on beside their images, as a hash: the model, its names and colours, the options."""
-    palette = torch.from_numpy(model.palette)
-    tensors = {**model.head.state_dict(), "centers": model.centers, "palette": palette}
-    parts = [fingerprint(tensors), model.backbone_sha256, model.config.adaptation, model.names, keep]
-    parts.append(sorted(options.items()))
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+# ---- formats -----------------------------------------------------------------------------------------------
 
 
 def read_note(path: Path) -> str | None:
@@ -214,35 +188,28 @@ def read_note(path: Path) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 return archive.comment.decode()
         if path.suffix == ".json":
-            return json.loads(path.read_bytes())[NOTE]
+            return json.loads(path.read_bytes())[images.NOTE]
         with Image.open(path) as picture:
             if picture.format == "TIFF":
-                return picture.tag_v2[DESCRIPTION]
-            return picture.info[NOTE] if picture.format == "PNG" else picture.info["comment"].decode()
+                return picture.tag_v2[images.DESCRIPTION]
+            return picture.info[images.NOTE] if picture.format == "PNG" else picture.info["comment"].decode()
     except Exception:  # decoders raise whatever a damaged or foreign file leads them to
         return None
 
 
-def contact_sheets(folder: Path) -> list[Path]:
-    """What fits left in a folder beside their models; a picture without a note is somebody's own."""
-    return [path for path in folder.glob("*-fit.png") if read_note(path)]
+@dataclass
+class Writer:
+    """Segments images and writes the outputs of a model.
 
-
-# ---- formats -----------------------------------------------------------------------------------------------
-
-
-class Writer(NamedTuple):
-    """Writes the outputs of a model.
-
-    kind: the format; keep: clusters to keep, None for all; note: of what they are made with, goes into each output;
-    min_area: pixels of the smallest region that counts.
+    kind: the format; keep: clusters to keep, None for all; min_area: pixels of the smallest region that counts;
+    options: of `Stego.predict`, resolution and smooth (whether images are frames of a video) among them.
     """
 
-    model: object
+    model: Any
     kind: str
     keep: list | None
-    note: str
-    min_area: int = 0
+    min_area: int
+    options: dict
 
     @property
     def clusters(self) -> dict[int, str]:
@@ -250,57 +217,68 @@ class Writer(NamedTuple):
         kept = self.model.merged[slice(None) if self.keep is None else self.keep]
         return {k: self.model.labels[k] for k in np.unique(kept).tolist()}
 
-    def note_for(self, kind: str) -> str:
-        return f"{kind} {self.note}"
+    @functools.cached_property
+    def note(self) -> str:
+        """What outputs depend on beside their images, as a hash: the model, its names and colours, the options."""
+        model, palette = self.model, torch.from_numpy(self.model.palette)
+        tensors = {**model.head.state_dict(), "centers": model.centers, "palette": palette}
+        parts = [fingerprint(tensors), model.backbone_sha256, model.config.adaptation, model.names, self.keep]
+        parts.append(sorted((self.options | {"min_area": self.min_area}).items()))
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def is_done(self, job: Job) -> bool:
         """All outputs are there, made with what the note says, and not older than the image."""
         targets = job.targets.items()
-        made = [path.stat().st_mtime for kind, path in targets if read_note(path) == self.note_for(kind)]
+        made = [path.stat().st_mtime for kind, path in targets if read_note(path) == f"{kind} {self.note}"]
         return len(made) == len(targets) and min(made) >= job.source.stat().st_mtime
 
-    def results(self, jobs: list[Job], options: dict, progress=no_progress) -> Iterator[tuple]:
+    def results(self, jobs: list[Job], progress=no_progress) -> Iterator[tuple]:
         """(job, what `write` returned, or the error) for each; threads read and write meanwhile."""
-        check_resolution(self.model.backbone, options["resolution"], device=self.model.device)
+        check_resolution(self.model.backbone, self.options["resolution"], device=self.model.device)
         segment = self.model.probabilities if self.kind in SOFT else self.model.predict
         average = functools.lru_cache(1)(lambda folder: FrameAverage())  # each folder is another video
-        images = prefetch(lambda job: _attempt(read_image, job.source), jobs, window=READ_AHEAD)
+        pictures = prefetch(lambda job: _attempt(images.read_image, job.source), jobs, window=READ_AHEAD)
 
         def segment_next(job, image):
-            smooth = average(job.source.parent) if options["smooth"] else None
-            return segment(image, **options | dict(smooth=smooth, progress=progress))
+            smooth = average(job.source.parent) if self.options["smooth"] else None
+            return segment(image, **self.options | dict(smooth=smooth, progress=progress))
 
-        masks = ((job, image, _attempt(segment_next, job, image)) for job, image in zip(jobs, images))
+        masks = ((job, image, _attempt(segment_next, job, image)) for job, image in zip(jobs, pictures))
         yield from zip(jobs, prefetch(lambda each: _attempt(self.write, *each), masks, window=WRITE_BEHIND))
 
     def write(self, job: Job, image: Image.Image, result: np.ndarray) -> dict:
         """Write an image's mask (H, W), or for SOFT formats probabilities (K, h, w); its part of a document."""
         if self.kind not in SOFT and self.keep is not None:
-            result = np.where(np.isin(result, self.keep), result, IGNORE)
+            result = np.where(np.isin(result, self.keep), result, images.IGNORE)
         for kind, target in job.targets.items():
             self.write_one(kind, target, job, image, result)
         entry = {"file_name": job.place.as_posix(), "height": image.height, "width": image.width}
         if self.kind == "coco":
             entry["annotations"] = coco_annotations(result, self.min_area)
         elif self.kind in DOCUMENTS:
-            entry["clusters"] = cluster_shares(result, self.clusters, pixel_area(geo_tags(job.source)))
+            area = images.pixel_area(images.geo_tags(job.source))
+            entry["clusters"] = cluster_shares(result, self.clusters, area)
         return entry
 
     def write_one(self, kind: str, target: Path, job: Job, image: Image.Image, result: np.ndarray):
         """One output of an image."""
-        note = self.note_for(kind)
+        note = f"{kind} {self.note}"
         if kind == "npz":
-            write_bytes(packed_arrays(result, self.model.labels, image, note), target)
+            images.write_bytes(packed_arrays(result, self.model.labels, image, note), target)
         elif kind == "labelme":
-            extra = {"imagePath": relative(job, target), NOTE: note}
-            write_bytes(labelme_document(result, self.clusters, self.min_area, **extra).encode(), target)
+            piped = not isinstance(job.source, Path)
+            place = job.place if piped else Path(os.path.relpath(job.source, target.parent))
+            extra = {"imagePath": place.as_posix(), images.NOTE: note}
+            text = labelme_document(result, self.clusters, self.min_area, **extra)
+            images.write_bytes(text.encode(), target)
         elif kind == "cutout":
-            write_picture(cutout(image, result[self.keep].sum(0)), target, note)
+            images.write_image(cutout(image, result[self.keep].sum(0)), target, note=note, form="PNG")
         elif kind == "overlay":
-            write_picture(legend_overlay(self.model, image, result), target, note)
+            images.write_image(with_legend(image, result, self.model), target, note=note, form="PNG")
         else:
-            picture, form = mask_image(result, self.model.colors), "TIFF" if kind == "tif" else "PNG"
-            write_picture(picture, target, note, form=form, tags=geo_tags(job.source))
+            picture, tags = images.mask_image(result, self.model.colors), images.geo_tags(job.source)
+            form = "TIFF" if kind == "tif" else "PNG"
+            images.write_image(picture, target, note=note, form=form, tags=tags)
 
     def write_document(self, entries: list[dict], target: Path):
         """The one file of a format that has one for all images."""
@@ -310,7 +288,7 @@ class Writer(NamedTuple):
             text = json.dumps({"images": entries}) + "\n"
         else:
             text = coco_document(entries, self.clusters) + "\n"
-        write_bytes(text.encode(errors="surrogateescape"), target)
+        images.write_bytes(text.encode(errors="surrogateescape"), target)
 
 
 def _attempt(function, *args):
@@ -324,56 +302,10 @@ def _attempt(function, *args):
         return error
 
 
-def write_picture(picture: Image.Image, target: Path, note: str, *, form: str = "PNG", tags=()):
-    """A picture with a note in it, in the format of the target's suffix, else in `form`; tags: of a GeoTIFF."""
-    form = FORMS.get(target.suffix.lower(), form)
-    if form == "JPEG":
-        options = dict(quality=90, comment=note)
-    elif form == "TIFF":
-        options = dict(compression="tiff_adobe_deflate", tiffinfo=mask_tags(tags, note))
-    else:
-        options = dict(pnginfo=PngInfo())
-        options["pnginfo"].add_text(NOTE, note)
-    with opened(target) as file:
-        picture.save(file, format=form, **options)
-
-
-def write_bytes(content: bytes, target: Path):
-    with opened(target) as file:
-        file.write(content)
-
-
 def packed_arrays(probabilities: np.ndarray, labels, image: Image.Image, note: str) -> bytes:
     """An .npz file of probabilities (K, h, w), with a note in it."""
-    packed, size = io.BytesIO(), np.array([image.height, image.width])
-    arrays = dict(probabilities=probabilities.astype(np.float16), names=np.array(labels), size=size)
-    np.savez_compressed(packed, **arrays)
+    packed, size = io.BytesIO(), [image.height, image.width]
+    np.savez_compressed(packed, probabilities=probabilities.astype(np.float16), names=labels, size=size)
     with zipfile.ZipFile(packed, "a") as archive:
         archive.comment = note.encode()
     return packed.getvalue()
-
-
-def relative(job: Job, target: Path) -> str:
-    """Where an image lies, seen from an output of it."""
-    if not isinstance(job.source, Path):
-        return str(job.place)
-    return Path(os.path.relpath(job.source, target.parent)).as_posix()
-
-
-def legend_overlay(model, image: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The picture with its segments over it and a legend below."""
-    picture = overlay(image, mask, model.colors, model.labels)
-    return with_legend(picture, mask, model.colors, model.labels)
-
-
-@contextmanager
-def opened(target: Path):
-    """A binary file that becomes the target, or goes to stdout, when the block ends well."""
-    if str(target) == PIPE:
-        whole = io.BytesIO()
-        yield whole
-        sys.stdout.buffer.write(whole.getvalue())
-        sys.stdout.buffer.flush()
-    else:
-        with replacing(target) as part, open(part, "wb") as file:
-            yield file

@@ -3,7 +3,8 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,86 +14,80 @@ from PIL import Image
 from torch import Tensor
 
 from stego import FitRecord, Stego, pixels, unit, unmirror
-from stego_parts import drawing
+from stego_parts import drawing, images
 from stego_parts.config import RELEASED, SETTINGS, TERMS
 from stego_parts.datasets import LabelledSet
 from stego_parts.diagnostics import plausible_counts, training_warning
 from stego_parts.drawing import image_rows, line_chart, matrix_picture
-from stego_parts.images import (
-    IGNORE,
-    distinct_colors,
-    five_boxes,
-    mask_image,
-    read_image,
-    replacing,
-    to_tensor,
-    write_image,
-)
 from stego_parts.maps import dot_products, upsampled_argmax
 from stego_parts.protocol import both_features, class_maps, cluster_probe, headline, protocol_side
-from stego_parts.tokens import BILINEAR, RESOLUTION, Progress, backbone_size, no_progress
+from stego_parts.tokens import BILINEAR, Progress, backbone_size, no_progress
 
 SHEET_IMAGES, SHEET_SAMPLE = 24, 12  # images up to which the contact sheet shows all; how many of more
 REGION = 1 / 3  # side of the squares that show what a cluster is, of the image's shorter side
+REGIONS = 6  # of them for each cluster
 SHOWN, CANDIDATES = 4, 300  # other images that a sheet of correspondences shows; among how many it looks
 HEATMAP_HEIGHT = 200  # pixels: height of its pictures
 CROP_HEIGHT = 112  # pixels: height of the crops that show nearest neighbours
+CROPS = 6  # that are shown with their neighbours
+FEATURES = "backbone features"
+KNOWN = logging.DEBUG  # level at which images are skipped that the fit has named
 
 log = logging.getLogger("stego")
+
+
+def _usable(function: Callable, paths, stage: str, progress: Progress, level=logging.WARNING) -> Iterator:
+    """(path, function(path)) of each image that can be used; another is said to be skipped, at a level."""
+    for done, path in enumerate(paths, 1):
+        try:
+            yield path, function(path)
+        except (ValueError, FileNotFoundError) as error:
+            log.log(level, "Skipped: %s", error)
+        progress(stage, done, len(paths))
+
+
+def _small_image(model: Stego, path) -> Image.Image:
+    """An image, as small as the backbone sees it."""
+    image = images.read_image(path)
+    return image.resize(model.working_size(image), BILINEAR)
+
+
+def _write_pictures(pictures: dict[str, Image.Image], folder: Path | str):
+    for name, picture in pictures.items():
+        images.write_image(picture, Path(folder) / f"{name}.png")
 
 
 # ---- a fit -----------------------------------------------------------------------------------------------------
 
 
 def fit_sheet(models: Sequence[Stego], *, progress: Progress = no_progress) -> Image.Image:
-    """The picture of a fit: `contact_sheet` of a model, `comparison_sheet` of several with one head."""
-    paths = models[0].record.paths  # of large images, what was seen at once
-    if len(models) > 1:
-        return comparison_sheet(models, paths, progress=progress)
-    return contact_sheet(models[0], paths, progress=progress)
+    """The picture of a fit: its images, of many some that are evenly spread, beside their segments.
 
-
-def contact_sheet(model: Stego, paths: Iterable[Path], *, progress: Progress = no_progress) -> Image.Image:
-    """A picture of the images, of many some that are evenly spread, beside their segments.
-
-    The CRF works at the size of a picture on the sheet.
+    The CRF works at the size of a picture on the sheet. Of several models with one head: `_comparison_sheet`.
     """
-    paths = list(paths)
+    model, paths = models[0], models[0].record.paths  # of large images, what was seen at once
+    if len(models) > 1:
+        return _comparison_sheet(models, paths, progress)
     if len(paths) > SHEET_IMAGES:
         paths = paths[:: len(paths) // SHEET_SAMPLE][:SHEET_SAMPLE]
-    seen = _small_images(model, paths, progress)
+    seen = _usable(partial(_small_image, model), paths, "picture", progress, KNOWN)
     size = math.prod(drawing.SHEET_CELL) / 1e6
     pairs = [(image, model.predict(image, crf_size=size)) for _, image in seen]
-    return drawing.contact_sheet(pairs, model.colors, model.labels)
+    return drawing.contact_sheet(pairs, model)
 
 
 @torch.inference_mode()
-def comparison_sheet(
-    models: Sequence[Stego], paths: Sequence[Path], *, progress: Progress = no_progress
-) -> Image.Image:
+def _comparison_sheet(models: Sequence[Stego], paths: Sequence[Path], progress: Progress) -> Image.Image:
     """At most SHEET_SAMPLE of the images, a row each, beside their segments by models with one head, without CRF."""
     paths, rows = paths[:: -(-len(paths) // SHEET_SAMPLE)], []
-    for path, image in _small_images(models[0], paths, progress):
-        codes, pictures = models[0].codes(to_tensor(image)[None]), [drawing.cell(image)]
+    for path, image in _usable(partial(_small_image, models[0]), paths, "picture", progress, KNOWN):
+        codes, pictures = models[0].codes(images.to_tensor(image)[None]), [drawing.cell(image)]
         for model in models:
             scores = dot_products(codes, model.image_centers(codes))[0]  # (K, h, w)
             mask = model.merged[upsampled_argmax(scores, image.height, image.width)]
-            pictures.append(drawing.cell(image, mask, model.colors, model.labels))
+            pictures.append(drawing.cell(image, mask, model))
         rows.append((Path(path).name, pictures))
     return image_rows(rows, headings=["", *(f"{len(model.centers)} clusters" for model in models)])
-
-
-def _small_images(
-    model: Stego, paths: Sequence[Path], progress: Progress
-) -> Iterator[tuple[Path, Image.Image]]:
-    """Images as small as the backbone sees them; those that cannot be used, which a fit has named, are left out."""
-    for done, path in enumerate(paths, 1):
-        try:
-            image = read_image(path)
-            yield path, image.resize(model.working_size(image), BILINEAR)
-        except (ValueError, FileNotFoundError):
-            continue
-        progress("picture", done, len(paths))
 
 
 def cluster_sheet(model: Stego, paths: Sequence[Path], *, progress: Progress = no_progress) -> Image.Image:
@@ -108,37 +103,23 @@ def cluster_sheet(model: Stego, paths: Sequence[Path], *, progress: Progress = n
 
 
 @torch.inference_mode()
-def best_regions(
-    model: Stego,
-    paths: Sequence[Path],
-    *,
-    count: int = 6,
-    resolution: int = RESOLUTION,
-    progress: Progress = no_progress,
-) -> list[list[tuple[Image.Image, np.ndarray]]]:
-    """What each cluster is: the `count` squares of images that fit it best, at most one an image.
+def best_regions(model: Stego, paths: Sequence[Path], *, progress: Progress = no_progress) -> list[list]:
+    """What each cluster is: the squares of images that fit it best, REGIONS of them, at most one an image.
 
     The fit of a square is the mean over it of the cosine to the centre, 0 where another cluster is nearer.
     Returns for each cluster (picture, mask (side, side) uint8) pairs, the best first; clusters that share a name
     are one, the lowest of them.
     """
     best: list[list[tuple]] = [[] for _ in model.centers]  # of (fit, picture, mask)
-    for done, path in enumerate(paths, 1):
-        try:
-            picture = read_image(path)
-            picture = picture.resize(model.working_size(picture, resolution), BILINEAR)
-        except (ValueError, FileNotFoundError) as error:
-            log.warning("Skipped: %s", error)
-            continue
+    for _, picture in _usable(partial(_small_image, model), paths, "regions", progress):
         for k, region in _regions(model, picture).items():
-            best[k] = sorted([*best[k], region], key=lambda each: -each[0])[:count]
-        progress("regions", done, len(paths))
+            best[k] = sorted([*best[k], region], key=lambda each: -each[0])[:REGIONS]
     return [[(picture, mask) for _, picture, mask in regions] for regions in best]
 
 
 def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image.Image, np.ndarray]]:
     """The square of a picture that fits each cluster best, and how well; clusters that are nowhere are left out."""
-    codes, patch = model.codes(to_tensor(picture)[None]), model.backbone.patch
+    codes, patch = model.codes(images.to_tensor(picture)[None]), model.backbone.patch
     cosines = dot_products(F.normalize(codes, dim=1), model.image_centers(codes))[0]  # (K, h, w)
     mask = model.merged[upsampled_argmax(cosines, picture.height, picture.width)]
     won = cosines.clamp(min=0) * (cosines == cosines.amax(0))
@@ -155,20 +136,33 @@ def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image
     return regions
 
 
+def cluster_lines(model: Stego, changed: set | None = None) -> list[str]:
+    """One line a cluster, those of one name in one: numbers, name, share of the training images, colour.
+
+    changed: the clusters whose lines are wanted, if not all.
+    """
+    merged, width, lines = model.merged.tolist(), max(map(len, model.names)), []
+    for k in sorted(set(merged)):
+        members = [m for m, first in enumerate(merged) if first == k]
+        if changed is None or changed & set(members):
+            share, (r, g, b) = float(model.share[members].sum()), model.palette[k].tolist()
+            bar = f"\x1b[38;2;{r};{g};{b}m{'#' * max(round(60 * share), 1)}\x1b[0m"  # colour on a terminal
+            name, numbers = f"{model.names[k]:{width}} " if width else "", "+".join(map(str, members))
+            lines.append(f"cluster {numbers:>3} {name}{share:6.1%} #{r:02x}{g:02x}{b:02x} {bar}")
+    return lines
+
+
 def description(model) -> list[str]:
     """How a model was made, for people."""
-    c, backbone = model.config, f"backbone  {model.config.backbone}, weights {model.backbone_sha256[:12]}"
+    c, lines = model.config, [f"backbone  {model.config.backbone}, weights {model.backbone_sha256[:12]}"]
     if c.preset == RELEASED:
-        return [
-            backbone,
-            "training  a checkpoint of the reference implementation, which has no options in it",
-        ]
+        return [*lines, "training  a checkpoint of the reference implementation, which has no options in it"]
     settings = [(name, getattr(c, name)) for name in SETTINGS]
     values = [f"{name}={x:.3g}" if isinstance(x, float) else f"{name}={x}" for name, x in settings]
-    images = c.crops if c.views == "whole" else c.crops // 5
+    count = c.crops if c.views == "whole" else c.crops // 5
     return [
-        backbone,
-        f"data      {images} images, {c.crops} crops",
+        *lines,
+        f"data      {count} images, {c.crops} crops",
         f"training  {c.steps} steps, preset {c.preset}, seed {c.seed}",
         f"settings  {' '.join(values)}",
     ]
@@ -182,19 +176,17 @@ def write_report(model: Stego, folder: Path | str):
     """
     if not ((record := model.record) and record.history):
         raise ValueError("This model has no history to report; a report is written right after fit.")
-    steps = [entry["step"] for entry in record.history]
-    loss = {"loss": (steps, [entry["loss"] for entry in record.history])}
-    terms = [name for name in TERMS if name in record.history[-1]]
-    means = {name: (steps, [entry[name] for entry in record.history]) for name in terms}
+    history, steps = record.history, [entry["step"] for entry in record.history]
+    means = {name: (steps, [entry[name] for entry in history]) for name in TERMS if name in history[-1]}
+    loss = {"loss": (steps, [entry["loss"] for entry in history])}
     pictures = {
         "loss": line_chart(loss, title="Loss", x_label="step"),
         "similarity": line_chart(means, title="Mean similarity of codes", x_label="step"),
         "neighbors": _neighbor_rows(record, model.config.views),
     }
-    for name, picture in pictures.items():
-        write_image(picture, Path(folder) / f"{name}.png")
-    with replacing(Path(folder) / "report.txt") as part:
-        part.write_text("\n".join(report_lines(model)) + "\n", encoding="utf-8")
+    _write_pictures(pictures, folder)
+    text = "".join(f"{line}\n" for line in report_lines(model))
+    images.write_bytes(text.encode(), Path(folder) / "report.txt")
 
 
 def report_lines(model: Stego) -> list[str]:
@@ -230,10 +222,10 @@ def agreement_line(agreement: dict[int, list[float]]) -> str:
     return f"{first} clusters: halves of the images agree on them to {score}; {near}."
 
 
-def _neighbor_rows(record: FitRecord, views: str, rows: int = 6) -> Image.Image:
+def _neighbor_rows(record: FitRecord, views: str) -> Image.Image:
     """Some crops, evenly spread over all, each before its nearest neighbours."""
     count, shown = len(record.images), []
-    for crop in range(0, count, max(count // rows, 1))[:rows]:
+    for crop in range(0, count, max(count // CROPS, 1))[:CROPS]:
         crops = (crop, *record.neighbors[crop].tolist())
         try:
             pictures = [_crop_picture(record, each, views) for each in crops]
@@ -245,9 +237,9 @@ def _neighbor_rows(record: FitRecord, views: str, rows: int = 6) -> Image.Image:
 
 def _crop_picture(record: FitRecord, crop: int, views: str) -> Image.Image:
     """What a crop shows."""
-    picture = read_image(record.paths[record.images[crop]])
+    picture = images.read_image(record.paths[record.images[crop]])
     if views != "whole":
-        picture = picture.crop(five_boxes(*picture.size)[crop % 5])
+        picture = picture.crop(images.five_boxes(*picture.size)[crop % 5])
     return _of_height(picture, CROP_HEIGHT)
 
 
@@ -276,31 +268,25 @@ def correspondence_sheet(
     is the point itself, none its mean correspondence with its image, or less (the centering of Eq. 3).
     Raises ValueError for a point outside of the image, or what cannot be read.
     """
-    picture = read_image(image)
+    (width, height), seen = images.read_image(image).size, partial(_seen, network=network, device=device)
     for x, y in at:
-        if not (0 <= x < picture.width and 0 <= y < picture.height):
+        if not (0 <= x < width and 0 <= y < height):
             raise ValueError(
-                f"The point {x},{y} is not in {image}, which is {picture.width} x {picture.height} "
-                f"pixels: x is 0 to {picture.width - 1}, y 0 to {picture.height - 1}."
+                f"The point {x},{y} is not in {image}, which is {width} x {height} pixels: "
+                f"x is 0 to {width - 1}, y 0 to {height - 1}."
             )
-    own = _unit_maps(network, model, picture, image, device)
     if len(others) > SHOWN:
-        mean = unit(own["backbone features"].mean((1, 2)))
-        others = _nearest_images(network, mean, others, device, progress)
-    pictures = [(picture, own)]
-    for path in others:
-        pictures.append((other := read_image(path), _unit_maps(network, model, other, path, device)))
+        others = _nearest_images(seen, image, others, progress)
+    pictures = [seen(path, model=model) for path in (image, *others)]
     rows = [
         (f"{kind} at {x},{y}", _heatmaps(pictures, kind, (x, y), color))
         for (x, y), color in zip(at, itertools.cycle(drawing.VIVID))
-        for kind in own
+        for kind in pictures[0][1]
     ]
     return image_rows(rows, headings=[Path(path).name for path in (image, *others)])
 
 
-def _heatmaps(
-    pictures: list[tuple], kind: str, at: tuple[int, int], color: drawing.Color
-) -> list[Image.Image]:
+def _heatmaps(pictures: list, kind: str, at: tuple[int, int], color: drawing.Color) -> list[Image.Image]:
     """Pictures, of which the first has the point, coloured where their maps of one kind correspond with it.
 
     By more than the point's mean correspondence with its own image.
@@ -319,32 +305,33 @@ def _heatmaps(
     return shown
 
 
-def _unit_maps(network, model, picture: Image.Image, name, device) -> dict:
-    """Unit features (C, h, w) of a picture, averaged with its mirror's, and the model's codes (D, h, w)."""
-    x = to_tensor(picture.resize(backbone_size(picture, network.patch, name=name), BILINEAR))[None].to(device)
-    seen = network(torch.cat([x, x.flip(-1)]))  # (2, C, h, w)
-    kinds = {"backbone features": seen} | ({"codes": model.head.on_map(seen)} if model else {})
-    return {kind: F.normalize(unmirror(maps)[0], dim=0) for kind, maps in kinds.items()}
+def _seen(path, *, network, device, model: Stego | None = None) -> tuple[Image.Image, dict[str, Tensor]]:
+    """A picture, its unit features (C, h, w), averaged with its mirror's, and a model's codes (D, h, w)."""
+    picture = images.read_image(path)
+    size = backbone_size(picture, network.patch, name=path)
+    x = images.to_tensor(picture.resize(size, BILINEAR))[None].to(device)
+    maps = {FEATURES: network(torch.cat([x, x.flip(-1)]))}  # (2, C, h, w)
+    if model:
+        maps["codes"] = model.head.on_map(maps[FEATURES])
+    return picture, {kind: F.normalize(unmirror(each)[0], dim=0) for kind, each in maps.items()}
 
 
-def _nearest_images(network, mean: Tensor, paths, device, progress: Progress) -> list:
-    """The SHOWN images whose averaged features are nearest to a unit vector (C,), of CANDIDATES spread over paths."""
-    paths, near = list(paths)[:: math.ceil(len(paths) / CANDIDATES)], []
-    for done, path in enumerate(paths, 1):
-        try:
-            maps = _unit_maps(network, None, read_image(path), path, device)["backbone features"]
-            near.append((float(unit(maps.mean((1, 2))) @ mean), path))
-        except (ValueError, FileNotFoundError) as error:
-            log.warning("Skipped: %s", error)
-        progress("neighbors", done, len(paths))
+def _nearest_images(seen: Callable, image, paths, progress: Progress) -> list:
+    """The SHOWN images whose averaged features are nearest to those of an image, of CANDIDATES spread over paths."""
+
+    def mean(path) -> Tensor:
+        return unit(seen(path)[1][FEATURES].mean((1, 2)))  # (C,)
+
+    own, paths = mean(image), paths[:: math.ceil(len(paths) / CANDIDATES)]
+    near = [(float(each @ own), path) for path, each in _usable(mean, paths, "neighbors", progress)]
     return [path for _, path in sorted(near, key=lambda each: -each[0])[:SHOWN]]
 
 
 # ---- an evaluation ---------------------------------------------------------------------------------------------
 
 
-def write_figures(report: dict, model: Stego, labelled: LabelledSet, folder: Path | str) -> list[Path]:
-    """confusion.png, strips.png: where pixels of each class go, and examples; returns their paths."""
+def write_figures(report: dict, model: Stego, labelled: LabelledSet, folder: Path | str):
+    """confusion.png, strips.png: where pixels of each class go, and examples."""
     best, classes = headline(report), report["classes"]
     columns = np.argsort([c if c >= 0 else len(classes) for c in best["assignment"]], kind="stable").tolist()
     names = [f"{k} {classes[c]}" if (c := best["assignment"][k]) >= 0 else f"{k} -" for k in columns]
@@ -352,13 +339,8 @@ def write_figures(report: dict, model: Stego, labelled: LabelledSet, folder: Pat
     with np.errstate(invalid="ignore"):
         shares = counts / counts.sum(1, keepdims=True)  # a class that does not occur: NaN
     title = f"{report['dataset']}: clusters (with their classes) of the pixels of each class, %"
-    pictures = {
-        "confusion": matrix_picture(shares[:, columns], classes, names, title=title),
-        "strips": _examples(best, model, labelled),
-    }
-    for name, picture in pictures.items():
-        write_image(picture, Path(folder) / f"{name}.png")
-    return [Path(folder) / f"{name}.png" for name in pictures]
+    confusion = matrix_picture(shares[:, columns], classes, names, title=title)
+    _write_pictures({"confusion": confusion, "strips": _examples(best, model, labelled)}, folder)
 
 
 @torch.inference_mode()
@@ -366,15 +348,15 @@ def _examples(best: dict, model: Stego, labelled: LabelledSet) -> Image.Image:
     """Image, label and prediction of the best, the median and the worst image by accuracy."""
     accuracy = np.array([np.nan if x is None else x for x in best["image_accuracy"]], dtype=float)
     ranked = np.argsort(-accuracy, kind="stable")[: np.isfinite(accuracy).sum()]  # NaN sorts last
-    classes = np.array([c if c >= 0 else IGNORE for c in best["assignment"]], np.uint8)  # of each cluster
-    palette, rows = distinct_colors(len(labelled.classes)), []
+    of_cluster = np.array([c if c >= 0 else images.IGNORE for c in best["assignment"]], np.uint8)
+    palette, rows = images.distinct_colors(len(labelled.classes)), []
     probes = {("stego", "cluster"): cluster_probe(model)}
     for what, i in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
         image, label = labelled.read(i, side=protocol_side(model.backbone.patch))
         picture = pixels(image).to(model.device) if best["crf"] else None
         maps = class_maps(both_features(model, image), probes, label.shape, picture)
-        predicted = classes[maps["stego", "cluster", best["crf"]]]
-        masks = [mask_image(mask, palette).convert("RGB") for mask in (label, predicted)]
+        predicted = of_cluster[maps["stego", "cluster", best["crf"]]]
+        masks = [images.mask_image(mask, palette).convert("RGB") for mask in (label, predicted)]
         name, share = labelled.pairs[i][0].name, accuracy[i]
         rows.append((f"{what}: {name}, accuracy {share:.1%}", [image, *masks]))
     names = dict(zip(labelled.classes, palette.tolist()))

@@ -1,19 +1,11 @@
 """Drawn scenes: labelled images without a download, for `stego demo` and the tests."""
 
-from fnmatch import fnmatch
-from pathlib import Path
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-
-from stego_parts.images import replacing, write_image
 
 SCENE_CLASSES = ("sky", "hills", "grass", "road", "building", "tree", "car")
 SKY, HILLS, GRASS, ROAD, BUILDING, TREE, CAR = range(7)
 EYE = 2.2  # metres from the ground to the camera
-# What a demo leaves in its folder, as patterns
-DEMO_FILES = """images/*/scene??.png labels/*/scene??.png masks/scene??.png overlays/scene??.jpg figures/*.png
-classes.txt stego.pt stego-fit.png clusters.png scores.json""".split()
 HAZE = 120  # metres after which two thirds of a colour are that of the horizon
 WALLS = ((178, 150, 120), (160, 96, 78), (200, 190, 170), (140, 138, 140), (196, 168, 110))
 PAINTS = ((170, 30, 30), (40, 60, 120), (215, 215, 218), (40, 42, 46), (120, 125, 130), (200, 160, 40))
@@ -45,26 +37,6 @@ def draw_scene(seed: int, height: int = 240, width: int = 320) -> tuple[Image.Im
     noisy = scene.pixels * scene.warm + rng.normal(0, 3, scene.pixels.shape)
     image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
     return image.filter(ImageFilter.GaussianBlur(0.5)), scene.labels
-
-
-def draw_scenes(folder: Path, counts: dict[str, int], *, seed: int, progress):
-    """images/ and labels/ with so many scenes in each split, and classes.txt, as `stego eval` reads them."""
-    splits = [split for split, count in counts.items() for _ in range(count)]
-    for number, split in enumerate(splits):
-        name, (image, labels) = f"scene{number:02d}.png", draw_scene(1000 * seed + number)
-        write_image(image, folder / "images" / split / name)
-        write_image(Image.fromarray(labels), folder / "labels" / split / name)
-        progress("drawing", number + 1, len(splits))
-    with replacing(folder / "classes.txt") as part:
-        part.write_text("\n".join(SCENE_CLASSES) + "\n")
-
-
-def check_demo_folder(folder: Path):
-    """ValueError unless the folder is new, empty, or has nothing in it that a demo does not make."""
-    for path in folder.rglob("*"):
-        place = path.relative_to(folder).as_posix()
-        if not path.is_dir() and not any(fnmatch(place, each) for each in DEMO_FILES):
-            raise ValueError(f"{path} is in {folder}, and no demo made it; name a new folder with -o.")
 
 
 class _Scene:

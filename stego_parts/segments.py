@@ -93,11 +93,11 @@ def simplified(ring: np.ndarray) -> np.ndarray:
 def cluster_shares(mask: np.ndarray, clusters: dict[int, str], area: float | None = None) -> list[dict]:
     """What each cluster covers of a mask: pixels, their share of it, and m2 where the area of a pixel is known."""
     sizes = np.bincount(mask.ravel(), minlength=IGNORE + 1).tolist()
-    shares = [
-        {"cluster": k, "name": name, "pixels": sizes[k], "share": round(sizes[k] / mask.size, 6)}
-        for k, name in clusters.items()
-    ]
-    return [each | {"m2": round(each["pixels"] * area, 6)} for each in shares] if area else shares
+    rows = []
+    for k, name in clusters.items():
+        row = {"cluster": k, "name": name, "pixels": sizes[k], "share": round(sizes[k] / mask.size, 6)}
+        rows.append(row | ({"m2": round(sizes[k] * area, 6)} if area else {}))
+    return rows
 
 
 def table(images: list[dict]) -> str:
@@ -153,23 +153,19 @@ def run_lengths(region: Region, size) -> dict:
 
 def coco_document(images: list[dict], clusters: dict[int, str]) -> str:
     """A COCO file of images with their annotations."""
-    annotations = [
-        {"image_id": i, **each} for i, image in enumerate(images, 1) for each in image["annotations"]
-    ]
+    annotations = [(i, each) for i, image in enumerate(images, 1) for each in image["annotations"]]
     heads = [{key: image[key] for key in ("file_name", "height", "width")} for image in images]
-    return json.dumps(
-        {
-            "info": {"description": "segments found by stego"},
-            "images": [{"id": i, **head} for i, head in enumerate(heads, 1)],
-            "categories": [{"id": k + 1, "name": name} for k, name in clusters.items()],
-            "annotations": [{"id": n, **each} for n, each in enumerate(annotations, 1)],
-        }
-    )
+    document = {
+        "info": {"description": "segments found by stego"},
+        "images": [{"id": i, **head} for i, head in enumerate(heads, 1)],
+        "categories": [{"id": k + 1, "name": name} for k, name in clusters.items()],
+        "annotations": [{"id": n, "image_id": i, **each} for n, (i, each) in enumerate(annotations, 1)],
+    }
+    return json.dumps(document)
 
 
 def labelme_document(mask: np.ndarray, clusters: dict[int, str], min_area: int = 0, **extra) -> str:
     """A LabelMe file: the outline of each region, simplified, as a person edits it; what lies inside another last."""
-    found = sorted(regions(mask, min_area), key=lambda region: -region.inside.size)
     shapes = [
         {
             "label": clusters[region.cluster],
@@ -178,7 +174,7 @@ def labelme_document(mask: np.ndarray, clusters: dict[int, str], min_area: int =
             "shape_type": "polygon",
             "flags": {},
         }
-        for region in found
+        for region in sorted(regions(mask, min_area), key=lambda region: -region.inside.size)
     ]
     head = {"version": LABELME_VERSION, "flags": {}, "shapes": shapes, "imageData": None}
     return json.dumps(head | {"imageHeight": mask.shape[0], "imageWidth": mask.shape[1]} | extra)

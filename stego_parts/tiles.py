@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from stego_parts.images import Window, image_size, to_tensor
-from stego_parts.tokens import BILINEAR, Progress, no_progress
+from stego_parts.tokens import BILINEAR, Progress
 
 OVERLAP = 1 / 3  # share of a window that the next one sees too
 FADE = 4  # power of the distance to the border: codes that see less count less (labels of the whole: 99.3 -> 99.9 %)
@@ -50,13 +50,7 @@ def tile_side(size: tuple[int, int], side: int) -> int:
 
 @torch.inference_mode()
 def blended_codes(
-    codes_of: Callable[[Tensor], Tensor],
-    image: Image.Image,
-    tile: int,
-    *,
-    resolution: int,
-    patch: int,
-    progress: Progress = no_progress,
+    codes_of: Callable, image: Image.Image, tile: int, *, resolution: int, patch: int, progress: Progress
 ) -> Tensor:
     """Codes (1, D, h, w) of a large image, float16, of windows that see a tile as `resolution` pixels.
 
@@ -89,22 +83,13 @@ def blend_weights(length: int, window: int) -> tuple[list[int], Tensor]:
     first = starts(length, window, int(OVERLAP * window))
     rise = torch.arange(1, window + 1).float()
     weights = (torch.minimum(rise, rise.flip(0)) ** FADE).repeat(len(first), 1)  # (n, window)
-    total = torch.zeros(length)
-    for start, weight in zip(first, weights):
-        total[start : start + window] += weight
-    return first, torch.stack(
-        [weight / total[start : start + window] for start, weight in zip(first, weights)]
-    )
+    positions = torch.tensor(first)[:, None] + torch.arange(window)  # (n, window)
+    total = torch.zeros(length).index_add_(0, positions.flatten(), weights.flatten())
+    return first, weights / total[positions]
 
 
 def label_blocks(
-    label: Callable[[Image.Image, Tensor, float], np.ndarray],
-    image: Image.Image,
-    codes: Tensor,
-    tile: int,
-    megapixels: float,
-    *,
-    progress: Progress = no_progress,
+    label: Callable, image: Image.Image, codes: Tensor, tile: int, megapixels: float, *, progress: Progress
 ) -> np.ndarray:
     """The mask (H, W) uint8 of a large image with a map of codes (1, D, h, w), block by block, in bounded memory.
 

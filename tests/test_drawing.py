@@ -6,6 +6,7 @@ from PIL import Image
 
 from stego_parts import drawing, report
 from stego_parts.drawing import (
+    Clusters,
     contact_sheet,
     flow,
     image_rows,
@@ -27,7 +28,7 @@ def halves():
 
 
 def test_overlay_has_colours_and_a_thin_line():
-    shown = np.asarray(overlay(GREY, halves(), PALETTE, opacity=0.5)).astype(int)
+    shown = np.asarray(overlay(GREY, halves(), Clusters(PALETTE), opacity=0.5)).astype(int)
     assert (
         np.abs(shown[60, 50] - [189, 64, 64]).max() <= 1 and np.abs(shown[60, 150] - [64, 189, 64]).max() <= 1
     )
@@ -36,8 +37,8 @@ def test_overlay_has_colours_and_a_thin_line():
 
 
 def test_large_regions_have_their_names_at_their_centres():
-    plain = np.asarray(overlay(GREY, halves(), PALETTE)).astype(int)
-    text = np.abs(np.asarray(overlay(GREY, halves(), PALETTE, ["0", "road"])) - plain).max(2) > 0
+    plain = np.asarray(overlay(GREY, halves(), Clusters(PALETTE))).astype(int)
+    text = np.abs(np.asarray(overlay(GREY, halves(), Clusters(PALETTE, ["0", "road"]))) - plain).max(2) > 0
     for region, x in ((text[:, :100], 50), (text[:, 100:], 50)):
         rows, columns = np.nonzero(region)
         assert abs((columns.min() + columns.max()) / 2 - x) < 6 and len(rows) > 20
@@ -45,17 +46,19 @@ def test_large_regions_have_their_names_at_their_centres():
     small = halves()
     small[:] = 0
     small[50:56, 50:56] = 1
-    texts = [np.asarray(overlay(GREY, small, PALETTE, ["0", name])) for name in ("1", "road")]
+    texts = [np.asarray(overlay(GREY, small, Clusters(PALETTE, ["0", name]))) for name in ("1", "road")]
     assert np.array_equal(*texts)  # no room for either
 
 
 def test_a_name_without_room_gives_way_to_its_number():
-    with_name = overlay(GREY, halves(), PALETTE, ["0", "a name that is far too long"])
-    assert np.array_equal(np.asarray(with_name), np.asarray(overlay(GREY, halves(), PALETTE, ["0", "1"])))
+    with_name = overlay(GREY, halves(), Clusters(PALETTE, ["0", "a name that is far too long"]))
+    assert np.array_equal(
+        np.asarray(with_name), np.asarray(overlay(GREY, halves(), Clusters(PALETTE, ["0", "1"])))
+    )
 
 
 def test_contact_sheet_has_every_picture_and_a_legend():
-    one, four = (contact_sheet([(GREY, halves())] * n, PALETTE, ["0", "road", "2"]) for n in (1, 4))
+    one, four = (contact_sheet([(GREY, halves())] * n, Clusters(PALETTE, ["0", "road", "2"])) for n in (1, 4))
     assert four.width > 2.5 * one.width and one.height < four.height < 2 * one.height
     legend = np.asarray(one)[-30:].reshape(-1, 3)
     present = [(legend == color).all(1).sum() > 50 for color in PALETTE]
@@ -65,11 +68,12 @@ def test_contact_sheet_has_every_picture_and_a_legend():
 @pytest.mark.parametrize("count, shown", [(1, 1), (24, 24), (25, 12), (300, 12)])
 def test_all_images_are_on_the_sheet_up_to_24(model, scenes, monkeypatch, count, shown):
     seen = []
-    monkeypatch.setattr(drawing, "contact_sheet", lambda pairs, palette, labels: seen.extend(pairs))
+    monkeypatch.setattr(drawing, "contact_sheet", lambda pairs, clusters: seen.extend(pairs))
     monkeypatch.setattr(
         type(model), "predict", lambda self, image, **options: np.zeros(image.size[::-1], np.uint8)
     )
-    report.contact_sheet(model, [scenes / "scene00.png"] * count)
+    monkeypatch.setattr(model, "record", model.record._replace(paths=[scenes / "scene00.png"] * count))
+    report.fit_sheet([model])
     assert len(seen) == shown
 
 
@@ -127,5 +131,5 @@ def test_line_chart_draws_what_is_finite():
 
 def test_charts_of_nothing_and_of_many_clusters():
     line_chart({}, title="t", x_label="x")
-    assert contact_sheet([], distinct_colors(3), ["0", "1", "2"]).mode == "RGB"
+    assert contact_sheet([], Clusters(distinct_colors(3), ["0", "1", "2"])).mode == "RGB"
     assert region_sheet([]).mode == "RGB"

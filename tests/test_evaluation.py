@@ -143,8 +143,8 @@ def test_table_json_and_console_agree(report, tmp_path):
 
 def test_pictures(report, model, drawn, tmp_path):
     val, _ = sets(drawn)
-    paths = write_figures(report, model, val, tmp_path)
-    assert [path.name for path in paths] == ["confusion.png", "strips.png"]
+    write_figures(report, model, val, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["confusion.png", "strips.png"]
     strips = Image.open(tmp_path / "strips.png")
     assert strips.width >= 3 * 320 and strips.height >= 3 * 320
     label = val.read(int(np.argmax(protocol.headline(report)["image_accuracy"])))[1]

@@ -13,7 +13,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from scipy import ndimage
 
 from stego import Stego
-from stego_parts.drawing import overlay, with_legend
+from stego_parts.drawing import Clusters, overlay, with_legend
 from stego_parts.images import IGNORE, distinct_colors, geo_tags, pixel_area, read_image
 from stego_parts.segments import (
     Region,
@@ -85,7 +85,7 @@ def test_only_some_clusters(here, scenes, named):
 
 def test_pictures_stay_as_they_are_where_nothing_is_kept():
     image, mask = Image.new("RGB", (40, 30), "white"), np.full((30, 40), IGNORE, np.uint8)
-    assert np.array_equal(np.asarray(overlay(image, mask, distinct_colors())), np.asarray(image))
+    assert np.array_equal(np.asarray(overlay(image, mask, Clusters(distinct_colors()))), np.asarray(image))
 
 
 @pytest.mark.parametrize("width", [20, 300, 4000])
@@ -94,7 +94,7 @@ def test_legend_shows_the_clusters_present(width):
     mask[:, :3] = 2
     palette = np.array([[250, 0, 0], [0, 250, 0], [0, 0, 250]], np.uint8)
     shown = np.asarray(
-        with_legend(Image.new("RGB", (width, 50), "white"), mask, palette, ["road", "1", "sky"])
+        with_legend(Image.new("RGB", (width, 50), "white"), mask, Clusters(palette, ["road", "1", "sky"]))
     )
     strip = shown[50:].reshape(-1, 3)
     have = [(strip == colour).all(1).sum() for colour in palette]

@@ -114,7 +114,7 @@ def test_show_says_how_the_model_was_made(copy):
     assert run("show").stdout == run("show", "-m", copy).stdout == shown  # ./stego.pt unless named
 
 
-def test_sheet_shows_regions_of_each_cluster(copy, scenes, model):
+def test_sheet_shows_regions_of_each_cluster(copy, scenes, model, monkeypatch):
     result = run("show", copy, scenes / "sub", "--sheet", "sheet.png")
     assert "4 images" in result.stdout
     with Image.open("sheet.png") as sheet:
@@ -122,13 +122,14 @@ def test_sheet_shows_regions_of_each_cluster(copy, scenes, model):
     paths = sorted(scenes.rglob("*.png"))[:8]
     plain = shallow_copy(model)
     plain.config = replace(model.config, adaptation=0.0)  # one set of centres, so that images can be compared
-    regions = best_regions(plain, paths, count=3, resolution=96)
-    masks = [plain.predict(path, resolution=96, crf=False) for path in paths]
+    monkeypatch.setattr("stego_parts.report.REGIONS", 3)
+    regions = best_regions(plain, paths)
+    masks = [plain.predict(path, crf=False) for path in paths]
     for k, row in enumerate(regions):
         assert len(row) == 3
         shares = [(mask == k).mean() for _, mask in row]
         assert np.mean(shares) > 0.5 and min(shares) > 1.2 * np.mean([(mask == k).mean() for mask in masks])
-        assert all(picture.size == mask.shape == (32, 32) for picture, mask in row)
+        assert all(picture.size == mask.shape == (104, 104) for picture, mask in row)
 
 
 def test_sheet_and_images_belong_together(copy, scenes):

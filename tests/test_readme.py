@@ -58,8 +58,8 @@ def place(tmp_path_factory, scenes):
     tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(cli, "DEMO_SCENES", {"train": 2, "val": 1})
-        patch.setattr(cli, "DEMO_STEPS", 10)
+        patch.setattr("stego_parts.demo.SCENES", {"train": 2, "val": 1})
+        patch.setattr("stego_parts.demo.STEPS", 10)
         patch.setattr("stego_parts.protocol.ROUNDS", 1)  # of the linear probe
         patch.setattr("stego_parts.protocol.PROBE_ROWS", 4000)
         patch.setattr("stego_parts.report.SHEET_IMAGES", 1)  # that the picture of a fit shows

@@ -759,7 +759,7 @@ def test_saving_replaces_only_when_complete(model, tmp_path, monkeypatch):
 # ---- the shape of the code -------------------------------------------------------------------------------------
 
 LEAVES = {"crf", "kmeans"} | {
-    f"stego_parts.{name}" for name in "images config distributed tiny vit resnet maps".split()
+    f"stego_parts.{name}" for name in "images config distributed tiny vit resnet maps scenes".split()
 }
 MAY_IMPORT = {  # of ours; nobody imports cli, and only cli imports click
     "backbones": "tiny vit resnet",
@@ -767,7 +767,6 @@ MAY_IMPORT = {  # of ours; nobody imports cli, and only cli imports click
     "checkpoint": "config distributed images tiles tokens",
     "drawing": "images",
     "segments": "images",
-    "scenes": "images",
     "datasets": "images",
     "diagnostics": "kmeans",
     "outputs": "backbones drawing images maps model_files segments tokens",
@@ -779,6 +778,7 @@ MAY_IMPORT = {  # of ours; nobody imports cli, and only cli imports click
     "tokens",
     "protocol": "crf kmeans stego config datasets images maps tokens",
     "report": "stego config datasets diagnostics drawing images maps protocol tokens",
+    "demo": "stego datasets drawing images outputs protocol report scenes tokens",
 }
 
 

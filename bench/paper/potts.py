@@ -19,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY
-from stego_parts.drawing import image_rows, overlay
+from stego_parts.drawing import Clusters, image_rows, overlay
 from stego_parts.images import write_image
 from stego_parts.scenes import draw_scene
 
@@ -146,7 +146,7 @@ def superpixels(picture: Image.Image, labels: np.ndarray) -> Image.Image:
     count = np.bincount(labels.ravel(), minlength=CLASSES)
     sums = np.stack([np.bincount(labels.ravel(), channel, CLASSES) for channel in pixels.T], 1)  # (K, 3)
     means = sums / count[:, None].clip(1)
-    return overlay(picture, labels, means.astype(np.uint8), opacity=1)
+    return overlay(picture, labels, Clusters(means.astype(np.uint8)), opacity=1)
 
 
 @click.command()
