@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+MEETING = timedelta(minutes=5)  # to find each other at the start; torchrun itself may have been killed
+WAITING = timedelta(days=1)  # for each other later on: shares of the images may differ in work
+
 
 @contextmanager
 def process_group():
@@ -26,15 +29,18 @@ def process_group():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=timedelta(days=1))  # shares of the images may differ in work
     try:
+        store, number, count = next(dist.rendezvous("env://", timeout=MEETING))
+        store.set_timeout(WAITING)
+        dist.init_process_group(store=store, rank=number, world_size=count, timeout=WAITING)
         yield rank(), process_count()
     except RuntimeError as error:  # also dist.DistBackendError: a peer's socket was closed
-        if not any(word in str(error).lower() for word in ("peer", "gloo", "nccl")):
+        if not any(word in str(error).lower() for word in ("peer", "gloo", "nccl", "timed out")):
             raise
         raise ValueError("Another process of this fit has ended; start all of them again.") from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def process_count() -> int:

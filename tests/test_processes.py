@@ -2,9 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from conftest import draw_scene
 from PIL import Image
 
 from stego import Stego
+from stego_parts import distributed
 from stego_parts.checkpoint import crops_a_step
 from stego_parts.config import Config
 
@@ -94,3 +97,15 @@ def test_a_batch_is_shared_out(monkeypatch):
     with pytest.raises(ValueError, match="larger --set batch_size"):
         crops_a_step(Config(batch_size=2), 100)
     assert crops_a_step(Config(batch_size=16), 100) == 5 and crops_a_step(Config(batch_size=16), 7) == 2
+
+
+def test_a_process_whose_torchrun_is_gone_ends(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for name, value in (launched | {"TORCHELASTIC_RUN_ID": "none"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=1))
+    with pytest.raises(ValueError, match="has ended; start all of them again"), distributed.process_group():
+        raise AssertionError("joined nobody")
