@@ -21,7 +21,7 @@ from stego_parts.diagnostics import plausible_counts, training_warning
 from stego_parts.drawing import image_rows, line_chart, matrix_picture
 from stego_parts.maps import dot_products, upsampled_argmax
 from stego_parts.protocol import both_features, class_maps, cluster_probe, headline, protocol_side
-from stego_parts.tokens import BILINEAR, Progress, backbone_size, no_progress
+from stego_parts.tokens import BILINEAR, Progress, backbone_size, no_progress, or_skip
 
 SHEET_IMAGES, SHEET_SAMPLE = 24, 12  # images up to which the contact sheet shows all; how many of more
 REGION = 1 / 3  # side of the squares that show what a cluster is, of the image's shorter side
@@ -33,16 +33,12 @@ CROPS = 6  # that are shown with their neighbours
 FEATURES = "backbone features"
 KNOWN = logging.DEBUG  # level at which images are skipped that the fit has named
 
-log = logging.getLogger("stego")
-
 
 def _usable(function: Callable, paths, stage: str, progress: Progress, level=logging.WARNING) -> Iterator:
     """(path, function(path)) of each image that can be used; another is said to be skipped, at a level."""
     for done, path in enumerate(paths, 1):
-        try:
-            yield path, function(path)
-        except (ValueError, FileNotFoundError) as error:
-            log.log(level, "Skipped: %s", error)
+        if (result := or_skip(function, path, level=level)) is not None:
+            yield path, result
         progress(stage, done, len(paths))
 
 
@@ -275,9 +271,10 @@ def correspondence_sheet(
                 f"The point {x},{y} is not in {image}, which is {width} x {height} pixels: "
                 f"x is 0 to {width - 1}, y 0 to {height - 1}."
             )
+    own = seen(image, model=model)
     if len(others) > SHOWN:
-        others = _nearest_images(seen, image, others, progress)
-    pictures = [seen(path, model=model) for path in (image, *others)]
+        others = _nearest_images(seen, own, others, progress)
+    pictures = [own, *(seen(path, model=model) for path in others)]
     rows = [
         (f"{kind} at {x},{y}", _heatmaps(pictures, kind, (x, y), color))
         for (x, y), color in zip(at, itertools.cycle(drawing.VIVID))
@@ -316,14 +313,15 @@ def _seen(path, *, network, device, model: Stego | None = None) -> tuple[Image.I
     return picture, {kind: F.normalize(unmirror(each)[0], dim=0) for kind, each in maps.items()}
 
 
-def _nearest_images(seen: Callable, image, paths, progress: Progress) -> list:
-    """The SHOWN images whose averaged features are nearest to those of an image, of CANDIDATES spread over paths."""
+def _nearest_images(seen: Callable, own: tuple, paths, progress: Progress) -> list:
+    """The SHOWN images whose averaged features are nearest to an image's own, of CANDIDATES spread over paths."""
 
-    def mean(path) -> Tensor:
-        return unit(seen(path)[1][FEATURES].mean((1, 2)))  # (C,)
+    def mean(maps: dict) -> Tensor:
+        return unit(maps[FEATURES].mean((1, 2)))  # (C,)
 
-    own, paths = mean(image), paths[:: math.ceil(len(paths) / CANDIDATES)]
-    near = [(float(each @ own), path) for path, each in _usable(mean, paths, "neighbors", progress)]
+    paths, point = paths[:: math.ceil(len(paths) / CANDIDATES)], mean(own[1])
+    others = _usable(lambda path: mean(seen(path)[1]), paths, "neighbors", progress)
+    near = [(float(each @ point), path) for path, each in others]
     return [path for _, path in sorted(near, key=lambda each: -each[0])[:SHOWN]]
 
 

@@ -130,12 +130,12 @@ def available_memory(device="cpu") -> float:
         return math.inf
 
 
-def or_skip(function: Callable, *args, **options):
-    """function(*args, **options); None, with a warning, where that is of an image that cannot be used."""
+def or_skip(function: Callable, *args, level: int = logging.WARNING, **options):
+    """function(*args, **options); None, and a word at a level, where that is of an image that cannot be used."""
     try:
         return function(*args, **options)
     except (ValueError, FileNotFoundError) as error:
-        log.warning("Skipped: %s", error)
+        log.log(level, "Skipped: %s", error)
         return None
 
 
