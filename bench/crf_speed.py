@@ -249,7 +249,7 @@ def profile(pairs: list, repeats: int) -> None:
         row = seconds(crf._gather, small, index, weight) / index.numel()
         floors = {
             "sums of rows": rows[0] * row,
-            "softmax": seconds(torch.exp, q) / len(q) * 10 * image[0].numel(),
+            "softmax": seconds(torch.exp, q) / len(q) * crf.ITERATIONS * image[0].numel(),
         }
         spent["everything else"] = total - sum(spent.values())
         rounds.append([(spent[part], floors.get(part, np.nan)) for part in spent])

@@ -139,11 +139,8 @@ def _empty(name: str, stride: int | None) -> tuple[nn.Module, Callable[[dict], d
     spec = BACKBONES.get(name)
     with torch.device("meta"):
         if spec and not spec.heads:
-            from stego_parts.resnet import (
-                DILATED,
-                ResNet50,
-                convert_resnet,
-            )  # here: torchvision imports slowly
+            # here: torchvision imports slowly
+            from stego_parts.resnet import DILATED, ResNet50, convert_resnet
 
             stride = spec.patch if stride is None else stride
             if stride not in DILATED:

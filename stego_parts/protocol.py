@@ -24,7 +24,7 @@ from kmeans import CosineKMeans
 from stego import CLUSTER_STARTS, Stego
 from stego_parts.config import RELEASED
 from stego_parts.datasets import PUBLISHED, SIDE, LabelledSet
-from stego_parts.images import IGNORE, find_images, replacing, to_tensor
+from stego_parts.images import IGNORE, find_images, to_tensor, write_bytes
 from stego_parts.maps import adapted_centers, class_scores, dot_products, pixels, unmirror
 from stego_parts.tokens import Progress, dense_features, no_progress, or_skip, prefetch
 
@@ -450,5 +450,4 @@ def _rows(report: dict) -> list[tuple]:
 def write_json(report: dict, path):
     """The whole report; NaN (a class that does not occur) becomes null."""
     plain = json.loads(json.dumps(report), parse_constant=lambda nan: None)
-    with replacing(path) as part:
-        part.write_text(json.dumps(plain, indent=1))
+    write_bytes(json.dumps(plain, indent=1).encode(), path)
