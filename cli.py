@@ -166,7 +166,7 @@ def dataset_options(command):
 
 def made_in(*folders: Path) -> list[Path]:
     """Outputs in folders of images, which are none to work on; a sheet without a note is somebody's own."""
-    from stego_parts.outputs import read_note
+    from cli_parts.outputs import read_note
 
     sheets = [path for folder in folders for path in folder.glob("*-fit.png") if read_note(path)]
     return [*sheets, *(folder / OUTPUTS for folder in folders)]
@@ -264,8 +264,9 @@ def fit(progress, images, dataset, root, classes, output, settings, from_model, 
         raise click.UsageError("With --from nothing is trained; leave --dataset, --report and --resume out.")
     if bool(images) == bool(dataset) and not from_model:
         raise click.UsageError("Give images to fit on, or a --dataset, one of the two.")
+    from cli_parts import datasets, outputs
     from stego import Stego
-    from stego_parts import checkpoint, datasets, outputs
+    from stego_parts import checkpoint
     from stego_parts.images import find_images
 
     options |= parse_settings(settings)
@@ -305,8 +306,8 @@ def fit_and_save(progress, images, files, output: Path, kept, *, keep_features, 
     """
     from stego import Stego
     from stego_parts.checkpoint import end_fit
-    from stego_parts.distributed import process_group
-    from stego_parts.tokens import no_progress
+    from stego_parts.features import no_progress
+    from stego_parts.running import process_group
 
     models, scratch = {}, output.with_name(f"{output.name}.scratch")
     if keep_features and not (options["resume"] and scratch.exists()):
@@ -333,7 +334,7 @@ def fit_and_save(progress, images, files, output: Path, kept, *, keep_features, 
 
 def write_pictures(progress: Progress, models: dict, paths, sheet: Path, charts: Path | None):
     """The picture of a fit, its report, and what is said at its end; models: {file: model}."""
-    from stego_parts import report
+    from cli_parts import sheets as report
     from stego_parts.images import write_image
 
     fitted = [*models.values()]
@@ -389,8 +390,8 @@ def predict(progress, images, model, output, kind, limit, dry_run, device, weigh
       stego predict img.jpg -o dog.png --format cutout --only dog
       cat img.jpg | stego predict - -o - > mask.png
     """
+    from cli_parts import outputs
     from stego import Stego
-    from stego_parts import outputs
 
     formats, piped = outputs.check_formats(kind, images, output, **options), str(output) == outputs.PIPE
     _, only, min_area, skip_existing = map(options.pop, ("overlay", "only", "min_area", "skip_existing"))
@@ -449,8 +450,8 @@ def name(names, model):
     wrong = [number for number, equals, _ in pairs if not (number.isdecimal() and equals)]
     if wrong or not pairs:
         raise click.UsageError(f"Got {(*wrong, 'no names')[0]!r}; name clusters by number, like 3=road.")
+    from cli_parts.sheets import cluster_lines
     from stego import Stego
-    from stego_parts.report import cluster_lines
 
     fitted = Stego.load(model, device="cpu")
     before = fitted.names.copy()
@@ -487,9 +488,10 @@ def evaluate(progress, model, crf, json_file, figures, seed, device, weights, **
       stego eval --dataset cityscapes --root ~/data/cityscapes
       stego eval --images val/ --labels val_labels/ --names classes.txt --json scores.json --figures figures/
     """
+    from cli_parts import datasets, outputs
+    from cli_parts import evaluation as protocol
+    from cli_parts.sheets import write_figures
     from stego import Stego
-    from stego_parts import datasets, outputs, protocol
-    from stego_parts.report import write_figures
 
     labelled, train = datasets.sets_to_score(**data)
     pairs = [pair for each in (labelled, train) if each for pair in each.pairs]
@@ -546,8 +548,9 @@ def show(progress, things, model, sheet, at, output, backbone, export, device, w
         return show_points(progress, images, at, model, output, backbone or "auto", device, weights)
     if bool(images) != bool(sheet) or backbone:
         raise click.UsageError("Give images and a sheet, or neither: `stego show images/ --sheet sheet.png`.")
+    from cli_parts import outputs
+    from cli_parts import sheets as report
     from stego import Stego
-    from stego_parts import outputs, report
     from stego_parts.images import find_images, write_image
 
     model = model or Path("stego.pt")
@@ -562,9 +565,9 @@ def show(progress, things, model, sheet, at, output, backbone, export, device, w
 
 def export_model(progress: Progress, model: Path, images, output: Path, device: str, weights):
     """Write a model as ONNX, for images of the shape of the one given, or else square ones."""
+    from cli_parts.export import write_onnx
+    from cli_parts.outputs import check_outputs
     from stego import Stego
-    from stego_parts.export import write_onnx
-    from stego_parts.outputs import check_outputs
 
     check_outputs([(output, (".onnx",))], inputs=[model, *images])
     fitted = Stego.load(model, device=device, weights=weights)
@@ -574,8 +577,10 @@ def export_model(progress: Progress, model: Path, images, output: Path, device: 
 
 def show_points(progress: Progress, images, at, model, output: Path, backbone: str, device: str, weights):
     """Write the picture of what corresponds with points of an image."""
+    from cli_parts import evaluation as protocol
+    from cli_parts import outputs
+    from cli_parts import sheets as report
     from stego import Stego, pick_device
-    from stego_parts import outputs, protocol, report
     from stego_parts.backbones import load_backbone
     from stego_parts.images import find_images, write_image
 
@@ -609,7 +614,7 @@ def demo(progress, output, seed):
     Example:
       stego demo -o /tmp/demo --seed 7
     """
-    from stego_parts.demo import SCENES, check_demo_folder, run_demo
+    from cli_parts.demo import SCENES, check_demo_folder, run_demo
 
     check_demo_folder(output)
     click.echo(run_demo(output, seed=seed, progress=progress))

@@ -27,15 +27,17 @@ from crf import dense_crf, upsample_along_edges, working_size
 from kmeans import CosineKMeans
 from stego_parts.backbones import CUSTOM, load_backbone
 from stego_parts.checkpoint import FitCheckpoint, Training
+from stego_parts.clusters import (
+    adapted_centers,
+    class_scores,
+    dot_products,
+    pixels,
+    unmirror,
+    upsampled_argmax,
+)
 from stego_parts.config import RELEASED, Config, clustering_settings, fit_config, source_names
 from stego_parts.diagnostics import cluster_agreement, plausible_counts, training_warning
-from stego_parts.distributed import data_parallel, from_first, process_count, rank
-from stego_parts.images import distinct_colors, find_images, read_image, to_tensor
-from stego_parts.maps import adapted_centers, class_scores, dot_products, pixels, unmirror, upsampled_argmax
-from stego_parts.matching import check_same_features, inherit_ids, match_clusters_to
-from stego_parts.model_files import check_backbone, check_model, damaged, read_model, write_model
-from stego_parts.tiles import blended_codes, label_blocks, tile_side, tiles_of
-from stego_parts.tokens import (
+from stego_parts.features import (
     BILINEAR,
     RESOLUTION,
     Progress,
@@ -48,6 +50,11 @@ from stego_parts.tokens import (
     pick_device,
     to_device,
 )
+from stego_parts.images import distinct_colors, find_images, read_image, to_tensor
+from stego_parts.matching import check_same_features, inherit_ids, match_clusters_to
+from stego_parts.models import check_backbone, check_model, damaged, read_model, write_model
+from stego_parts.running import data_parallel, from_first, process_count, rank
+from stego_parts.tiles import blended_codes, label_blocks, tile_side, tiles_of
 
 log = logging.getLogger("stego")
 Describe = Callable[[Tensor], Tensor]  # tokens (..., C) -> what is clustered (..., D)

@@ -27,12 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from pretrain import IMAGE_SIDE, find_images, learn_dictionary
 from pretrain import square as square_tensor
 
-from kmeans import CosineKMeans
-from stego_parts.backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone
-from stego_parts.datasets import SIDE, folder_pairs, read_pair
-from stego_parts.images import to_tensor
-from stego_parts.maps import unmirror
-from stego_parts.protocol import (
+from cli_parts.datasets import SIDE, folder_pairs, read_pair
+from cli_parts.evaluation import (
     PROBE_ROWS,
     Probe,
     class_maps,
@@ -42,6 +38,10 @@ from stego_parts.protocol import (
     match_clusters,
     scores,
 )
+from kmeans import CosineKMeans
+from stego_parts.backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone
+from stego_parts.clusters import unmirror
+from stego_parts.images import to_tensor
 from stego_parts.tiny import Dictionary, Tiny
 
 UNLABELLED = (

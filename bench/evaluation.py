@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cli_parts import evaluation as protocol
+from cli_parts.datasets import folder_set
+from cli_parts.evaluation import Probe, class_maps, confusions
 from stego import Head, Stego, fit_config, unit
-from stego_parts import protocol
 from stego_parts.backbones import load_backbone
-from stego_parts.datasets import folder_set
 from stego_parts.images import to_tensor
-from stego_parts.protocol import Probe, class_maps, confusions
 
 
 def random_model(network, classes: int) -> Stego:

@@ -24,7 +24,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from stego_parts.drawing import line_chart, stack
+from cli_parts.drawing import line_chart, stack
 from stego_parts.images import find_images, read_image
 
 TILE = 320  # pixels

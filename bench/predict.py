@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation import random_model
 
 import cli
+from cli_parts.outputs import Job, Writer
 from stego_parts.backbones import BACKBONES, ViT, load_backbone
+from stego_parts.features import BILINEAR, RESOLUTION
 from stego_parts.images import find_images, read_image, to_tensor
-from stego_parts.outputs import Job, Writer
-from stego_parts.tokens import BILINEAR, RESOLUTION
 
 
 def network_of(name: str):

@@ -24,14 +24,14 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from backbone import dictionary_backbone
 
+from cli_parts.datasets import folder_pairs, read_pair
+from cli_parts.evaluation import Probe, class_maps, confusion_matrix, match_clusters, scores
 from stego import cluster_codes, nearest_neighbors, shifts_from_data, train_head, unit
 from stego_parts.backbones import load_backbone
+from stego_parts.clusters import pixels, unmirror
 from stego_parts.config import PRESETS, Config, fit_config
-from stego_parts.datasets import folder_pairs, read_pair
+from stego_parts.features import encode
 from stego_parts.images import to_tensor
-from stego_parts.maps import pixels, unmirror
-from stego_parts.protocol import Probe, class_maps, confusion_matrix, match_clusters, scores
-from stego_parts.tokens import encode
 
 HELD_OUT = {"camvid": "0001TP", "aerial": "dubai_t6_"}  # stems of train that are scored in place of val
 

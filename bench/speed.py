@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from stego import POSITIONS, Head, Stego, nearest_neighbors, shifts_from_data, train_head, training_loss
 from stego_parts.backbones import BACKBONES, ViT, load_backbone
 from stego_parts.config import fit_config
+from stego_parts.features import CROP_SIDE, encode
 from stego_parts.images import find_images
-from stego_parts.tokens import CROP_SIDE, encode
 
 
 def timed(function, repeats: int) -> float:

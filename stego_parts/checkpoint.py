@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from stego_parts.config import Config
-from stego_parts.distributed import from_first, process_count, rank
+from stego_parts.features import NOTICE, USED, TokenCache
 from stego_parts.images import replacing
+from stego_parts.running import from_first, process_count, rank
 from stego_parts.tiles import tiles_of
-from stego_parts.tokens import NOTICE, USED, TokenCache
 
 SAVE_EVERY = 30  # seconds between two states of a training: what an interruption costs at most
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from stego_parts.config import MAX_CLASSES
+from stego_parts.features import NOTICE, TokenCache
 from stego_parts.images import distinct_colors
-from stego_parts.tokens import NOTICE, TokenCache
 
 ROWS = 100_000  # codes that both models label
 # intersection over union from which clusters of two models are one: a Dice score of a half

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stego_parts.scenes import draw_scene as draw_demo_scene
+from cli_parts.scenes import draw_scene as draw_demo_scene
 
 torch.set_num_threads(1)  # small problems: more threads only wait for each other
 
@@ -31,7 +31,7 @@ def short_kmeans():
     """k-means of 3 starts on 2,000 codes: enough for drawn scenes, and quick."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stego.CLUSTER_ROWS", 2000)
-        for module in ("stego", "stego_parts.protocol"):
+        for module in ("stego", "cli_parts.evaluation"):
             patch.setattr(f"{module}.CLUSTER_STARTS", 3)
         yield
 
@@ -40,7 +40,7 @@ def short_kmeans():
 def short_sheet(monkeypatch):
     """The picture of a fit shows one image, where it does not matter which."""
     for name in ("SHEET_IMAGES", "SHEET_SAMPLE"):
-        monkeypatch.setattr(f"stego_parts.report.{name}", 1)
+        monkeypatch.setattr(f"cli_parts.sheets.{name}", 1)
 
 
 @pytest.fixture(scope="session")

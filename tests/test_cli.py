@@ -45,7 +45,8 @@ def test_help_loads_no_torch():
 
 def test_what_the_command_line_knows_is_the_librarys():
     import cli
-    from stego_parts import datasets, outputs, tokens
+    from cli_parts import datasets, outputs
+    from stego_parts import features as tokens
 
     assert cli.DATASET_NAMES == tuple(datasets.LAYOUTS) and cli.NOTICE == tokens.NOTICE
     assert cli.WRITTEN.keys() == outputs.SUFFIXES.keys()
@@ -191,9 +192,9 @@ def test_a_picture_that_only_has_the_name_of_the_sheet(here, scenes):
 
 
 def test_a_demo_stays_out_of_the_way(here, monkeypatch):
-    from stego_parts.demo import check_demo_folder, draw_scenes
+    from cli_parts.demo import check_demo_folder, draw_scenes
 
-    monkeypatch.setattr("stego_parts.demo.SCENES", {"train": 1, "val": 1})
+    monkeypatch.setattr("cli_parts.demo.SCENES", {"train": 1, "val": 1})
     draw_scenes(here / "demo", seed=0)
     check_demo_folder(here / "demo")  # a second one may go there
     check_demo_folder(here / "new")
@@ -223,7 +224,7 @@ def test_a_named_model_is_not_replaced(here, pair, saved):
 def test_a_sweep_runs_the_backbone_once(here, pair, monkeypatch):
     args = ("fit", pair, *QUICK, "--keep-features")
     assert "Reusing" not in run(*args, "-k", 2, "-o", "two.pt").stderr
-    monkeypatch.setattr("stego_parts.tokens.image_views", None)
+    monkeypatch.setattr("stego_parts.features.image_views", None)
     assert "Reusing the features of 2 images" in run(*args, "-k", 3, "-o", "three.pt").stderr
     assert [len(Stego.load(f"{name}.pt").centers) for name in ("two", "three")] == [2, 3]
 
@@ -278,7 +279,7 @@ def test_stages_after_the_training_are_shown(here, scenes, monkeypatch):
 
 
 def test_what_does_not_fit_into_memory_is_refused(here, scenes, saved, monkeypatch):
-    monkeypatch.setattr("stego_parts.tokens.available_memory", lambda device: 1e9)
+    monkeypatch.setattr("stego_parts.features.available_memory", lambda device: 1e9)
     args = ("predict", scenes / "scene00.png", "-m", saved, "-o", "mask.png", "--no-crf", "--resolution")
     refused = run(*args, 5000, code=2).stderr  # 2 x 625 x 625 positions of 256 values
     assert "27.2 GB" in refused and "1.0 GB are available" in refused

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from stego_parts.maps import adapted_centers
-from stego_parts.outputs import Writer
+from cli_parts.outputs import Writer
+from stego_parts.clusters import adapted_centers
 
 
 def at_angles(degrees) -> torch.Tensor:

@@ -9,10 +9,11 @@ from conftest import run
 from PIL import Image
 
 import stego
+from cli_parts import sheets as report
+from cli_parts.drawing import VIVID
+from cli_parts.sheets import HEATMAP_HEIGHT, correspondence_sheet
 from stego import Stego
-from stego_parts import config, report
-from stego_parts.drawing import VIVID
-from stego_parts.report import HEATMAP_HEIGHT, correspondence_sheet
+from stego_parts import config
 
 RED, BLUE, GREEN = (200, 30, 30), (30, 30, 200), (30, 200, 30)
 LINE, GAP = 18, 8  # pixels: a line of text, what is between pictures

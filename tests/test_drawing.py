@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stego_parts import drawing, report
-from stego_parts.drawing import (
+from cli_parts import drawing
+from cli_parts import sheets as report
+from cli_parts.drawing import (
     Clusters,
     contact_sheet,
     flow,

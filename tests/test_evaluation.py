@@ -14,12 +14,9 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli import main
-from crf import dense_crf
-from stego import Stego, pixels
-from stego_parts import protocol
-from stego_parts.datasets import folder_set, image_set
-from stego_parts.images import IGNORE, to_tensor
-from stego_parts.protocol import (
+from cli_parts import evaluation as protocol
+from cli_parts.datasets import folder_set, image_set
+from cli_parts.evaluation import (
     class_shares,
     confusion_matrix,
     evaluate,
@@ -29,8 +26,11 @@ from stego_parts.protocol import (
     scores,
     table,
 )
-from stego_parts.report import write_figures
-from stego_parts.tokens import dense_features
+from cli_parts.sheets import write_figures
+from crf import dense_crf
+from stego import Stego, pixels
+from stego_parts.features import dense_features
+from stego_parts.images import IGNORE, to_tensor
 
 OFFICIAL = Path(__file__).parents[2] / "shared/data/official"
 

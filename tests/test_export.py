@@ -41,7 +41,7 @@ def test_the_runtime_gives_the_cosines_of_the_model(here, scenes, saved):
 
 
 def test_without_the_exporter_one_sentence(here, saved, monkeypatch):
-    monkeypatch.setattr("stego_parts.export.NEEDED", ("onnx_that_is_not_there",))
+    monkeypatch.setattr("cli_parts.export.NEEDED", ("onnx_that_is_not_there",))
     refused = run("show", saved, "--export", "model.onnx", code=2).stderr
     assert 'pip install "stego[onnx]"' in refused and "onnx_that_is_not_there" in refused
 

@@ -12,10 +12,8 @@ from PIL import Image, ImageDraw
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from scipy import ndimage
 
-from stego import Stego
-from stego_parts.drawing import Clusters, overlay, with_legend
-from stego_parts.images import IGNORE, distinct_colors, geo_tags, pixel_area, read_image
-from stego_parts.segments import (
+from cli_parts.drawing import Clusters, overlay, with_legend
+from cli_parts.segments import (
     Region,
     cluster_shares,
     coco_annotations,
@@ -24,6 +22,8 @@ from stego_parts.segments import (
     run_lengths,
     simplified,
 )
+from stego import Stego
+from stego_parts.images import IGNORE, distinct_colors, geo_tags, pixel_area, read_image
 
 FAST = ["--no-crf", "--resolution", 96]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import draw_scene, run
 from PIL import Image
 
-from stego_parts.maps import FRAME_WEIGHT, FrameAverage
+from stego_parts.clusters import FRAME_WEIGHT, FrameAverage
 
 FAST = ("--no-crf", "--resolution", 160)
 

@@ -10,9 +10,9 @@ from conftest import run
 from PIL import Image
 
 import stego
+from cli_parts.drawing import GAP, SHEET_CELL
 from stego import Stego
-from stego_parts import tokens
-from stego_parts.drawing import GAP, SHEET_CELL
+from stego_parts import features as tokens
 
 FIT = ("--backbone", "tiny", "--steps", 3)
 pytestmark = pytest.mark.usefixtures("short_sheet")
@@ -72,7 +72,7 @@ def test_features_of_other_images_are_left_alone(images, scenes):
 
 
 def test_several_numbers_train_once_and_leave_one_picture(images, monkeypatch):
-    monkeypatch.setattr("stego_parts.report.SHEET_SAMPLE", 12)  # room for both images
+    monkeypatch.setattr("cli_parts.sheets.SHEET_SAMPLE", 12)  # room for both images
     trained, seen = (
         count_calls(monkeypatch, *each) for each in ((stego, "train_head"), (tokens, "image_views"))
     )

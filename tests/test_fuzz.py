@@ -16,9 +16,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cli import main
+from cli_parts.datasets import read_label
 from stego import Stego
 from stego_parts.backbones import read_checkpoint
-from stego_parts.datasets import read_label
 from stego_parts.images import read_image
 
 CASES = int(os.environ.get("STEGO_FUZZ", 2000))

@@ -12,13 +12,13 @@ import torch
 from conftest import run
 from PIL import Image
 
+from cli_parts.drawing import region_sheet
+from cli_parts.sheets import best_regions, description
 from stego import Stego
 from stego_parts.config import Config
-from stego_parts.drawing import region_sheet
+from stego_parts.features import TokenCache, encode
 from stego_parts.images import distinct_colors
 from stego_parts.matching import inherit_ids, match_clusters_to
-from stego_parts.report import best_regions, description
-from stego_parts.tokens import TokenCache, encode
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_sheet_shows_regions_of_each_cluster(copy, scenes, model, monkeypatch):
     paths = sorted(scenes.rglob("*.png"))[:8]
     plain = shallow_copy(model)
     plain.config = replace(model.config, adaptation=0.0)  # one set of centres, so that images can be compared
-    monkeypatch.setattr("stego_parts.report.REGIONS", 3)
+    monkeypatch.setattr("cli_parts.sheets.REGIONS", 3)
     regions = best_regions(plain, paths)
     masks = [plain.predict(path, crf=False) for path in paths]
     for k, row in enumerate(regions):

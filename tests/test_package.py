@@ -37,7 +37,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         info = {name.split(".dist-info/")[1] for name in wheel.namelist() if ".dist-info/" in name}
         metadata = next(wheel.read(name).decode() for name in wheel.namelist() if name.endswith("METADATA"))
-    parts = {f"stego_parts/{path.name}" for path in (ROOT / "stego_parts").glob("*.py")}
+    packages = ("stego_parts", "cli_parts")
+    parts = {f"{name}/{path.name}" for name in packages for path in (ROOT / name).glob("*.py")}
     assert names == MODULES | parts | {"stego_parts/tiny.pt", "stego_parts/TINY.md"}
     assert {"licenses/LICENSE", "entry_points.txt", "METADATA"} <= info
     run_time = {

@@ -16,7 +16,7 @@ from conftest import draw_scene
 from PIL import Image
 
 from stego import Stego
-from stego_parts import distributed
+from stego_parts import running as distributed
 from stego_parts.checkpoint import crops_a_step
 from stego_parts.config import Config
 

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
+from cli_parts.evaluation import confusion_matrix, match_clusters, scores
 from stego_parts.images import IGNORE
-from stego_parts.protocol import confusion_matrix, match_clusters, scores
 
 
 def count(labels, clusters, n, k):

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from stego_parts.config import PRESETS
-from stego_parts.datasets import (
+from cli_parts.datasets import (
     LAYOUTS,
     PRESET_OF,
     PUBLISHED,
@@ -19,6 +18,7 @@ from stego_parts.datasets import (
     published_line,
     read_pair,
 )
+from stego_parts.config import PRESETS
 from stego_parts.images import IGNORE, read_image
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -17,7 +17,7 @@ from conftest import run
 from PIL import Image
 
 import cli
-from stego_parts.scenes import SCENE_CLASSES
+from cli_parts.scenes import SCENE_CLASSES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text() + "\n" + (ROOT / "docs" / "USAGE.md").read_text()
@@ -58,12 +58,12 @@ def place(tmp_path_factory, scenes):
     tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("stego_parts.demo.SCENES", {"train": 2, "val": 1})
-        patch.setattr("stego_parts.demo.STEPS", 10)
-        patch.setattr("stego_parts.protocol.ROUNDS", 1)  # of the linear probe
-        patch.setattr("stego_parts.protocol.PROBE_ROWS", 4000)
-        patch.setattr("stego_parts.report.SHEET_IMAGES", 1)  # that the picture of a fit shows
-        patch.setattr("stego_parts.report.SHEET_SAMPLE", 1)
+        patch.setattr("cli_parts.demo.SCENES", {"train": 2, "val": 1})
+        patch.setattr("cli_parts.demo.STEPS", 10)
+        patch.setattr("cli_parts.evaluation.ROUNDS", 1)  # of the linear probe
+        patch.setattr("cli_parts.evaluation.PROBE_ROWS", 4000)
+        patch.setattr("cli_parts.sheets.SHEET_IMAGES", 1)  # that the picture of a fit shows
+        patch.setattr("cli_parts.sheets.SHEET_SAMPLE", 1)
         patch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
         said = {line: execute(line) for line in lines() if not line.startswith("pipx")}
     assert len(said) >= 12

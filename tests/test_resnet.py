@@ -11,7 +11,8 @@ from torchvision.models import resnet50
 
 import stego
 from stego import Stego
-from stego_parts import checkpoint, tokens
+from stego_parts import checkpoint
+from stego_parts import features as tokens
 from stego_parts.backbones import BACKBONES, checkpoint_path, load_backbone
 from stego_parts.config import Config
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from cli import main
 from stego import Stego
-from stego_parts import checkpoint, tokens
+from stego_parts import checkpoint
+from stego_parts import features as tokens
 from stego_parts.checkpoint import FitCheckpoint
 from stego_parts.config import Config
 

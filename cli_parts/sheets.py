@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from cli_parts import drawing
+from cli_parts.datasets import LabelledSet
+from cli_parts.drawing import image_rows, line_chart, matrix_picture
+from cli_parts.evaluation import both_features, class_maps, cluster_probe, headline, protocol_side
 from stego import FitRecord, Stego, pixels, unit, unmirror
-from stego_parts import drawing, images
+from stego_parts import images
+from stego_parts.clusters import dot_products, upsampled_argmax
 from stego_parts.config import RELEASED, SETTINGS, TERMS
-from stego_parts.datasets import LabelledSet
 from stego_parts.diagnostics import plausible_counts, training_warning
-from stego_parts.drawing import image_rows, line_chart, matrix_picture
-from stego_parts.maps import dot_products, upsampled_argmax
-from stego_parts.protocol import both_features, class_maps, cluster_probe, headline, protocol_side
-from stego_parts.tokens import BILINEAR, Progress, backbone_size, no_progress, or_skip
+from stego_parts.features import BILINEAR, Progress, backbone_size, no_progress, or_skip
 
 SHEET_IMAGES, SHEET_SAMPLE = 24, 12  # images up to which the contact sheet shows all; how many of more
 REGION = 1 / 3  # side of the squares that show what a cluster is, of the image's shorter side

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stego import Stego
+from stego_parts.clusters import adapted_centers, dot_products, unmirror
+from stego_parts.features import RESOLUTION, Progress, no_progress
 from stego_parts.images import MEAN, STD, read_image, replacing
-from stego_parts.maps import adapted_centers, dot_products, unmirror
-from stego_parts.tokens import RESOLUTION, Progress, no_progress
 
 NEEDED = ("onnx", "onnxscript")  # what torch's exporter needs beside torch
 

@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cli_parts import evaluation as protocol
+from cli_parts import sheets as report
+from cli_parts.datasets import folder_set
+from cli_parts.drawing import with_legend
+from cli_parts.outputs import check_folder
+from cli_parts.scenes import SCENE_CLASSES, draw_scene
 from stego import Stego
-from stego_parts import protocol, report
-from stego_parts.datasets import folder_set
-from stego_parts.drawing import with_legend
+from stego_parts.features import Progress, no_progress
 from stego_parts.images import mask_image, read_image, write_bytes, write_image
-from stego_parts.outputs import check_folder
-from stego_parts.scenes import SCENE_CLASSES, draw_scene
-from stego_parts.tokens import Progress, no_progress
 
 SCENES, STEPS = {"train": 30, "val": 30}, 300  # three minutes on two cores; steps as in `fit`
 # What a demo leaves in its folder, as patterns

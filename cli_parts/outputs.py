@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cli_parts.drawing import cutout, with_legend
+from cli_parts.segments import cluster_shares, coco_annotations, coco_document, labelme_document, table
 from stego_parts import images
 from stego_parts.backbones import fingerprint
-from stego_parts.drawing import cutout, with_legend
+from stego_parts.clusters import FrameAverage
+from stego_parts.features import check_resolution, no_progress, prefetch
 from stego_parts.images import PIPE
-from stego_parts.maps import FrameAverage
-from stego_parts.model_files import read_model
-from stego_parts.segments import cluster_shares, coco_annotations, coco_document, labelme_document, table
-from stego_parts.tokens import check_resolution, no_progress, prefetch
+from stego_parts.models import read_model
 
 # One file for all images, and its name in a folder.
 DOCUMENTS = {"json": "shares.json", "csv": "shares.csv", "coco": "coco.json"}

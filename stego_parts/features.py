@@ -18,8 +18,8 @@ from torch import Tensor
 
 from stego_parts.backbones import BACKBONES, NAMES
 from stego_parts.config import Config
-from stego_parts.distributed import barrier, process_count, rank
 from stego_parts.images import five_boxes, five_crops, read_image, square, to_tensor
+from stego_parts.running import barrier, process_count, rank
 
 CROP_SIDE = 224  # pixels: crops the head is trained on (Sec. 4)
 RESOLUTION = 320  # pixels: shorter side at which images are segmented (Sec. 4)

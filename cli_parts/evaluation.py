@@ -19,14 +19,14 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from cli_parts.datasets import PUBLISHED, SIDE, LabelledSet
 from crf import dense_crf
 from kmeans import CosineKMeans
 from stego import CLUSTER_STARTS, Stego
+from stego_parts.clusters import adapted_centers, class_scores, dot_products, pixels, unmirror
 from stego_parts.config import RELEASED
-from stego_parts.datasets import PUBLISHED, SIDE, LabelledSet
+from stego_parts.features import Progress, dense_features, no_progress, or_skip, prefetch
 from stego_parts.images import IGNORE, find_images, to_tensor, write_bytes
-from stego_parts.maps import adapted_centers, class_scores, dot_products, pixels, unmirror
-from stego_parts.tokens import Progress, dense_features, no_progress, or_skip, prefetch
 
 log = logging.getLogger("stego")
 
