@@ -24,11 +24,11 @@ from PIL import Image
 from cli_parts.drawing import cutout, with_legend
 from cli_parts.segments import cluster_shares, coco_annotations, coco_document, labelme_document, table
 from stego_parts import images
-from stego_parts.backbones import fingerprint
 from stego_parts.clusters import FrameAverage
 from stego_parts.features import check_resolution, no_progress, prefetch
 from stego_parts.images import PIPE
 from stego_parts.models import read_model
+from stego_parts.weights import fingerprint
 
 # One file for all images, and its name in a folder.
 DOCUMENTS = {"json": "shares.json", "csv": "shares.csv", "coco": "coco.json"}

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from stego_parts.backbones import BACKBONES, CUSTOM, first_line, read_checkpoint
+from stego_parts.backbones import BACKBONES, CUSTOM
 from stego_parts.checkpoint import write_state
 from stego_parts.config import MAX_CLASSES, RELEASED
 from stego_parts.images import distinct_colors
+from stego_parts.weights import first_line, read_checkpoint
 
 FORMAT, VERSION = "stego", 1
 # ours: the reference's

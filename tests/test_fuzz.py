@@ -18,8 +18,8 @@ from PIL import Image
 from cli import main
 from cli_parts.datasets import read_label
 from stego import Stego
-from stego_parts.backbones import read_checkpoint
 from stego_parts.images import read_image
+from stego_parts.weights import read_checkpoint
 
 CASES = int(os.environ.get("STEGO_FUZZ", 2000))
 SHARE = {"images": 0.55, "labels": 0.15, "models": 0.2, "commands": 0.1}

@@ -15,7 +15,8 @@ from torch import nn
 
 from cli import main
 from stego import Stego
-from stego_parts.backbones import BACKBONES, read_checkpoint
+from stego_parts.backbones import BACKBONES
+from stego_parts.weights import read_checkpoint
 
 CLASSES, EXTRA, DIM, CHANNELS = 5, 2, 12, 24
 
