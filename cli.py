@@ -18,7 +18,7 @@ import click
 
 from stego_parts.config import PRESETS, fit_config, parse_settings
 
-# Known here without importing torch: datasets.LAYOUTS, outputs.SUFFIXES, tokens.NOTICE
+# Known here without importing torch: datasets.LAYOUTS, outputs.SUFFIXES, config.NOTICE
 DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")
 WRITTEN = dict(mask="masks", tif="masks", overlay="overlays", cutout="cut-outs", npz="probabilities")
 WRITTEN |= dict(json="shares", csv="shares", coco="segments", labelme="outlines")
@@ -267,7 +267,7 @@ def fit(progress, images, dataset, root, classes, output, settings, from_model, 
     from cli_parts import datasets, outputs
     from stego import Stego
     from stego_parts import checkpoint
-    from stego_parts.images import find_images
+    from stego_parts.files import find_images
 
     options |= parse_settings(settings)
     if dataset:
@@ -306,8 +306,7 @@ def fit_and_save(progress, images, files, output: Path, kept, *, keep_features, 
     """
     from stego import Stego
     from stego_parts.checkpoint import end_fit
-    from stego_parts.features import no_progress
-    from stego_parts.running import process_group
+    from stego_parts.running import no_progress, process_group
 
     models, scratch = {}, output.with_name(f"{output.name}.scratch")
     if keep_features and not (options["resume"] and scratch.exists()):
@@ -551,7 +550,8 @@ def show(progress, things, model, sheet, at, output, backbone, export, device, w
     from cli_parts import outputs
     from cli_parts import sheets as report
     from stego import Stego
-    from stego_parts.images import find_images, write_image
+    from stego_parts.files import find_images
+    from stego_parts.images import write_image
 
     model = model or Path("stego.pt")
     paths = [path for path, _ in find_images(images, exclude=made_in(model.parent))] if images else []
@@ -582,7 +582,8 @@ def show_points(progress: Progress, images, at, model, output: Path, backbone: s
     from cli_parts import sheets as report
     from stego import Stego, pick_device
     from stego_parts.backbones import load_backbone
-    from stego_parts.images import find_images, write_image
+    from stego_parts.files import find_images
+    from stego_parts.images import write_image
 
     image, others = Path(images[0]), images[1:] and [path for path, _ in find_images(images[1:])]
     if not image.is_file():

@@ -29,8 +29,11 @@ from stego_parts.backbones import CUSTOM, load_backbone
 from stego_parts.checkpoint import FitCheckpoint, Training
 from stego_parts.clusters import (
     adapted_centers,
+    check_same_features,
     class_scores,
     dot_products,
+    inherit_ids,
+    match_clusters_to,
     pixels,
     unmirror,
     upsampled_argmax,
@@ -40,20 +43,26 @@ from stego_parts.diagnostics import cluster_agreement, plausible_counts, trainin
 from stego_parts.features import (
     BILINEAR,
     RESOLUTION,
-    Progress,
     TokenCache,
     backbone_size,
     check_resolution,
     dense_features,
     encode,
+    to_tensor,
+)
+from stego_parts.files import find_images
+from stego_parts.images import distinct_colors, read_image
+from stego_parts.models import check_backbone, check_model, damaged, read_model, write_model
+from stego_parts.running import (
+    Progress,
+    data_parallel,
+    from_first,
     no_progress,
     pick_device,
+    process_count,
+    rank,
     to_device,
 )
-from stego_parts.images import distinct_colors, find_images, read_image, to_tensor
-from stego_parts.matching import check_same_features, inherit_ids, match_clusters_to
-from stego_parts.models import check_backbone, check_model, damaged, read_model, write_model
-from stego_parts.running import data_parallel, from_first, process_count, rank
 from stego_parts.tiles import blended_codes, label_blocks, tile_side, tiles_of
 
 log = logging.getLogger("stego")

@@ -41,7 +41,7 @@ from cli_parts.evaluation import (
 from kmeans import CosineKMeans
 from stego_parts.backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone
 from stego_parts.clusters import unmirror
-from stego_parts.images import to_tensor
+from stego_parts.features import to_tensor
 from stego_parts.tiny import Dictionary, Tiny
 
 UNLABELLED = (

@@ -23,7 +23,7 @@ from cli_parts.datasets import folder_set
 from cli_parts.evaluation import Probe, class_maps, confusions
 from stego import Head, Stego, fit_config, unit
 from stego_parts.backbones import load_backbone
-from stego_parts.images import to_tensor
+from stego_parts.features import to_tensor
 
 
 def random_model(network, classes: int) -> Stego:

@@ -25,7 +25,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from cli_parts.drawing import line_chart, stack
-from stego_parts.images import find_images, read_image
+from stego_parts.files import find_images
+from stego_parts.images import read_image
 
 TILE = 320  # pixels
 

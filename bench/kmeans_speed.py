@@ -23,7 +23,7 @@ from stego import nearest_neighbors, shifts_from_data, train_head
 from stego_parts.backbones import load_backbone
 from stego_parts.config import fit_config
 from stego_parts.features import encode
-from stego_parts.images import find_images
+from stego_parts.files import find_images
 
 
 @torch.inference_mode()

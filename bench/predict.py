@@ -25,8 +25,9 @@ from evaluation import random_model
 import cli
 from cli_parts.outputs import Job, Writer
 from stego_parts.backbones import BACKBONES, ViT, load_backbone
-from stego_parts.features import BILINEAR, RESOLUTION
-from stego_parts.images import find_images, read_image, to_tensor
+from stego_parts.features import BILINEAR, RESOLUTION, to_tensor
+from stego_parts.files import find_images
+from stego_parts.images import read_image
 
 
 def network_of(name: str):

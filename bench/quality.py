@@ -30,8 +30,7 @@ from stego import cluster_codes, nearest_neighbors, shifts_from_data, train_head
 from stego_parts.backbones import load_backbone
 from stego_parts.clusters import pixels, unmirror
 from stego_parts.config import PRESETS, Config, fit_config
-from stego_parts.features import encode
-from stego_parts.images import to_tensor
+from stego_parts.features import encode, to_tensor
 
 HELD_OUT = {"camvid": "0001TP", "aerial": "dubai_t6_"}  # stems of train that are scored in place of val
 

@@ -24,7 +24,7 @@ from stego import POSITIONS, Head, Stego, nearest_neighbors, shifts_from_data, t
 from stego_parts.backbones import BACKBONES, ViT, load_backbone
 from stego_parts.config import fit_config
 from stego_parts.features import CROP_SIDE, encode
-from stego_parts.images import find_images
+from stego_parts.files import find_images
 
 
 def timed(function, repeats: int) -> float:

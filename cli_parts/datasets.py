@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from stego_parts.images import IGNORE, find_images, open_image, read_image, read_mat, square
+from stego_parts.files import find_images
+from stego_parts.images import IGNORE, open_image, read_image, read_mat, square
 
 log = logging.getLogger("stego")
 

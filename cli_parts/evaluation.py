@@ -25,8 +25,10 @@ from kmeans import CosineKMeans
 from stego import CLUSTER_STARTS, Stego
 from stego_parts.clusters import adapted_centers, class_scores, dot_products, pixels, unmirror
 from stego_parts.config import RELEASED
-from stego_parts.features import Progress, dense_features, no_progress, or_skip, prefetch
-from stego_parts.images import IGNORE, find_images, to_tensor, write_bytes
+from stego_parts.features import dense_features, to_tensor
+from stego_parts.files import find_images, write_bytes
+from stego_parts.images import IGNORE
+from stego_parts.running import Progress, no_progress, or_skip, prefetch
 
 log = logging.getLogger("stego")
 

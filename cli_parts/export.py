@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from stego import Stego
 from stego_parts.clusters import adapted_centers, dot_products, unmirror
-from stego_parts.features import RESOLUTION, Progress, no_progress
-from stego_parts.images import MEAN, STD, read_image, replacing
+from stego_parts.features import MEAN, RESOLUTION, STD
+from stego_parts.files import replacing
+from stego_parts.images import read_image
+from stego_parts.running import Progress, no_progress
 
 NEEDED = ("onnx", "onnxscript")  # what torch's exporter needs beside torch
 

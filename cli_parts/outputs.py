@@ -12,7 +12,8 @@ import os
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +22,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cli_parts import georaster
 from cli_parts.drawing import cutout, with_legend
 from cli_parts.segments import cluster_shares, coco_annotations, coco_document, labelme_document, table
 from stego_parts import images
 from stego_parts.clusters import FrameAverage
-from stego_parts.features import check_resolution, no_progress, prefetch
-from stego_parts.images import PIPE
+from stego_parts.features import check_resolution
+from stego_parts.files import IMAGE_SUFFIXES, PIPE, find_images, write_bytes
 from stego_parts.models import read_model
+from stego_parts.running import no_progress, prefetch
 from stego_parts.weights import fingerprint
 
 # One file for all images, and its name in a folder.
@@ -88,7 +91,7 @@ def check_outputs(files, *, inputs=(), folders=()):
             raise ValueError(f"The output {path} is a device or a pipe; name a file.")
         if suffixes and path.suffix.lower() not in suffixes:
             raise ValueError(f"The output {path} is not a {' or '.join(suffixes)} file, which is needed.")
-        if not suffixes and path.suffix.lower() in images.IMAGE_SUFFIXES:
+        if not suffixes and path.suffix.lower() in IMAGE_SUFFIXES:
             raise ValueError(f"The model {path} has the name of an image; choose one like stego.pt.")
         written.add(path)
     folders = {folder for folder in folders if folder}
@@ -145,7 +148,7 @@ def plan_outputs(sources, output: Path, formats, model: Path, limit: int | None,
     if PIPE in sources:
         sources, inputs = [(sys.stdin.buffer, Path("stdin"))], [model]
     else:
-        sources = images.find_images(sources, exclude=[output, *exclude])
+        sources = find_images(sources, exclude=[output, *exclude])
         inputs = [model, *(path for path, _ in sources)]
     jobs, document = _jobs(sources, output, formats, limit), None
     if formats[0] in DOCUMENTS:
@@ -166,7 +169,7 @@ def _jobs(sources, output: Path, formats, limit) -> list[Job]:
         return [Job(*sources[0], targets)]
     places = [place for _, place in sources]  # of all, whatever the limit: names depend on each other
     suffixes = [OVERLAY_SUFFIX if each == "overlay" else SUFFIXES[each][0] for each in formats]
-    names = [images.output_names(places, suffix) for suffix in suffixes]
+    names = [output_names(places, suffix) for suffix in suffixes]
     return [
         Job(source, place, {each: output / name for each, name in zip(formats, row)})
         for (source, place), *row in zip(sources, *names)
@@ -191,7 +194,7 @@ def read_note(path: Path) -> str | None:
             return json.loads(path.read_bytes())[images.NOTE]
         with Image.open(path) as picture:
             if picture.format == "TIFF":
-                return picture.tag_v2[images.DESCRIPTION]
+                return picture.tag_v2[georaster.DESCRIPTION]
             return picture.info[images.NOTE] if picture.format == "PNG" else picture.info["comment"].decode()
     except Exception:  # decoders raise whatever a damaged or foreign file leads them to
         return None
@@ -256,7 +259,7 @@ class Writer:
         if self.kind == "coco":
             entry["annotations"] = coco_annotations(result, self.min_area)
         elif self.kind in DOCUMENTS:
-            area = images.pixel_area(images.geo_tags(job.source))
+            area = georaster.pixel_area(georaster.geo_tags(job.source))
             entry["clusters"] = cluster_shares(result, self.clusters, area)
         return entry
 
@@ -264,21 +267,21 @@ class Writer:
         """One output of an image."""
         note = f"{kind} {self.note}"
         if kind == "npz":
-            images.write_bytes(packed_arrays(result, self.model.labels, image, note), target)
+            write_bytes(packed_arrays(result, self.model.labels, image, note), target)
         elif kind == "labelme":
             piped = not isinstance(job.source, Path)
             place = job.place if piped else Path(os.path.relpath(job.source, target.parent))
             extra = {"imagePath": place.as_posix(), images.NOTE: note}
             text = labelme_document(result, self.clusters, self.min_area, **extra)
-            images.write_bytes(text.encode(), target)
+            write_bytes(text.encode(), target)
         elif kind == "cutout":
             images.write_image(cutout(image, result[self.keep].sum(0)), target, note=note, form="PNG")
         elif kind == "overlay":
             images.write_image(with_legend(image, result, self.model), target, note=note, form="PNG")
         else:
-            picture, tags = images.mask_image(result, self.model.colors), images.geo_tags(job.source)
+            picture, tags = images.mask_image(result, self.model.colors), georaster.geo_tags(job.source)
             form = "TIFF" if kind == "tif" else "PNG"
-            images.write_image(picture, target, note=note, form=form, tags=tags)
+            images.write_image(picture, target, note=note, form=form, tags=georaster.mask_tags(tags, note))
 
     def write_document(self, entries: list[dict], target: Path):
         """The one file of a format that has one for all images."""
@@ -288,7 +291,7 @@ class Writer:
             text = json.dumps({"images": entries}) + "\n"
         else:
             text = coco_document(entries, self.clusters) + "\n"
-        images.write_bytes(text.encode(errors="surrogateescape"), target)
+        write_bytes(text.encode(errors="surrogateescape"), target)
 
 
 def _attempt(function, *args):
@@ -309,3 +312,18 @@ def packed_arrays(probabilities: np.ndarray, labels, image: Image.Image, note: s
     with zipfile.ZipFile(packed, "a") as archive:
         archive.comment = note.encode()
     return packed.getvalue()
+
+
+def output_names(places: Iterable[Path], suffix: str) -> list[Path]:
+    """Where the output of each image goes below the output folder: its place, with another suffix.
+
+    Images that share a stem keep their full names, except one that has the suffix already: a.png and a.gif
+    become a.png and a.gif.png. Only equal places get equal names.
+    """
+    places = list(places)
+    short = [place.with_suffix(suffix) for place in places]
+    full = [place.with_name(place.name + suffix) for place in places]
+    count = Counter(short)
+    names = [s if count[s] == 1 or s == place else f for s, f, place in zip(short, full, places)]
+    count = Counter(names)  # a.gif.png may be an image itself
+    return [name if count[name] == 1 else f for name, f in zip(names, full)]

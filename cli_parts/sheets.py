@@ -22,7 +22,9 @@ from stego_parts import images
 from stego_parts.clusters import dot_products, upsampled_argmax
 from stego_parts.config import RELEASED, SETTINGS, TERMS
 from stego_parts.diagnostics import plausible_counts, training_warning
-from stego_parts.features import BILINEAR, Progress, backbone_size, no_progress, or_skip
+from stego_parts.features import BILINEAR, backbone_size, five_boxes, to_tensor
+from stego_parts.files import write_bytes
+from stego_parts.running import Progress, no_progress, or_skip
 
 SHEET_IMAGES, SHEET_SAMPLE = 24, 12  # images up to which the contact sheet shows all; how many of more
 REGION = 1 / 3  # side of the squares that show what a cluster is, of the image's shorter side
@@ -78,7 +80,7 @@ def _comparison_sheet(models: Sequence[Stego], paths: Sequence[Path], progress: 
     """At most SHEET_SAMPLE of the images, a row each, beside their segments by models with one head, without CRF."""
     paths, rows = paths[:: -(-len(paths) // SHEET_SAMPLE)], []
     for path, image in _usable(partial(_small_image, models[0]), paths, "picture", progress, KNOWN):
-        codes, pictures = models[0].codes(images.to_tensor(image)[None]), [drawing.cell(image)]
+        codes, pictures = models[0].codes(to_tensor(image)[None]), [drawing.cell(image)]
         for model in models:
             scores = dot_products(codes, model.image_centers(codes))[0]  # (K, h, w)
             mask = model.merged[upsampled_argmax(scores, image.height, image.width)]
@@ -116,7 +118,7 @@ def best_regions(model: Stego, paths: Sequence[Path], *, progress: Progress = no
 
 def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image.Image, np.ndarray]]:
     """The square of a picture that fits each cluster best, and how well; clusters that are nowhere are left out."""
-    codes, patch = model.codes(images.to_tensor(picture)[None]), model.backbone.patch
+    codes, patch = model.codes(to_tensor(picture)[None]), model.backbone.patch
     cosines = dot_products(F.normalize(codes, dim=1), model.image_centers(codes))[0]  # (K, h, w)
     mask = model.merged[upsampled_argmax(cosines, picture.height, picture.width)]
     won = cosines.clamp(min=0) * (cosines == cosines.amax(0))
@@ -183,7 +185,7 @@ def write_report(model: Stego, folder: Path | str):
     }
     _write_pictures(pictures, folder)
     text = "".join(f"{line}\n" for line in report_lines(model))
-    images.write_bytes(text.encode(), Path(folder) / "report.txt")
+    write_bytes(text.encode(), Path(folder) / "report.txt")
 
 
 def report_lines(model: Stego) -> list[str]:
@@ -236,7 +238,7 @@ def _crop_picture(record: FitRecord, crop: int, views: str) -> Image.Image:
     """What a crop shows."""
     picture = images.read_image(record.paths[record.images[crop]])
     if views != "whole":
-        picture = picture.crop(images.five_boxes(*picture.size)[crop % 5])
+        picture = picture.crop(five_boxes(*picture.size)[crop % 5])
     return _of_height(picture, CROP_HEIGHT)
 
 
@@ -307,7 +309,7 @@ def _seen(path, *, network, device, model: Stego | None = None) -> tuple[Image.I
     """A picture, its unit features (C, h, w), averaged with its mirror's, and a model's codes (D, h, w)."""
     picture = images.read_image(path)
     size = backbone_size(picture, network.patch, name=path)
-    x = images.to_tensor(picture.resize(size, BILINEAR))[None].to(device)
+    x = to_tensor(picture.resize(size, BILINEAR))[None].to(device)
     maps = {FEATURES: network(torch.cat([x, x.flip(-1)]))}  # (2, C, h, w)
     if model:
         maps["codes"] = model.head.on_map(maps[FEATURES])

@@ -17,9 +17,9 @@ except ImportError:  # not on Windows: there, two fits in one folder are not kep
 import torch
 from torch import Tensor, nn
 
-from stego_parts.config import Config
-from stego_parts.features import NOTICE, USED, TokenCache
-from stego_parts.images import replacing
+from stego_parts.config import NOTICE, Config
+from stego_parts.features import USED, TokenCache
+from stego_parts.files import replacing
 from stego_parts.running import from_first, process_count, rank
 from stego_parts.tiles import tiles_of
 

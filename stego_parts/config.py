@@ -1,9 +1,12 @@
 """Every option of a fit: its defaults, its range, and the published values (App. A.11, the released configurations)."""
 
+import logging
 import math
 import os
 from dataclasses import dataclass, fields
 from typing import Any
+
+NOTICE = logging.INFO + 5  # level of messages that are said unless --quiet
 
 # What the backbone sees of an image: five crops, each alone (Sec. 4); all of it; all of it, then cut into five.
 VIEWS = ("five", "whole", "windows")

@@ -5,9 +5,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +15,21 @@ from PIL import Image
 from torch import Tensor
 
 from stego_parts.backbones import BACKBONES, NAMES
-from stego_parts.config import Config
-from stego_parts.images import five_boxes, five_crops, read_image, square, to_tensor
-from stego_parts.running import barrier, process_count, rank
+from stego_parts.config import NOTICE, Config
+from stego_parts.images import read_image, square
+from stego_parts.running import (
+    Progress,
+    barrier,
+    no_progress,
+    or_skip,
+    prefetch,
+    process_count,
+    rank,
+    same_shape_batches,
+    to_device,
+)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB 0..1: all backbones were trained so
 
 CROP_SIDE = 224  # pixels: crops the head is trained on (Sec. 4)
 RESOLUTION = 320  # pixels: shorter side at which images are segmented (Sec. 4)
@@ -29,38 +39,12 @@ GPU_SHARE = 0.5  # of its free memory that the token cache may take; else it sta
 READERS = 16  # threads, at most, that decode for a GPU
 TO_DO, USED, UNREADABLE = 0, 1, 2  # states of an image's rows in the token file
 BILINEAR = Image.Resampling.BILINEAR
-NOTICE = logging.INFO + 5  # level of messages that are said unless --quiet
 
-Progress = Callable[[str, int, int], None]  # progress(stage, done, total)
 
 log = logging.getLogger("stego")
 
 
-def no_progress(stage: str, done: int, total: int):
-    """The default of every `progress`: says nothing."""
-
-
 # ---- what the backbone sees ------------------------------------------------------------------------------------
-
-
-def pick_device(device="auto") -> torch.device:
-    """ "auto" takes CUDA where there is one; ValueError for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"The device {device!r} is not available here; use --device cpu or leave it out."
-        ) from error
-
-
-def to_device(x: Tensor, device) -> Tensor:
-    """x on a device; to a GPU from page-locked memory, so that nobody waits while it is copied."""
-    if torch.device(device).type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
 
 
 def dense_features(backbone, x: Tensor, device="cpu", *, exact: bool = False) -> Tensor:
@@ -130,15 +114,6 @@ def available_memory(device="cpu") -> float:
         return math.inf
 
 
-def or_skip(function: Callable, *args, level: int = logging.WARNING, **options):
-    """function(*args, **options); None, and a word at a level, where that is of an image that cannot be used."""
-    try:
-        return function(*args, **options)
-    except (ValueError, FileNotFoundError) as error:
-        log.log(level, "Skipped: %s", error)
-        return None
-
-
 def image_views(path, views: str, patch: int) -> Tensor:
     """What the backbone sees of an image, (1 or 5, 3, H, W)."""
     image = read_image(path)
@@ -154,23 +129,6 @@ def five_windows(maps: Tensor) -> Tensor:
     """Four corners and the centre of a map, each half as high and wide: (1, C, h, w) -> (5, C, h', w')."""
     h, w = maps.shape[2:]
     return torch.cat([maps[:, :, top:bottom, left:right] for left, top, right, bottom in five_boxes(w, h)])
-
-
-def prefetch(function: Callable, items: Iterable, *, window: int = 8, workers: int = 1) -> Iterator:
-    """Results of function over items in order, computed ahead in threads: decoding while the backbone works."""
-    items = iter(items)
-    with ThreadPoolExecutor(workers) as pool:
-        pending = [pool.submit(function, item) for item in islice(items, window * workers)]
-        while pending:
-            yield pending.pop(0).result()
-            pending += [pool.submit(function, item) for item in islice(items, 1)]
-
-
-def same_shape_batches(items: Iterable, most: int) -> Iterator[list]:
-    """Pairs (name, tensor or None) in lists of at most `most` in a row whose tensors have one shape."""
-    for _, run in groupby(items, key=lambda item: getattr(item[1], "shape", None)):
-        while batch := list(islice(run, most)):
-            yield batch
 
 
 # ---- the token cache -------------------------------------------------------------------------------------------
@@ -318,3 +276,22 @@ def _fill(cache: TokenCache, backbone, paths, views: str, device, progress: Prog
             cache.add(i, part)
         done += len(batch)
         progress("features", done, len(numbers))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) float32, normalised as the backbones expect."""
+    rgb = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)  # (3, H, W)
+    return (rgb - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def five_crops(image: Image.Image) -> list[Image.Image]:
+    """Four corners and the centre, each half as high and half as wide (Sec. 4, five-crop)."""
+    return [image.crop(box) for box in five_boxes(*image.size)]
+
+
+def five_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, bottom) of the four corners and the centre, each half as wide and half as high."""
+    w, h = max(width // 2, 1), max(height // 2, 1)
+    right, bottom = width - w, height - h
+    corners = [(x, y) for y in (0, bottom) for x in (0, right)] + [(right // 2, bottom // 2)]
+    return [(x, y, x + w, y + h) for x, y in corners]

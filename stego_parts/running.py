@@ -4,15 +4,22 @@ Every process fills its images' rows of one token file that all of them map, tra
 gradients are averaged. What only one can do, the first does, and the others get its result.
 """
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import groupby, islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+
+log = logging.getLogger("stego")
+
+Progress = Callable[[str, int, int], None]  # progress(stage, done, total)
 
 MEETING = timedelta(minutes=5)  # to find each other at the start; torchrun itself may have been killed
 WAITING = timedelta(days=1)  # for each other later on: shares of the images may differ in work
@@ -78,3 +85,53 @@ def from_first(function: Callable[[], Any]) -> Any:
 def data_parallel(module: nn.Module) -> nn.Module:
     """The module with its gradients averaged over all processes, and the first one's weights."""
     return nn.parallel.DistributedDataParallel(module) if process_count() > 1 else module
+
+
+def no_progress(stage: str, done: int, total: int):
+    """The default of every `progress`: says nothing."""
+
+
+def pick_device(device="auto") -> torch.device:
+    """ "auto" takes CUDA where there is one; ValueError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"The device {device!r} is not available here; use --device cpu or leave it out."
+        ) from error
+
+
+def to_device(x: Tensor, device) -> Tensor:
+    """x on a device; to a GPU from page-locked memory, so that nobody waits while it is copied."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def or_skip(function: Callable, *args, level: int = logging.WARNING, **options):
+    """function(*args, **options); None, and a word at a level, where that is of an image that cannot be used."""
+    try:
+        return function(*args, **options)
+    except (ValueError, FileNotFoundError) as error:
+        log.log(level, "Skipped: %s", error)
+        return None
+
+
+def prefetch(function: Callable, items: Iterable, *, window: int = 8, workers: int = 1) -> Iterator:
+    """Results of function over items in order, computed ahead in threads: decoding while the backbone works."""
+    items = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        pending = [pool.submit(function, item) for item in islice(items, window * workers)]
+        while pending:
+            yield pending.pop(0).result()
+            pending += [pool.submit(function, item) for item in islice(items, 1)]
+
+
+def same_shape_batches(items: Iterable, most: int) -> Iterator[list]:
+    """Pairs (name, tensor or None) in lists of at most `most` in a row whose tensors have one shape."""
+    for _, run in groupby(items, key=lambda item: getattr(item[1], "shape", None)):
+        while batch := list(islice(run, most)):
+            yield batch

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stego_parts.features import BILINEAR, Progress
-from stego_parts.images import Window, image_size, to_tensor
+from stego_parts.features import BILINEAR, to_tensor
+from stego_parts.images import Window, image_size
+from stego_parts.running import Progress
 
 OVERLAP = 1 / 3  # share of a window that the next one sees too
 FADE = 4  # power of the distance to the border: codes that see less count less (labels of the whole: 99.3 -> 99.9 %)

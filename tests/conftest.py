@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cli_parts.scenes import draw_scene as draw_demo_scene
+from cli_parts.demo import draw_scene as draw_demo_scene
 
 torch.set_num_threads(1)  # small problems: more threads only wait for each other
 

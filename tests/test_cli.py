@@ -46,9 +46,9 @@ def test_help_loads_no_torch():
 def test_what_the_command_line_knows_is_the_librarys():
     import cli
     from cli_parts import datasets, outputs
-    from stego_parts import features as tokens
+    from stego_parts import config
 
-    assert cli.DATASET_NAMES == tuple(datasets.LAYOUTS) and cli.NOTICE == tokens.NOTICE
+    assert cli.DATASET_NAMES == tuple(datasets.LAYOUTS) and cli.NOTICE == config.NOTICE
     assert cli.WRITTEN.keys() == outputs.SUFFIXES.keys()
 
 

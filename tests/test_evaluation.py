@@ -29,8 +29,8 @@ from cli_parts.evaluation import (
 from cli_parts.sheets import write_figures
 from crf import dense_crf
 from stego import Stego, pixels
-from stego_parts.features import dense_features
-from stego_parts.images import IGNORE, to_tensor
+from stego_parts.features import dense_features, to_tensor
+from stego_parts.images import IGNORE
 
 OFFICIAL = Path(__file__).parents[2] / "shared/data/official"
 

@@ -13,6 +13,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from scipy import ndimage
 
 from cli_parts.drawing import Clusters, overlay, with_legend
+from cli_parts.georaster import geo_tags, pixel_area
 from cli_parts.segments import (
     Region,
     cluster_shares,
@@ -23,7 +24,7 @@ from cli_parts.segments import (
     simplified,
 )
 from stego import Stego
-from stego_parts.images import IGNORE, distinct_colors, geo_tags, pixel_area, read_image
+from stego_parts.images import IGNORE, distinct_colors, read_image
 
 FAST = ["--no-crf", "--resolution", 96]
 

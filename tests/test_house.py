@@ -23,7 +23,9 @@ LONGEST_MODULE = {"stego": 650}  # lines, where it is not 500
 
 
 def module_names() -> list[str]:
-    parts = [f"{path.parent.name}.{path.stem}" for path in ROOT.glob("*_parts/*.py") if path.stem != "__init__"]
+    parts = [
+        f"{path.parent.name}.{path.stem}" for path in ROOT.glob("*_parts/*.py") if path.stem != "__init__"
+    ]
     return sorted([*FACES, *parts])
 
 

@@ -11,20 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cli_parts.outputs import output_names
 from stego_parts import images
-from stego_parts.images import (
-    distinct_colors,
-    find_images,
-    five_crops,
-    mask_image,
-    output_names,
-    read_image,
-    replacing,
-    square,
-    to_lab,
-    to_tensor,
-    write_image,
-)
+from stego_parts.features import five_crops, to_tensor
+from stego_parts.files import find_images, replacing
+from stego_parts.images import distinct_colors, mask_image, read_image, square, to_lab, write_image
 
 RAMP = np.linspace(0, 255, 16 * 12).reshape(12, 16)
 

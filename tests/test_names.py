@@ -15,10 +15,10 @@ from PIL import Image
 from cli_parts.drawing import region_sheet
 from cli_parts.sheets import best_regions, description
 from stego import Stego
+from stego_parts.clusters import inherit_ids, match_clusters_to
 from stego_parts.config import Config
 from stego_parts.features import TokenCache, encode
 from stego_parts.images import distinct_colors
-from stego_parts.matching import inherit_ids, match_clusters_to
 
 
 @pytest.fixture

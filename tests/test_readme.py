@@ -17,7 +17,7 @@ from conftest import run
 from PIL import Image
 
 import cli
-from cli_parts.scenes import SCENE_CLASSES
+from cli_parts.demo import SCENE_CLASSES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text() + "\n" + (ROOT / "docs" / "USAGE.md").read_text()

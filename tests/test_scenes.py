@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cli_parts.scenes import BUILDING, CAR, GRASS, ROAD, SCENE_CLASSES, SKY, TREE, draw_scene
+from cli_parts.demo import BUILDING, CAR, GRASS, ROAD, SCENE_CLASSES, SKY, TREE, draw_scene
 
 
 @pytest.fixture(scope="module")

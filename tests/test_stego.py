@@ -24,12 +24,13 @@ from stego import (
     training_loss,
     unit,
 )
-from stego_parts import backbones, config, diagnostics, images
+from stego_parts import backbones, config, diagnostics, features, images, running
 from stego_parts import clusters as maps
 from stego_parts import features as tokens
 from stego_parts.clusters import upsampled_argmax
 from stego_parts.config import Config, fit_config
-from stego_parts.features import TokenCache, encode, pick_device
+from stego_parts.features import TokenCache, encode
+from stego_parts.running import pick_device
 
 ROOT = Path(stego.__file__).parent
 
@@ -192,7 +193,7 @@ def test_batches_are_of_one_shape_in_order():
         (i, None if size is None else torch.empty(size))
         for i, size in enumerate([2, 2, 2, 3, None, None, 3, 2])
     ]
-    assert [[i for i, _ in batch] for batch in tokens.same_shape_batches(items, 2)] == [
+    assert [[i for i, _ in batch] for batch in running.same_shape_batches(items, 2)] == [
         [0, 1],
         [2],
         [3],
@@ -200,7 +201,7 @@ def test_batches_are_of_one_shape_in_order():
         [6],
         [7],
     ]
-    assert [len(batch) for batch in tokens.same_shape_batches(items, 1)] == [1] * 8
+    assert [len(batch) for batch in running.same_shape_batches(items, 1)] == [1] * 8
 
 
 def test_a_gpu_computes_in_float16_unless_exact(monkeypatch):
@@ -235,7 +236,7 @@ def test_encode_is_the_backbone_on_every_crop(scenes):
     paths = sorted(scenes.glob("*.png"))
     cache = encode(Mean(), paths, Config())
     assert len(cache) == 5 * len(paths) and cache.tokens.shape == (40, 28 * 28, 3)
-    crop = images.to_tensor(images.square(images.five_crops(Image.open(paths[2]))[3], 224))
+    crop = features.to_tensor(images.square(features.five_crops(Image.open(paths[2]))[3], 224))
     want = F.avg_pool2d(crop, 8).flatten(1).T  # (784, 3)
     assert np.allclose(cache.tokens[2 * 5 + 3], want, atol=2e-3)
     assert torch.allclose(cache.means[13], F.normalize(want.mean(0), dim=0), atol=1e-4)
@@ -246,7 +247,7 @@ def test_windows_are_parts_of_one_look_at_the_image(scenes):
     path = sorted(scenes.glob("*.png"))[0]
     cache, image = encode(Mean(), [path], Config(views="windows")), Image.open(path).convert("RGB")
     size = tokens.backbone_size(image, 8)
-    whole = F.avg_pool2d(images.to_tensor(image.resize(size, tokens.BILINEAR))[None], 8)
+    whole = F.avg_pool2d(features.to_tensor(image.resize(size, tokens.BILINEAR))[None], 8)
     h, w = whole.shape[2:]
     assert min(h, w) == 40 and cache.tokens.shape == (5, 400, 3)
     lower_right = whole[0, :, h - h // 2 :, w - w // 2 :].flatten(1).T  # (positions, 3)
@@ -680,7 +681,7 @@ def test_upsampled_argmax_equals_upsampling_everything(monkeypatch):
 def test_labels_are_those_of_upsampled_codes(model):
     """Upsampling cosine numerators and taking the argmax is upsampling codes and then comparing with centres."""
     image = np.random.default_rng(1).integers(0, 256, (96, 128, 3), np.uint8)
-    x = images.to_tensor(Image.fromarray(image).resize((256, 192), Image.Resampling.BILINEAR))[None]
+    x = features.to_tensor(Image.fromarray(image).resize((256, 192), Image.Resampling.BILINEAR))[None]
     centers = model.image_centers(model.codes(x))
     codes = F.interpolate(model.codes(x), size=(96, 128), mode="bilinear", align_corners=False)
     want = torch.einsum("bdhw,kd->bkhw", F.normalize(codes, dim=1), centers).argmax(1)[0]

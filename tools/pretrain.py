@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stego_parts.images import MEAN, STD
+from stego_parts.features import MEAN, STD
 from stego_parts.tiny import SIDE, Dictionary, Tiny
 
 IMAGE_SIDE = 224  # pixels: images are kept as squares of this side

@@ -37,8 +37,8 @@ from stego import cluster_codes, nearest_neighbors, shifts_from_data, train_head
 from stego_parts.backbones import load_backbone
 from stego_parts.clusters import pixels, unmirror
 from stego_parts.config import Config, fit_config
-from stego_parts.features import encode
-from stego_parts.images import find_images, replacing, to_tensor
+from stego_parts.features import encode, to_tensor
+from stego_parts.files import find_images, replacing
 
 PAPER = dict(evenness=0.0, views="five")  # what the paper's whole method has and `fit`'s default has not
 TABLE_2 = {  # {row: options of fit}; the last but one is scored with the CRF as well

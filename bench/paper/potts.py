@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from cli_parts.demo import draw_scene
 from cli_parts.drawing import Clusters, image_rows, overlay
-from cli_parts.scenes import draw_scene
 from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY
 from stego_parts.images import write_image
 

@@ -1,0 +1,48 @@
+"""Where on Earth the pixels of a GeoTIFF lie: its tags, read for areas and written into masks."""
+
+import math
+
+import numpy as np
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from stego_parts.images import IGNORE, TIFF, open_image
+
+DOUBLE, SHORT, ASCII = 12, 3, 2  # types of TIFF tags
+PIXEL_SCALE, TRANSFORMATION, GEO_KEYS, NO_DATA, DESCRIPTION = 33550, 34264, 34735, 42113, 270  # TIFF tags
+MODEL_TYPE, LINEAR_UNIT, PROJECTED, METRE = 1024, 3076, 1, 9001  # of GEO_KEYS: two keys, a value of each
+GEO_TAGS = dict.fromkeys((PIXEL_SCALE, 33922, TRANSFORMATION, 34736), DOUBLE)  # GeoTIFF 1.1
+GEO_TAGS |= {GEO_KEYS: SHORT, 34737: ASCII, 42112: ASCII, NO_DATA: ASCII}  # the last two are GDAL's
+
+
+def geo_tags(source) -> dict:
+    """The GeoTIFF tags of an image file that have the right type; {} of what is no TIFF file."""
+    if getattr(source, "suffix", "").lower() not in TIFF:
+        return {}
+    with open_image(source, "an image") as image:
+        tags = getattr(image, "tag_v2", {})  # the suffix may be wrong
+        return {tag: tags[tag] for tag, kind in GEO_TAGS.items() if tag in tags and tags.tagtype[tag] == kind}
+
+
+def pixel_area(tags: dict) -> float | None:
+    """Square metres that a pixel covers on the map of a GeoTIFF; None where its unit is another or unknown."""
+    # after a head of four: key, where its value is (0: here), how many, value; ...
+    entries = iter(np.ravel(tags.get(GEO_KEYS, ())).tolist()[4:])
+    keys = {key: value for key, place, _, value in zip(*[entries] * 4) if place == 0}
+    if keys.get(MODEL_TYPE) != PROJECTED or keys.get(LINEAR_UNIT, METRE) != METRE:
+        return None
+    scale, matrix = np.ravel(tags.get(PIXEL_SCALE, ())), np.ravel(tags.get(TRANSFORMATION, ()))
+    area = 0.0
+    if len(scale) >= 2:
+        area = abs(float(scale[0] * scale[1]))
+    elif len(matrix) == 16:
+        area = abs(float(matrix[0] * matrix[5] - matrix[1] * matrix[4]))
+    return area if 0 < area < math.inf else None
+
+
+def mask_tags(tags, note: str) -> ImageFileDirectory_v2:
+    """The tags of a TIFF mask: those of its image but for the value of no data, and a note."""
+    directory = ImageFileDirectory_v2()
+    for tag, value in {**dict(tags), NO_DATA: str(IGNORE), DESCRIPTION: note}.items():
+        directory.tagtype[tag] = GEO_TAGS.get(tag, ASCII)
+        directory[tag] = value.encode("latin-1") if isinstance(value, str) else value
+    return directory
