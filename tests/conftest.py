@@ -70,6 +70,18 @@ def saved(model, tmp_path_factory):
 
 
 @pytest.fixture
+def small_backbones(monkeypatch, tmp_path):
+    """Published names with a small width, and an empty torch cache."""
+    from stego_parts.backbones import BACKBONES
+
+    for name, spec in BACKBONES.items():
+        if spec.heads:
+            monkeypatch.setitem(BACKBONES, name, spec._replace(channels=24, heads=3, grid=5, sha256=""))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path
+
+
+@pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path

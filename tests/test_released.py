@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from networks import dino_state, plain_vit
 from PIL import Image
-from test_backbones import dino_state, plain_vit
 from torch import nn
 
 from cli import main

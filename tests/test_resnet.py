@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run
+from networks import plain_resnet, resnet_state
 from torchvision.models import resnet50
 
 import stego
@@ -16,7 +17,7 @@ from stego_parts import features as tokens
 from stego_parts.backbones import BACKBONES, checkpoint_path, load_backbone
 from stego_parts.config import Config
 
-RESNETS = ("dino_resnet50", "mocov2", "resnet50")
+CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,26 @@ def test_last_map_is_torchvisions(reference, tmp_path, name, kind):
         maps = network(x)
         assert maps.shape == (2, 2048, 2, 3)
         torch.testing.assert_close(reference.fc(maps.mean((2, 3))), reference(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def resnet_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "w.pth"
+    torch.save(resnet_state(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "height, width, stride, dilated", [(224, 224, 32, ()), (96, 160, 16, (4,)), (96, 160, 8, (3, 4))]
+)
+@torch.inference_mode()
+def test_resnet(resnet_file, height, width, stride, dilated):
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, height, width)
+    got = load_backbone("dino_resnet50", weights=resnet_file, stride=stride)(x)
+    want = plain_resnet(x, torch.load(resnet_file), dilated)
+    assert got.shape == (1, 2048, height // stride, width // stride) and 0.1 < want.mean() < 1
+    torch.testing.assert_close(got, want, **CLOSE)
 
 
 @pytest.mark.parametrize("stride", [16, 8])
