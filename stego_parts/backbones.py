@@ -5,27 +5,27 @@
 token dropped (STEGO Sec. 3, DINO: Caron et al. 2021, DINOv2: Oquab et al. 2023, registers: Darcet et al. 2024), of a
 ResNet the last feature map (resnet.py).
 
-`python -m stego_parts.backbones NAME` downloads a backbone ahead of time and prints the path of its file.
+`python -m stego_parts.backbones NAME` fetches a backbone ahead of time and prints the path of its file.
 """
 
 import argparse
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from stego_parts.layouts import kind, sizes, to_native
 from stego_parts.tiny import Tiny
-from stego_parts.vit import ViT, convert_dino
-from stego_parts.weights import download, fill, fingerprint, read_weights, shape_of
+from stego_parts.vit import ViT
+from stego_parts.weights import download, fill, fingerprint, misfit, read_weights, shape_of, weight_file
 
 TINY_FILE = Path(__file__).with_name("tiny.pt")
 TINY_SHA256 = "1a2178c4823fa67f838845a58b2a094c0c2f05c2886d25947e368bba4c21ec7c"
 AUTO = "dinov2_vits14"  # plain k-means on CocoStuff-27 reaches 22.9 mIoU, 9.5 on dino_vits8 at 4 x the time
-AUTO_CACHED = "dino_vits8"  # what `auto` takes rather than download AUTO
+AUTO_CACHED = (AUTO, "dino_vits8")  # what `auto` takes from the cache, the best first
 
 log = logging.getLogger("stego")
 
@@ -101,9 +101,10 @@ def load_backbone(
 ):
     """A frozen backbone in eval mode, with `.name`, `.patch` (pixels), `.channels` and `.sha256` (of its tensors).
 
-    name: one of NAMES; or "auto": dinov2_vits14 from the cache, else dino_vits8 from there, else dinov2_vits14
-    downloaded, else the bundled tiny; or any callable, see Custom.
-    weights: a local file to take the weights from instead of the torch cache.
+    name: one of NAMES; or "auto": the first of AUTO_CACHED that is in the cache, else AUTO downloaded, else the
+    bundled tiny; or any callable, see Custom.
+    weights: a local file to take the weights from instead of the torch cache, in any of the layouts of layouts.py, or
+    a folder of Hugging Face's with one.
     stride: of a ResNet, 32 as trained, or 16 or 8 by dilation; the others have their patch only.
     Raises ValueError (unknown name, unusable file) or FileNotFoundError (no such file, download failed).
     """
@@ -117,28 +118,29 @@ def load_backbone(
         return _load_auto(weights, stride=stride, device=device, progress=progress)
     if name not in NAMES:
         raise ValueError(f"Unknown backbone {name!r}; choose one of: auto, {', '.join(NAMES)}.")
-    module, convert = _empty(name, stride)
-    if name == "tiny":
-        state = _read_tiny(weights)
-    else:
-        state = convert(read_weights(Path(weights)) if weights else _fetch(name, progress))
-    fill(module, state, name, source=weights or f"the weights of {name}")
-    module.name, module.sha256 = name, fingerprint(module.state_dict())
+    module = _empty(name, stride)
+    state = _read_tiny(weights) if name == "tiny" else _read_published(name, weights, progress)
+    source = weights or f"the weights of {name}"
+    if problem := misfit(module, state):
+        raise ValueError(f"{source} does not fit the backbone {name}: {problem}; {_advice(name, state)}.")
+    fill(module, state, source=source)
+    module.name = name
+    module.sha256 = fingerprint(module.state_dict())
     return module.requires_grad_(False).eval().to(device)
 
 
-def _empty(name: str, stride: int | None) -> tuple[nn.Module, Callable[[dict], dict]]:
-    """The network of a name without memory for its weights, and what brings a published state dict under its names."""
+def _empty(name: str, stride: int | None) -> nn.Module:
+    """The network of a name, without memory for its weights."""
     spec = BACKBONES.get(name)
     with torch.device("meta"):
         if spec and not spec.heads:
             # here: torchvision imports slowly
-            from stego_parts.resnet import DILATED, ResNet50, convert_resnet
+            from stego_parts.resnet import DILATED, ResNet50
 
             stride = spec.patch if stride is None else stride
             if stride not in DILATED:
                 raise ValueError(f"Got stride {stride}; {name} has {', '.join(map(str, DILATED))}.")
-            return ResNet50(stride), convert_resnet
+            return ResNet50(stride)
         module = ViT(spec) if spec else Tiny()
     if stride not in (None, module.patch):
         resnets = ", ".join(name for name, spec in BACKBONES.items() if not spec.heads)
@@ -146,7 +148,7 @@ def _empty(name: str, stride: int | None) -> tuple[nn.Module, Callable[[dict], d
             f"Got stride {stride}; {name} sees patches of {module.patch} pixels, leave the stride out. "
             f"It is for {resnets}."
         )
-    return module, convert_dino
+    return module
 
 
 class Custom(nn.Module):
@@ -185,13 +187,12 @@ class Custom(nn.Module):
 
 
 def _load_auto(weights, **options):
-    cached = [name for name in (AUTO, AUTO_CACHED) if checkpoint_path(name).exists()]
-    name = AUTO if weights or not cached else cached[0]
+    if weights:
+        return load_backbone(AUTO, weights=weights, **options)
+    cached = [name for name in AUTO_CACHED if checkpoint_path(name).exists()]
     try:
-        return load_backbone(name, weights=weights, **options)
+        return load_backbone(cached[0] if cached else AUTO, **options)
     except FileNotFoundError:
-        if weights:
-            raise
         log.warning(
             f"{AUTO} is not in the cache and cannot be downloaded; using the bundled backbone tiny, which knows "
             f"colours and textures but hardly any objects. For better segments get {BACKBONES[AUTO].url} and pass it: "
@@ -201,13 +202,31 @@ def _load_auto(weights, **options):
 
 
 def checkpoint_path(name: str) -> Path:
-    """Where torch.hub keeps the weight file of a published backbone."""
+    """Where the torch cache has the weight file of a published backbone."""
     return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[name].url.rsplit("/", 1)[1]
 
 
-def _fetch(name: str, progress: bool) -> dict:
+def _read_published(name: str, weights, progress: bool) -> dict:
+    """The state dict of a published backbone, from a file, the torch cache, or fetched into that."""
+    if weights:
+        return to_native(read_weights(weight_file(Path(weights))))
     spec = BACKBONES[name]
-    return download(name, spec.url, checkpoint_path(name), sha256=spec.sha256, progress=progress)
+    path = checkpoint_path(name)
+    if not path.exists():
+        download(name, spec.url, path, sha256=spec.sha256, progress=progress)
+    return to_native(read_weights(path, spec.sha256))
+
+
+def _advice(name: str, state: dict) -> str:
+    """What to do about a state dict that does not fit a backbone, by what it holds."""
+    if not (found := sizes(state)):
+        return f"it has {len(state)} entries, such as {', '.join(sorted(state)[:3])[:200] or 'none'}; give a backbone's"
+    fitting = [other for other, spec in BACKBONES.items() if found.items() <= spec._asdict().items()]
+    if name in fitting:
+        return f"it looks like {kind(found)} all the same, but is no published file of it: get that"
+    if fitting:
+        return f"these look like {kind(found)}: use --backbone {' or '.join(fitting)}"
+    return f"these look like {kind(found)}, which none of the backbones is"
 
 
 def _read_tiny(weights) -> dict:
@@ -224,7 +243,7 @@ def _read_tiny(weights) -> dict:
 
 
 def main(arguments=None):
-    """Fetch a published backbone ahead of time: download, check, print the file's path."""
+    """Fetch a published backbone ahead of time, check it, print the file's path."""
     parser = argparse.ArgumentParser(prog="python -m stego_parts.backbones", description=main.__doc__)
     parser.add_argument("name", choices=BACKBONES)
     name = parser.parse_args(arguments).name

@@ -1,10 +1,7 @@
 """The vision transformer of DINO (Caron et al. 2021) and DINOv2 (Oquab et al. 2023) for dense features.
 
-Parameters have the names of the published state dicts: `convert_dino` only strips prefixes, folds LayerScale
-and drops what features do not depend on.
+Parameters have the names of the published state dicts, LayerScale is part of the layers before it (layouts.py).
 """
-
-import re
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +9,6 @@ from torch import Tensor, nn
 
 EPS = 1e-6  # of LayerNorm, as DINO and DINOv2 were trained
 OFFSET = 0.1  # patches: what DINO adds to a grid's sides before it takes their ratio to the trained grid
-RELEASED = "net.model."  # prefix of the backbone in the released STEGO checkpoints
 
 
 class Block(nn.Module):
@@ -80,18 +76,3 @@ class ViT(nn.Module):
         square = trained.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         square = F.interpolate(square, mode="bicubic", **how)  # (1, C, h, w)
         return square.flatten(2).transpose(1, 2)
-
-
-def convert_dino(state: dict) -> dict:
-    """A ViT's state dict from one of DINO or DINOv2, a training checkpoint or a released STEGO checkpoint."""
-    state = state.get("teacher", state)
-    inside = state.get("state_dict", {}).items()
-    released = {key.removeprefix(RELEASED): value for key, value in inside if key.startswith(RELEASED)}
-    named = (released or state).items()
-    state = {re.sub(r"^(module\.)?(backbone\.)?", "", key): value for key, value in named}
-    for key in [key for key in state if re.search(r"\.ls[12]\.gamma$", key)]:  # LayerScale: into weights
-        gamma, linear = state.pop(key), "attn.proj" if ".ls1." in key else "mlp.fc2"
-        for part in ("weight", "bias"):
-            name = re.sub(r"ls[12]\.gamma$", f"{linear}.{part}", key)
-            state[name] = state[name] * gamma.view(-1, *[1] * (state[name].ndim - 1))
-    return {key: value for key, value in state.items() if not re.match(r"head|mask_token$", key)}

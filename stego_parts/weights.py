@@ -1,37 +1,51 @@
 """Weight files: read without executing anything, downloaded whole or not at all, checked before they fill a module."""
 
 import hashlib
-import io
+import json
+import math
+import os
 import pickle
 import re
 import socket
 import sys
 import zipfile
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from stego_parts.layouts import is_plain
+
 NET_TIMEOUT = 10  # seconds without an answer from the server before a download is given up
+HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")  # a model's file in a folder, the better one first
+MAX_HEADER = 100_000_000  # bytes: of a safetensors file, by its specification
+SAFE_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
-def download(name: str, url: str, path: Path, *, sha256: str, progress: bool) -> dict:
-    """The state dict of a published backbone, from the torch cache or the network; never leaves half a file."""
-    if path.exists():
-        return read_weights(path, sha256)
-    watched, timeout = progress and sys.stderr.isatty(), socket.getdefaulttimeout()
+def download(name: str, url: str, path: Path, *, sha256: str, progress: bool):
+    """Fetch a published weight file, whole or not at all; FileNotFoundError if it cannot be had."""
     by_hand = (
         f"put the file at {path} by hand, pass it as --weights FILE, or use --backbone tiny (no download)."
     )
+    timeout = socket.getdefaulttimeout()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # torch.hub writes to a temporary name and renames, but sets no time-out and announces downloads on stdout
-        socket.setdefaulttimeout(NET_TIMEOUT)
-        with redirect_stdout(sys.stderr if watched else io.StringIO()):
-            options = dict(map_location="cpu", progress=watched, weights_only=True)
-            torch.hub.load_state_dict_from_url(url, **options)
-        return read_weights(path, sha256)
+        socket.setdefaulttimeout(
+            NET_TIMEOUT
+        )  # torch.hub writes to a temporary name and renames, but sets none
+        torch.hub.download_url_to_file(url, str(path), progress=progress and sys.stderr.isatty())
+        read_weights(path, sha256)
     except OSError as error:
         raise FileNotFoundError(
             f"Could not download {name} from {url} ({first_line(error)}): {by_hand}"
@@ -45,17 +59,95 @@ def download(name: str, url: str, path: Path, *, sha256: str, progress: bool) ->
         socket.setdefaulttimeout(timeout)
 
 
+def weight_file(path: Path) -> Path:
+    """The weight file that a path means: itself, or the one in a folder or in the newest snapshot of a cached model.
+
+    Hugging Face's cache has a folder models--ORGANISATION--NAME for a model, with snapshots/REVISION/ in it.
+    """
+    if not path.is_dir():
+        return path
+    folders = [path, *sorted(path.glob("snapshots/*"), key=os.path.getmtime, reverse=True)]
+    for folder in folders:
+        for name in HUGGING_FACE:
+            if (folder / name).is_file():
+                return folder / name
+    raise FileNotFoundError(
+        f"No weight file in the folder {path}; looked for {' and '.join(HUGGING_FACE)} in it and in its snapshots. "
+        "Name the file."
+    )
+
+
 def read_weights(path: Path, sha256: str = "") -> dict:
-    """A dict of tensors from a file, nothing executed; ValueError if it is damaged or something else."""
+    """The dict in a file, tensors and whatever else, nothing executed; ValueError if damaged or something else."""
     if not path.is_file():
-        raise FileNotFoundError(f"No weight file at {path}; give the path of a .pth file.")
+        raise FileNotFoundError(
+            f"No weight file at {path}; give the path of a file (.pth, .safetensors, ...) or of a Hugging Face folder."
+        )
     if sha256 and not (found := hashlib.sha256(path.read_bytes()).hexdigest()).startswith(sha256):
         raise ValueError(f"{path} is damaged: its SHA-256 is {found[:12]}…, it should be {sha256[:12]}….")
-    state = read_checkpoint(path)
+    state = read_safetensors(path) if is_safetensors(path) else read_checkpoint(path)
     if not isinstance(state, dict):
         what = "foreign object" if isinstance(state, Inert) else type(state).__name__
-        raise ValueError(f"{path} holds a {what}; a backbone needs a dict of tensors.")
+        raise ValueError(
+            f"{path} holds a {what}; a backbone needs a dict of tensors: save the network's state_dict()."
+        )
     return state
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: the length of a header in eight bytes, then the header, JSON."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: {name: {dtype, shape, data_offsets}} as JSON, then their bytes.
+
+    ValueError where the header and the bytes do not add up: the tensors must fill them without gap or overlap.
+    """
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    data = memoryview(content)[8 + length :]
+    try:
+        if 8 + length > len(content):
+            raise ValueError("its header is cut off")
+        header = json.loads(content[8 : 8 + length])
+        header.pop("__metadata__", None)
+        end = 0
+        state = {}
+        for name, entry in sorted(header.items(), key=_place):
+            begin = end
+            end = begin + _nbytes(entry)
+            if entry["data_offsets"] != [begin, end] or end > len(data):
+                raise ValueError(f"{name} is at bytes {entry['data_offsets']}, not at {begin} to {end}")
+            state[name] = _tensor(data[begin:end], entry)
+        if end != len(data):
+            raise ValueError(f"{len(data)} bytes of tensors where the header tells of {end}")
+    except Exception as error:  # a header may hold anything
+        raise ValueError(
+            f"{path} is a damaged safetensors file ({first_line(error)}); get it again."
+        ) from error
+    return state
+
+
+def _place(item: tuple[str, dict]) -> list[int]:
+    return item[1]["data_offsets"]
+
+
+def _nbytes(entry: dict) -> int:
+    """Size of a tensor in a safetensors header, in bytes."""
+    shape = entry["shape"]
+    if not all(type(side) is int and side >= 0 for side in shape):
+        raise ValueError(f"a shape {shape}")
+    return math.prod(shape) * SAFE_TYPES[entry["dtype"]].itemsize
+
+
+def _tensor(data: memoryview, entry: dict) -> Tensor:
+    dtype = SAFE_TYPES[entry["dtype"]]
+    if not data:
+        return torch.empty(entry["shape"], dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(entry["shape"])
 
 
 def read_checkpoint(path: Path):
@@ -111,23 +203,27 @@ class _InertPickle:
         return _InertUnpickler(file, **options).load()
 
 
-def fill(module: nn.Module, state: dict, name: str, *, source):
-    """Load a state dict after checking every name, shape and value."""
+def misfit(module: nn.Module, state: dict) -> str:
+    """The first thing that keeps a state dict from filling a module, as part of a sentence; "" if nothing does."""
     needed = module.state_dict()
-    misfits = [f"it lacks {key}" for key in sorted(needed.keys() - state.keys())]
-    misfits += [f"it has an unknown entry {key}" for key in sorted(state.keys() - needed.keys())]
-    misfits += [
-        f"{key} is {shape_of(state[key])}, it should be {shape_of(want)}"
-        for key, want in needed.items()
-        if key in state and shape_of(state[key]) != shape_of(want)
-    ]
-    if misfits:
-        raise ValueError(
-            f"{source} does not fit the backbone {name}: {misfits[0]}; name the backbone it was made for."
-        )
+    for key in sorted(needed.keys() - state.keys()):
+        return f"it lacks {key}"
+    for key in sorted(state.keys() - needed.keys()):
+        return f"it has an unknown entry {key}"
+    for key, want in needed.items():
+        if shape_of(state[key]) != shape_of(want):
+            return f"{key} is {shape_of(state[key])}, it should be {shape_of(want)}"
+        if not is_plain(state[key]) or state[key].is_floating_point() != want.is_floating_point():
+            return f"{key} is no dense tensor of {want.dtype} in memory"
+    return ""
+
+
+def fill(module: nn.Module, state: dict, *, source):
+    """Load a state dict that fits; ValueError for values that no training leaves behind."""
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"{source} is damaged: {key} holds NaN or infinite values.")
+    needed = module.state_dict()
     module.load_state_dict({key: state[key].to(want.dtype) for key, want in needed.items()}, assign=True)
 
 
