@@ -1,26 +1,30 @@
 """Where on Earth the pixels of a GeoTIFF lie: its tags, read for areas and written into masks."""
 
 import math
+from typing import Any
 
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from stego_parts.images import IGNORE, TIFF, open_image
+from stego_parts.images import IGNORE, TIFF
+from stego_parts.tiff import NO_DATA, read_tags
 
 DOUBLE, SHORT, ASCII = 12, 3, 2  # types of TIFF tags
-PIXEL_SCALE, TRANSFORMATION, GEO_KEYS, NO_DATA, DESCRIPTION = 33550, 34264, 34735, 42113, 270  # TIFF tags
+PIXEL_SCALE, TRANSFORMATION, GEO_KEYS, DESCRIPTION = 33550, 34264, 34735, 270  # TIFF tags
 MODEL_TYPE, LINEAR_UNIT, PROJECTED, METRE = 1024, 3076, 1, 9001  # of GEO_KEYS: two keys, a value of each
 GEO_TAGS = dict.fromkeys((PIXEL_SCALE, 33922, TRANSFORMATION, 34736), DOUBLE)  # GeoTIFF 1.1
 GEO_TAGS |= {GEO_KEYS: SHORT, 34737: ASCII, 42112: ASCII, NO_DATA: ASCII}  # the last two are GDAL's
 
 
-def geo_tags(source) -> dict:
+def geo_tags(source: Any) -> dict:
     """The GeoTIFF tags of an image file that have the right type; {} of what is no TIFF file."""
     if getattr(source, "suffix", "").lower() not in TIFF:
         return {}
-    with open_image(source, "an image") as image:
-        tags = getattr(image, "tag_v2", {})  # the suffix may be wrong
-        return {tag: tags[tag] for tag, kind in GEO_TAGS.items() if tag in tags and tags.tagtype[tag] == kind}
+    with open(source, "rb") as file:
+        tags: Any = read_tags(file)
+    if tags is None:  # the suffix is wrong
+        return {}
+    return {tag: tags[tag] for tag, kind in GEO_TAGS.items() if tag in tags and tags.tagtype[tag] == kind}
 
 
 def pixel_area(tags: dict) -> float | None:
@@ -39,7 +43,7 @@ def pixel_area(tags: dict) -> float | None:
     return area if 0 < area < math.inf else None
 
 
-def mask_tags(tags, note: str) -> ImageFileDirectory_v2:
+def mask_tags(tags: dict, note: str) -> ImageFileDirectory_v2:
     """The tags of a TIFF mask: those of its image but for the value of no data, and a note."""
     directory = ImageFileDirectory_v2()
     for tag, value in {**dict(tags), NO_DATA: str(IGNORE), DESCRIPTION: note}.items():

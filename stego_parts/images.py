@@ -4,33 +4,38 @@ Images come in as upright RGB whatever they were on disk; masks leave as 8-bit i
 """
 
 import io
-import logging
-import math
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from threading import Lock
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngInfo
 
+from stego_parts.depth import color_bands, holds_data, is_alpha, scale_to_8_bit, valid_pixels
 from stego_parts.files import write_bytes
+from stego_parts.tiff import WHITE_IS_ZERO, Tiff, no_data, read_tiff
 
-log = logging.getLogger("stego")
+Source = Any  # what read_picture takes
 
 BACKDROP = (255, 255, 255)  # transparent pixels are shown on white
 IGNORE = 255  # mask value of "no segment"
-WHITE_PERCENTILE = 99.9  # of the values of a deep image: what its brightest pixels but a few hot ones reach
-SCALE_SAMPLE = 4_000_000  # values of a deep image, about, whose percentiles are taken
 FIRST_COLOR = (0, 135, 195)  # of cluster 0
 XYZ_OF_RGB = np.array(  # of linear sRGB (IEC 61966-2-1)
     [(0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041)]
 )
+DEEP_MODES = {
+    f"{mode};16B": f"{mode};16L" for mode in ("RGB", "RGBA", "RGBX")
+}  # of decoders: the other order
+FILM = " If it is a film, take frames of it: `ffmpeg -i FILM -vf fps=10 frames/%05d.png`."
+OTHER_KINDS = dict.fromkeys(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .mts".split(), FILM)
+OTHER_KINDS |= dict.fromkeys((".heic", ".heif"), " Store it as JPEG: `heif-convert IN.heic OUT.jpg`.")
 TIFF = (".tif", ".tiff")
 FORMS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"} | dict.fromkeys(TIFF, "TIFF")  # as Pillow says
 NOTE = "stego"  # key of the note in PNG
@@ -53,66 +58,175 @@ class Window(NamedTuple):
         return f"{self.path} at {self.box[0]},{self.box[1]}"
 
 
-@lru_cache(1)  # its windows are read one after the other
-def _whole_image(path: Path) -> Image.Image:
-    return read_image(path)
+class Picture(NamedTuple):
+    """An image as everything here sees it: upright 8-bit RGB, and which pixels (H, W) hold data; None: all do."""
+
+    image: Image.Image
+    valid: np.ndarray | None = None
+
+
+_whole_image_lock = Lock()
+
+
+def _whole_picture(path: Path, bands: tuple[int, ...]) -> Picture:
+    """An image whose windows are read one after the other, decoded once: other threads wait for the first."""
+    with _whole_image_lock:
+        return _latest_picture(path, bands)
+
+
+@lru_cache(1)
+def _latest_picture(path: Path, bands: tuple[int, ...]) -> Picture:
+    return read_picture(path, bands=bands)
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(width, height) of an image file as displayed, from its head; errors as those of `read_image`."""
-    with open_image(path, "an image") as image:
+    with _as_errors(path, "an image"), open(path, "rb") as file:
+        tiff = read_tiff(file)
+        if tiff and _read_here(tiff, ()):
+            return (tiff.height, tiff.width) if tiff.orientation > 4 else (tiff.width, tiff.height)
+        file.seek(0)
+        image = Image.open(file)
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
         return image.size[::-1] if turned else image.size
 
 
-def read_image(source: Path | str | BinaryIO | Image.Image | np.ndarray | Window) -> Image.Image:
-    """An upright 8-bit RGB picture of a path or part of it, a binary file, a PIL image or an array (H, W, 3) uint8.
+def read_image(source: Source, *, bands: tuple[int, ...] = ()) -> Image.Image:
+    """The picture of `read_picture`, without a word on which pixels hold data."""
+    return read_picture(source, bands=bands).image
+
+
+def read_picture(source: Source, *, bands: tuple[int, ...] = ()) -> Picture:
+    """A path or part of it, a binary file, a PIL image or an array (H, W, 3) uint8, as upright 8-bit RGB.
 
     EXIF rotation is applied, what has 16 bits or is float is scaled to 8 bits, transparency is laid on white; an
-    animation shows its first frame. Raises FileNotFoundError, or ValueError: the file and what is wrong.
+    animation shows its first frame. What is wholly transparent, NaN, or has the value that GDAL's tag names holds no
+    data: it is white. bands: numbers, from 1, of the one or three that are shown; (): the first three.
+    Raises FileNotFoundError, or ValueError: the file and what is wrong.
     """
+    if isinstance(source, Picture):
+        return source
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
             raise ValueError(f"Got an array {source.dtype} {source.shape}; an image must be uint8 (H, W, 3).")
-        return Image.fromarray(source)
+        return Picture(Image.fromarray(source))
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        return _to_picture(source, bands)
     if isinstance(source, Window):
-        return _whole_image(source.path).crop(source.box)
-    name = source
+        return _crop(_whole_picture(source.path, tuple(bands)), source.box)
     if hasattr(source, "read"):  # a pipe cannot be wound back: read it whole
-        name, source = str(getattr(source, "name", "the image")), io.BytesIO(source.read())
-    elif not Path(source).is_file():  # a FIFO would block, a folder would confuse
+        with _as_errors(getattr(source, "name", "the image"), "an image"):
+            return _read_file(io.BytesIO(source.read()), bands)
+    if not Path(source).is_file():  # a FIFO would block, a folder would confuse
         raise FileNotFoundError(f"{source} is not an image file.")
-    if Path(name).suffix.lower() == ".mat":
-        return Image.fromarray(np.ascontiguousarray(read_mat(source, "img")[..., :3]))
-    with open_image(source, "an image", name=name) as image:
-        _restore_depth(image, source)
-        return _to_rgb(image)
+    if Path(source).suffix.lower() == ".mat":
+        return Picture(Image.fromarray(np.ascontiguousarray(read_mat(source, "img")[..., :3])))
+    with _as_errors(source, "an image"), open(source, "rb") as file:
+        return _read_file(file, bands)
+
+
+def _crop(picture: Picture, box: tuple[int, int, int, int]) -> Picture:
+    left, top, right, bottom = box
+    valid = None
+    if picture.valid is not None:
+        valid = picture.valid[top:bottom, left:right]
+    return Picture(picture.image.crop(box), None if valid is None or valid.all() else valid)
+
+
+def _read_file(file: BinaryIO, bands: tuple[int, ...]) -> Picture:
+    """The picture in a binary file that can be wound back."""
+    tiff = read_tiff(file)
+    if tiff and _read_here(tiff, bands):
+        return _tiff_picture(tiff, file, bands)
+    file.seek(0)
+    with Image.open(file) as image:
+        _restore_depth(image, file)
+        return _to_picture(image, bands, no_data=no_data(getattr(image, "tag_v2", {})))
+
+
+def _read_here(tiff: Tiff, bands: tuple[int, ...]) -> bool:
+    """Whether a TIFF file is read without Pillow; ValueError for one that neither reads right."""
+    if tiff.is_pillows and not bands:
+        return False
+    if not tiff.is_readable and tiff.bands > 1 and (tiff.dtype.itemsize > 1 or bands):
+        raise ValueError(
+            f"{tiff.bands} bands of {tiff.dtype.name}, compression {tiff.compression}, photometric interpretation "
+            f"{tiff.photometric}, are not read right; store it anew, with `gdal_translate -co COMPRESS=DEFLATE`, say"
+        )
+    if tiff.is_readable and tiff.height * tiff.width > 2 * (Image.MAX_IMAGE_PIXELS or np.inf):
+        raise Image.DecompressionBombError
+    return tiff.is_readable
+
+
+def _tiff_picture(tiff: Tiff, file: BinaryIO, bands: tuple[int, ...]) -> Picture:
+    """The picture in a TIFF file that Pillow would read wrong or not at all."""
+    colors = color_bands(tiff.bands, bands, alpha=tiff.alpha, kind=tiff.dtype.name)
+    alpha = [] if bands or tiff.alpha is None else [tiff.alpha]
+    samples = _upright(tiff.read(file, colors + alpha), tiff.orientation)
+    shown = samples[..., : len(colors)]
+    data = holds_data(shown, tiff.no_data)
+    opacity = None
+    if alpha:
+        opacity = _opacity(samples[..., -1])
+    if opacity is not None:
+        opaque = np.broadcast_to(opacity[..., None] > 0, shown.shape)
+        data = opaque if data is None else data & opaque
+    if tiff.dtype != np.uint8:
+        shown = scale_to_8_bit(shown, data)
+    if tiff.photometric == WHITE_IS_ZERO:
+        shown = 255 - shown
+    if len(colors) == 1:
+        shown = np.repeat(shown, 3, 2)  # (H, W, 3)
+    if opacity is not None:
+        shown = np.concatenate([shown, opacity[..., None]], 2)  # (H, W, 4)
+    return _on_backdrop(Image.fromarray(np.ascontiguousarray(shown)), valid_pixels(data))
+
+
+def _opacity(alpha: np.ndarray) -> np.ndarray | None:
+    """A band (H, W) of any type that is called alpha as (H, W) uint8, its largest value 255; None if it is no alpha."""
+    largest = max(float(alpha.max()), 1e-12)
+    opacity = (alpha * (255 / largest)).clip(0, 255).astype(np.uint8)
+    return opacity if is_alpha(opacity) else None
+
+
+def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:
+    """Samples (H, W, n) as they are displayed, by the EXIF number of how they are stored."""
+    if orientation in (3, 4, 6, 7):
+        samples = samples[::-1]
+    if orientation in (2, 3, 7, 8):
+        samples = samples[:, ::-1]
+    return samples if orientation < 5 else samples.swapaxes(0, 1)
 
 
 @contextmanager
-def open_image(path, what: str, *, name=None) -> Iterator[Image.Image]:
-    """A Pillow image of a path or file; errors, those of decoding in the block too, become one ValueError."""
-    name = path if name is None else name
+def open_image(path: Path | str, what: str) -> Iterator[Image.Image]:
+    """A Pillow image of a file; errors, those of decoding in the block too, become one ValueError."""
+    with _as_errors(path, what), Image.open(path) as image:
+        yield image
+
+
+@contextmanager
+def _as_errors(name: Any, what: str) -> Iterator[None]:
+    """Whatever reading a file ends with, as one ValueError that names it."""
+    start = f"Cannot read {name} as {what}"
     try:
         with warnings.catch_warnings():  # of a large photo; one twice as large is an error
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                yield image
+            yield
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"{name} has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.3g} megapixels; if you trust it, "
+            f"{name} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.3g} megapixels; if you trust it, "
             "raise the limit with --max-megapixels."
         ) from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"Cannot read {name} as {what} (no known format).") from error
+        advice = OTHER_KINDS.get(Path(str(name)).suffix.lower(), "")
+        raise ValueError(f"{start} (no known format).{advice}") from error
     except Exception as error:  # decoders raise whatever a damaged file leads them to, struct.error say
         reason = getattr(error, "strerror", None) or str(error).strip() or "broken file"
-        raise ValueError(f"Cannot read {name} as {what} ({reason.splitlines()[0]}).") from error
+        raise ValueError(f"{start} ({reason.splitlines()[0]}).") from error
 
 
-def read_mat(path, key: str) -> np.ndarray:
+def read_mat(path: Path | str, key: str) -> np.ndarray:
     """The whole numbers 0..255 under `key` in a MATLAB file, as Potsdam-3 comes: uint8, whatever their type there.
 
     ValueError for anything else.
@@ -132,65 +246,68 @@ def read_mat(path, key: str) -> np.ndarray:
     return array.astype(np.uint8)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_picture(image: Image.Image, bands: tuple[int, ...], *, no_data: float | None = None) -> Picture:
+    """A picture of a Pillow image; no_data: the value of pixels without data."""
     image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_scale_to_8_bit(np.asarray(image))).convert("RGB")
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+    deep = image.mode == "F" or image.mode.startswith("I")
+    data = None
+    if deep or no_data is not None:
+        samples = np.atleast_3d(np.asarray(image))  # (H, W, 1 or more)
+        colors = sum(band not in "Aa" for band in image.getbands())
+        data = holds_data(samples[..., :colors], no_data)
+    if deep:
+        image = Image.fromarray(scale_to_8_bit(samples, data)[..., 0])
+    elif "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
+    if bands:
+        image = image.convert("RGB") if image.mode == "P" else image
+        samples = np.atleast_3d(np.asarray(image))
+        image = Image.fromarray(samples[..., color_bands(samples.shape[2], bands)].repeat(3 // len(bands), 2))
+    elif image.mode == "RGBA" and not is_alpha(np.asarray(image.getchannel("A"))):
+        image = image.convert("RGB")
+    return _on_backdrop(image, valid_pixels(data))
+
+
+def _on_backdrop(image: Image.Image, valid: np.ndarray | None) -> Picture:
+    """What is transparent or holds no data laid on the backdrop; what is wholly transparent holds none."""
+    if image.mode == "RGBA":
+        opaque = np.asarray(image.getchannel("A")) > 0
+        valid = opaque if valid is None else valid & opaque
         backdrop = Image.new("RGBA", image.size, BACKDROP)
         image = Image.alpha_composite(backdrop, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    if valid is None or valid.all():
+        return Picture(image)
+    image.paste(BACKDROP, mask=Image.fromarray(~valid))
+    return Picture(image, valid)
 
 
-def _restore_depth(image: Image.Image, source):
-    """Scale a picture with 16 bits a channel by the bits that it uses, in place.
+def _restore_depth(image: ImageFile, file: BinaryIO) -> None:
+    """Scale a picture of another kind than TIFF with 16 bits a channel by the bits that it uses, in place.
 
-    Pillow keeps the first byte of each value and knows both orders of bytes: reading them in either gives all.
+    Pillow keeps the first byte of each value, which is the high one, and knows both orders of bytes: reading them in
+    the other order gives the low ones.
     """
-    given = [tile[3] for tile in image.tile]  # arguments of the decoder, the order of bytes first or alone
-    modes = [str(each[0] if isinstance(each, tuple) and each else each) for each in given]
-    if not modes or any(mode[:-1] not in ("RGB;16", "RGBA;16", "RGBX;16") for mode in modes):
+    arguments: list = [tile[3] for tile in image.tile if tile[3]]
+    modes = [each if isinstance(each, str) else each[0] for each in arguments]
+    if not modes or any(mode not in DEEP_MODES for mode in modes):
         return
-    other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
-    swapped = [mode[:-1] + other[mode[-1]] for mode in modes]
-    swapped = [(mode, *args[1:]) if isinstance(args, tuple) else mode for mode, args in zip(swapped, given)]
-    tiles, high = image.tile, np.asarray(image)  # (H, W, 3 or 4); loading empties image.tile
-    if hasattr(source, "seek"):
-        source.seek(0)
-    with Image.open(source) as again:
-        make = getattr(type(tiles[0]), "_make", tuple)  # named tuples since Pillow 11
-        again.tile = [make((*tile[:3], args)) for tile, args in zip(tiles, swapped)]
+    tiles = image.tile
+    high = np.asarray(image)  # (H, W, 3 or 4); loading empties image.tile
+    file.seek(0)
+    with Image.open(file) as again:
+        make: Any = getattr(type(tiles[0]), "_make", tuple)  # named tuples since Pillow 11
+        again.tile = [make((*tile[:3], _swapped(each))) for tile, each in zip(tiles, arguments)]
         colors = high[..., :3].astype(np.uint16) << 8 | np.asarray(again)[..., :3]
-    image.paste(Image.fromarray(np.concatenate([_scale_to_8_bit(colors), high[..., 3:]], 2)))
+    data = np.repeat(high[..., 3:] > 0, 3, 2) if high.shape[2] == 4 else None
+    image.paste(Image.fromarray(np.concatenate([scale_to_8_bit(colors, data), high[..., 3:]], 2)))
 
 
-def _scale_to_8_bit(grey: np.ndarray) -> np.ndarray:
-    """Deep greys (H, W) or colours (H, W, C) by the bits that their values use, 12 of 16, say.
-
-    Floats up to 1 are shares of white. Where there are negative values, the least is black and the largest white.
-    """
-    every = math.ceil(math.sqrt(grey.size / SCALE_SAMPLE))
-    sample = np.nan_to_num(grey[::every, ::every].astype(np.float64), posinf=0, neginf=0)
-    low, high = np.percentile(sample, [100 - WHITE_PERCENTILE, WHITE_PERCENTILE]).tolist()
-    if low < 0:
-        white = high - low
-    else:
-        low, floor = 0.0, 1e-12 if grey.dtype.kind == "f" else 255
-        white = max(2.0 ** math.frexp(high)[1] - (high >= 1), floor)  # 1, 3, 7, ... or 1/2, 1/4, ...
-        if white not in (1, 255, 65535):
-            _warn_scaled(white)
-    scaled = np.empty(grey.shape, np.uint8)
-    for row, values in enumerate(grey):  # a row at a time, in little memory
-        values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0) - low
-        scaled[row] = (values * (255 / max(white, 1e-12))).clip(0, 255).round()
-    return scaled
-
-
-@cache
-def _warn_scaled(white: float):
-    """Once for all images."""
-    log.warning("Images with values up to %g are scaled to that, not to the range of their type.", white)
+def _swapped(arguments: str | tuple) -> str | tuple:
+    """The arguments of a decoder, the mode first or alone, with the other order of bytes."""
+    if isinstance(arguments, str):
+        return DEEP_MODES[arguments]
+    return (DEEP_MODES[arguments[0]], *arguments[1:])
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
@@ -242,7 +359,9 @@ def mask_image(mask: np.ndarray, palette: np.ndarray) -> Image.Image:
     return image
 
 
-def write_image(image: Image.Image, path: Path | str, *, note="", form: str | None = None, tags=None):
+def write_image(
+    image: Image.Image, path: Path | str, *, note: str = "", form: str | None = None, tags: Any = None
+) -> None:
     """Save whole or not at all, with a note in it, in the format of the suffix, else in `form`.
 
     tags: an ImageFileDirectory_v2 for a TIFF, in which the note is one.
@@ -253,7 +372,7 @@ def write_image(image: Image.Image, path: Path | str, *, note="", form: str | No
     packed, text = io.BytesIO(), PngInfo()
     if note:
         text.add_text(NOTE, note)
-    options = {
+    options: dict[str, dict] = {
         "PNG": dict(pnginfo=text),
         "JPEG": dict(quality=90, comment=note),
         "TIFF": dict(compression="tiff_adobe_deflate", tiffinfo=tags),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from tiffs import DEFLATE, tiff_of
 
 from cli import main
 from cli_parts.datasets import read_label
@@ -85,6 +86,13 @@ def test_images(tmp_path, capsys):
         for mode in ("RGB", "L", "P")
         if (form, mode) not in {("JPEG", "P"), ("PPM", "P"), ("WEBP", "P")}
     ]
+    for kind, layout in (
+        (np.uint16, dict(apart=True)),
+        (np.float32, dict(tile=16)),
+        (np.int16, dict(strip=5)),
+    ):
+        values = np.random.default_rng(0).integers(0, 255, (24, 32, 5)).astype(kind)
+        seeds.append(("TIFF", tiff_of(values, compression=DEFLATE, predictor=2, no_data="7", **layout)))
     for found in read_mutated(read_image, seeds, tried, 0, tmp_path):
         assert found is None or (found.mode == "RGB" and min(found.size) > 0)
         refused += found is None

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiffs import DEFLATE, tiff_of
 
 from cli_parts.outputs import output_names
-from stego_parts import images
+from stego_parts import depth
 from stego_parts.features import five_crops, to_tensor
 from stego_parts.files import find_images, replacing
 from stego_parts.images import distinct_colors, mask_image, read_image, square, to_lab, write_image
@@ -69,7 +70,7 @@ def deep(values, kind, path):
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, caplog):
-    images._warn_scaled.cache_clear()
+    depth._warn_scaled.cache_clear()
     assert np.abs(deep((RAMP * 257).round(), np.uint16, tmp_path / "x.png") - RAMP).max() <= 1
     assert np.array_equal(deep(RAMP, np.uint16, tmp_path / "x.tif"), RAMP.astype(int)) and not caplog.messages
 
@@ -88,7 +89,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, caplog):
 )
 def test_values_are_scaled_by_the_bits_they_use(tmp_path, caplog, kind, top, white):
     """One hot pixel in a thousand does not count, and many files are one warning."""
-    images._warn_scaled.cache_clear()
+    depth._warn_scaled.cache_clear()
     values = np.tile(RAMP / 255, (10, 10)) * top
     values[0, 0] = 1 if top < 1 else 60_000 if top < 60_000 else 2**30
     for name in ("a.tif", "b.tif"):
@@ -111,31 +112,9 @@ def png_of(values):
     return b"\x89PNG\r\n\x1a\n" + parts
 
 
-def tiff_of(values, order="<", packed=False):
-    """A TIFF of 16 bits a channel (H, W, 3), one strip, little- or big-endian, deflated or not (TIFF 6.0)."""
-    height, width, channels = values.shape
-    data = values.astype(f"{order}u2").tobytes()
-    data = zlib.compress(data) if packed else data
-    bits = 8 + 2 + 9 * 12 + 4
-    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 8 if packed else 1), (262, 3, 2)]
-    tags += [(273, 4, bits + 6), (277, 3, channels), (278, 4, height), (279, 4, len(data))]
-    entries = b"".join(
-        struct.pack(f"{order}HHII", tag, kind, 3, value)
-        if tag == 258
-        else struct.pack(
-            f"{order}HHI{'I' if kind == 4 else 'HH'}", tag, kind, 1, *([value] if kind == 4 else [value, 0])
-        )
-        for tag, kind, value in tags
-    )
-    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8)
-    return (
-        head + struct.pack(f"{order}H", 9) + entries + bytes(4) + struct.pack(f"{order}3H", 16, 16, 16) + data
-    )
-
-
 @pytest.mark.parametrize("top", [4095, 65535])
 @pytest.mark.parametrize(
-    "write", [png_of, tiff_of, partial(tiff_of, order=">"), partial(tiff_of, packed=True)]
+    "write", [png_of, tiff_of, partial(tiff_of, order=">"), partial(tiff_of, compression=DEFLATE)]
 )
 def test_deep_colours_keep_their_depth(write, top):
     """12 bits of 16 in each of three colours: all values come out, not the 16 that the first byte tells apart."""
