@@ -11,59 +11,28 @@ matter of minutes: the backbone is frozen and nothing is augmented, so every cro
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crf import dense_crf, upsample_along_edges, working_size
 from kmeans import CosineKMeans
+from stego_parts import clusters, running
 from stego_parts.backbones import CUSTOM, load_backbone
-from stego_parts.checkpoint import FitCheckpoint, Training
-from stego_parts.clusters import (
-    adapted_centers,
-    check_same_features,
-    class_scores,
-    dot_products,
-    inherit_ids,
-    match_clusters_to,
-    pixels,
-    unmirror,
-    upsampled_argmax,
-)
-from stego_parts.config import RELEASED, Config, clustering_settings, fit_config, source_names
-from stego_parts.diagnostics import cluster_agreement, plausible_counts, training_warning
-from stego_parts.features import (
-    BILINEAR,
-    RESOLUTION,
-    TokenCache,
-    backbone_size,
-    check_resolution,
-    dense_features,
-    encode,
-    to_tensor,
-)
-from stego_parts.files import find_images
+from stego_parts.checkpoint import FitCheckpoint, Training, training_warning
+from stego_parts.config import RELEASED, Config, fit_config, recluster_config, source_names
+from stego_parts.features import RESOLUTION, TokenCache, dense_features, encode, input_image
+from stego_parts.files import Sources, find_images
 from stego_parts.images import distinct_colors, read_image
 from stego_parts.models import check_backbone, check_model, damaged, read_model, write_model
-from stego_parts.running import (
-    Progress,
-    data_parallel,
-    from_first,
-    no_progress,
-    pick_device,
-    process_count,
-    rank,
-    to_device,
-)
-from stego_parts.tiles import blended_codes, label_blocks, tile_side, tiles_of
+from stego_parts.running import Progress, from_first, no_progress, pick_device, to_device
+from stego_parts.tiles import image_codes, label_image, tiles_of
 
 log = logging.getLogger("stego")
 Describe = Callable[[Tensor], Tensor]  # tokens (..., C) -> what is clustered (..., D)
@@ -73,7 +42,6 @@ NEIGHBORS = 7  # nearest neighbours x_knn is drawn from (Sec. 4)
 DERANGEMENTS = 5  # ways a batch is shuffled for x_rand, averaged (reference implementation)
 LEARNING_RATE = 5e-4  # Adam, no schedule (App. A.11)
 DROPOUT = 0.1  # share of channels dropped (reference implementation)
-CRF_SIZE = 0.5  # megapixels at which the CRF runs on larger photos
 # b's from the data: standard deviations from the mean correspondence.
 SHIFTS = {"b_self": -0.5, "b_knn": -0.5, "b_rand": 2.0}
 SHIFT_CROPS = 64  # crops whose correspondences set the b's
@@ -82,20 +50,18 @@ LOOK_EVERY = 10  # steps between two measurements of the codes' similarities
 SIMILARITIES = 32_000_000  # similarities in memory at once: 128 MB
 CLUSTER_ROWS = 100_000  # codes that k-means sees
 CLUSTER_STARTS = 12  # of k-means: with three, mIoU swings by one to two points between seeds
-CROWD_ROWS = 500  # codes that stand for all where crowding is measured
-CROWD_SHARPNESS = 10.0  # crowding: mean of exp(10 (cosine - 1)), which halves at an angle of 21 degrees
-AGREEMENT_ROWS = 20_000  # codes of each half of the images, for -k auto
 
 
 # ---- nearest neighbours (Sec. 4: cosine similarity of averaged features) ---------------------------------------
 
 
-def nearest_neighbors(means: Tensor, count: int = NEIGHBORS, *, device="cpu") -> Tensor:
+def nearest_neighbors(means: Tensor, count: int = NEIGHBORS, *, device: str | torch.device = "cpu") -> Tensor:
     """The `count` most similar other rows of unit rows (n, C) -> (n, min(count, n - 1)) int64, in bounded memory.
 
     A single row is its own neighbour.
     """
-    n, means = len(means), means.to(device)
+    n = len(means)
+    means = means.to(device)
     count = max(min(count, n - 1), 1)
     room = means.new_empty(min(max(SIMILARITIES // n, 1), n), n)  # reused: fresh memory costs a third more
     neighbors = []
@@ -154,10 +120,11 @@ def shifts_from_data(cache: TokenCache, neighbors: Tensor, config: Config) -> di
         "b_knn": neighbors[crops, torch.randint(neighbors.shape[1], crops.shape)],
         "b_rand": crops.roll(1),
     }
-    f, shifts = unit(cache.sample(crops, POSITIONS)), {}
+    f = unit(cache.sample(crops, POSITIONS))  # (crops, P, C)
+    shifts = {}
     for name, partner in partners.items():
         other = f if name == "b_self" else unit(cache.sample(partner, POSITIONS))
-        weight = correspondence(f, other)
+        weight = correspondence(f, other)  # (crops, P, P)
         weight = centered(weight) if config.centering else weight
         shifts[name] = float(weight.mean() + SHIFTS[name] * weight.std())
     return {name: b for name, b in shifts.items() if getattr(config, name) is None}
@@ -182,7 +149,7 @@ class Head(nn.Module):
     clustered: the cosine of two descriptions is the weighted mean of both cosines. 0: codes alone, as in the paper.
     """
 
-    def __init__(self, channels: int, code_size: int, *, feature_weight: float = 0.0):
+    def __init__(self, channels: int, code_size: int, *, feature_weight: float = 0.0) -> None:
         super().__init__()
         self.feature_weight = feature_weight
         self.mean: Tensor
@@ -191,6 +158,7 @@ class Head(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, code_size))
 
     def forward(self, f: Tensor) -> Tensor:
+        """Features (..., P, C) -> codes (..., P, code_size)."""
         return self.linear(drop_channels(f, self.training)) + self.mlp(drop_channels(f, self.training))
 
     @property
@@ -223,16 +191,18 @@ def training_loss(head: nn.Module, f: Tensor, g: Tensor, f_knn: Tensor, config: 
     A term whose lambda is 0 is not computed.
     """
 
-    def term(name, *pair):
-        weight, b = getattr(config, f"lambda_{name}"), getattr(config, f"b_{name}")
-        return weight * correlation_loss(*pair, b, centering=config.centering, zero_clamp=config.zero_clamp)
+    def term(name: str, *pair: Tensor) -> Tensor:
+        b = getattr(config, f"b_{name}")
+        loss = correlation_loss(*pair, b, centering=config.centering, zero_clamp=config.zero_clamp)
+        return getattr(config, f"lambda_{name}") * loss
 
     same_image = torch.cat([f, g], 1)  # (B, 2P, C): shares its dropout
     s, t = unit(head(same_image)).split(f.shape[1], 1)
     f, g = unit(drop_channels(same_image, head.training)).split(f.shape[1], 1)
     loss = term("self", f, f, s, s) if config.lambda_self else 0 * s.sum()  # 0, but with a gradient
     if config.lambda_knn:
-        s_knn, f_knn = unit(head(f_knn)), unit(drop_channels(f_knn, head.training))
+        s_knn = unit(head(f_knn))
+        f_knn = unit(drop_channels(f_knn, head.training))
         loss = loss + term("knn", f, f_knn, s, s_knn)
     if config.lambda_rand and len(f) > 1:  # a lone crop has no random partner
         others = [derangement(len(f)).to(g.device) for _ in range(DERANGEMENTS)]
@@ -260,7 +230,7 @@ def train_head(
     fused = cache.device.type == "cuda" or None
     optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE, fused=fused)
     run = Training(head, optimizer, config, len(cache), checkpoint)
-    network = data_parallel(head)
+    network = running.data_parallel(head)
     for step in range(run.step, config.steps):
         anchor = run.next_crops()
         partner = neighbors[anchor, torch.randint(neighbors.shape[1], anchor.shape)]
@@ -286,7 +256,9 @@ def code_similarities(head: Head, f: Tensor, f_knn: Tensor) -> dict[str, float]:
     """
     head.eval()  # codes as they will be: no dropout
     s = unit(head(f))
-    partners = {"self": s, "knn": unit(head(f_knn))} | ({"rand": s.roll(1, 0)} if len(f) > 1 else {})
+    partners = {"self": s, "knn": unit(head(f_knn))}
+    if len(f) > 1:
+        partners["rand"] = s.roll(1, 0)
     head.train()
     return {name: float(correspondence(s, partner).mean()) for name, partner in partners.items()}
 
@@ -294,79 +266,54 @@ def code_similarities(head: Head, f: Tensor, f_knn: Tensor) -> dict[str, float]:
 # ---- clusters (Sec. 3.3: cosine k-means on the codes) ----------------------------------------------------------
 
 
-def cluster_codes(describe: Describe, cache: TokenCache, config: Config, *, progress: Progress = no_progress):
+def cluster_codes(
+    describe: Describe, cache: TokenCache, config: Config, *, progress: Progress = no_progress
+) -> tuple[Tensor, Tensor]:
     """Clusters of the codes of random tokens, most used first: their centres (K, D) and share of the codes (K,).
 
-    And third, for classes "auto", how much halves of the images agree on each number of clusters, else {}.
     describe: tokens (..., C) to what is clustered, (..., D); `Head.describe` in a fit.
     config.evenness: 0 clusters the codes as they are; towards 1, crowded directions weigh less and rare things get
     centres.
     """
-    agreement: dict[int, list[float]] = {}
-    if config.classes == "auto":
-        halves = partial(sample_halves, describe, cache, evenness=config.evenness)
-        agreement = cluster_agreement(halves, seed=config.seed, progress=progress)
     progress("clusters", 0, 1)
-    count = plausible_counts(agreement)[0] if agreement else int(config.classes)
-    codes = sample_codes(describe, cache, torch.arange(len(cache)), CLUSTER_ROWS)  # (N, D)
+    count = config.clusters
+    codes = sample_codes(describe, cache, CLUSTER_ROWS)  # (N, D)
     if len(codes) < count:
         raise ValueError(
-            f"{count} classes are more than there are positions to cluster; ask for fewer or give more images."
+            f"{count} clusters are more than there are positions to cluster; ask for fewer or give more images."
         )
     kmeans = CosineKMeans(count, n_init=CLUSTER_STARTS, seed=config.seed)
-    kmeans.fit(resample_by_density(codes, config.evenness))
+    kmeans.fit(clusters.resample_by_density(codes, config.evenness))
     share = torch.bincount(kmeans.predict(codes), minlength=count) / len(codes)
     order = share.argsort(descending=True, stable=True)
     progress("clusters", 1, 1)
-    return kmeans.cluster_centers_[order], share[order], agreement
+    return kmeans.cluster_centers_[order], share[order]
 
 
-def sample_codes(describe: Describe, cache: TokenCache, crops: Tensor, count: int) -> Tensor:
+def sample_codes(describe: Describe, cache: TokenCache, count: int) -> Tensor:
     """Codes (N, D) of random positions, as many of each crop: about `count` in all, fewer where there are no more."""
-    crops = crops if len(crops) <= count else crops[torch.randperm(len(crops))[:count]]
+    crops = torch.arange(len(cache))
+    if len(crops) > count:
+        crops = torch.randperm(len(crops))[:count]
     each = min(max(count // len(crops), 1), cache.tokens.shape[1])
     return torch.cat([describe(cache.sample(part, each)).flatten(0, 1) for part in crops.split(256)])
-
-
-@torch.no_grad()
-def sample_halves(describe: Describe, cache: TokenCache, *, evenness: float = 0.0) -> list[Tensor]:
-    """Codes of a random half of the images and of the others, (N, D) each; of one image's crops if it is alone."""
-    images = cache.images.unique()
-    first = images[torch.randperm(len(images))[: len(images) // 2]]
-    sides = torch.isin(cache.images, first) if len(images) > 1 else torch.arange(len(cache)) % 2 == 0
-    crops = [side.nonzero()[:, 0] for side in (sides, ~sides) if side.any()]
-    codes = [sample_codes(describe, cache, each, AGREEMENT_ROWS) for each in crops]
-    return [resample_by_density(each, evenness) for each in (codes * 2)[:2]]
-
-
-def resample_by_density(codes: Tensor, evenness: float) -> Tensor:
-    """As many rows drawn from codes (N, D), each with a chance of one over (how crowded its direction is) ** evenness.
-
-    k-means splits what is frequent; a mean over classes asks for what is rare as well. 0 leaves the rows as they are.
-    """
-    if not evenness:
-        return codes
-    near = unit(codes[torch.randperm(len(codes))[:CROWD_ROWS].to(codes.device)]).T  # (D, n)
-    cosines = (unit(part) @ near for part in codes.split(8192))
-    crowd = torch.cat([(CROWD_SHARPNESS * (cosine - 1)).exp().mean(1) for cosine in cosines]).cpu()
-    return codes[torch.multinomial(crowd**-evenness, len(codes), replacement=True).to(codes.device)]
 
 
 # ---- the model -------------------------------------------------------------------------------------------------
 
 
-class FitRecord(NamedTuple):
+@dataclass
+class FitRecord:
     """What a fit leaves for a report, in its own process: it is not saved.
 
     paths: of all images; images (n,), neighbors (n, <= 7): the image of each crop and its nearest neighbours;
-    history: see `train_head`; agreement: see `cluster_agreement`.
+    history: see `train_head`.
     """
 
     paths: list
     images: Tensor
     neighbors: Tensor
-    history: list
-    agreement: dict
+    history: list[dict]
 
 
 class Stego:
@@ -385,11 +332,16 @@ class Stego:
         share: Tensor,
         *,
         backbone_sha256: str,
-        device="cpu",
-    ):
-        self.config, self.backbone_sha256, self.device = config, backbone_sha256, device
-        self.head, self.centers, self.share = head.to(device), centers.to(device), share.cpu()
-        self.palette, self.names = distinct_colors(len(centers)), [""] * len(centers)
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.config = config
+        self.backbone_sha256 = backbone_sha256
+        self.device = torch.device(device)
+        self.head = head.to(device)
+        self.centers = centers.to(device)
+        self.share = share.cpu()
+        self.palette = distinct_colors(len(centers))
+        self.names = [""] * len(centers)
         self.weights: str | Path | None = None  # a local file of the backbone's
         self.linear: tuple[Tensor, Tensor] | None = None  # weight, bias: a released linear probe
         self.record: FitRecord | None = None
@@ -398,52 +350,82 @@ class Stego:
     @classmethod
     def fit(
         cls,
-        images,
+        images: Sources,
         *,
         preset: str | None = None,
-        backbone=None,
+        backbone: Any = None,
         weights: str | Path | None = None,
         device: str | torch.device = "auto",
         match: "str | Path | Stego | None" = None,
-        from_model: "str | Path | Stego | None" = None,
         progress: Progress = no_progress,
         checkpoint: str | Path | None = None,
         resume: bool = False,
-        exclude=(),
-        **settings,
+        sources: Sequence = (),
+        **settings: Any,
     ) -> "Stego":
         """Find what recurs in images: files, folders (recursive) or glob patterns, one or several.
 
-        preset: one of PRESETS; beside it any option of `Config`: classes=27 (1 to 255, or "auto"), steps, seed, ...
+        preset: one of PRESETS; beside it any option of `Config`: clusters=27 (1 to 255), steps, seed, ...
         backbone: a name from `backbones.NAMES`, or "auto"; default: the preset's; weights: a local file for it. Or any
             callable that maps normalised images (B, 3, H, W) to features (B, C, h, w), see `load`.
-        device: "auto" (CUDA where there is one), "cpu", "cuda", "mps"; exclude: files and folders to leave out.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "mps".
         match: an earlier model over the same backbone; clusters that recur keep their numbers, names, colours.
-        from_model: one to cluster anew, without training; with other classes, seed, evenness and adaptation alone.
         progress: called as progress(stage, done, total).
         checkpoint: a folder for features, not computed again, and the state of the fit; resume: go on from that.
+        sources: what the model notes as its images, if not `images`.
 
         Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
         """
-        if base := _model_of(from_model, device=device, weights=weights):
-            given = settings | dict(preset=preset, backbone=backbone, resume=resume or None)
-            settings = clustering_settings(base.config, given)
-            preset, backbone, device = settings.pop("preset"), settings.pop("backbone"), base.device
         named = None if callable(backbone) else backbone
         config = fit_config(preset, backbone=named, **settings)  # what is wrong shows before the work begins
-        sources = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-        device, found = pick_device(device), find_images(sources, exclude=exclude)
-        paths = tiles_of((path for path, _ in found), config.tile)
-        load = partial(load_backbone, weights=weights, device=device, progress=progress is not no_progress)
-        network = base.backbone if base else load(backbone or config.backbone, stride=config.stride)
-        settings |= dict(stride=network.patch, images=source_names(sources))
-        config = fit_config(preset, backbone=network.name, **settings)
-        if earlier := _model_of(match, device=device):
-            check_same_features(earlier, network)
-        return _fit_stages(config, paths, network, base, earlier, device, progress, checkpoint, resume)
+        given = source_list(images)
+        paths = fit_paths(given, config)
+        device = pick_device(device)
+        network = load_backbone(
+            backbone or config.backbone,
+            weights=weights,
+            stride=config.stride,
+            device=device,
+            progress=progress is not no_progress,
+        )
+        config = config.on_backbone(network.name, stride=network.patch, images=source_names(sources or given))
+        earlier = model_of(match, device=device)
+        if earlier:
+            clusters.check_same_features(earlier, network)
+        model = fit_stages(config, paths, network, device, progress, checkpoint, resume, earlier)
+        model.weights = weights
+        return model
+
+    def recluster(
+        self,
+        images: Sources = (),
+        *,
+        match: "str | Path | Stego | None" = None,
+        progress: Progress = no_progress,
+        checkpoint: str | Path | None = None,
+        sources: Sequence = (),
+        **settings: Any,
+    ) -> "Stego":
+        """What the model has learned, clustered anew without training; a new model.
+
+        images: as in `fit`; default: those of the fit, as far as the model notes them. settings: clusters, seed,
+        evenness, adaptation, the rest stays. The other arguments are those of `fit`.
+        """
+        config = recluster_config(self.config, settings)
+        given = source_list(images) or list(self.config.images)
+        if not given:
+            raise ValueError("The model does not name the images of its fit; give images to cluster it on.")
+        paths = fit_paths(given, config)
+        config = replace(config, images=source_names(sources or given))
+        earlier = model_of(match, device=self.device)
+        if earlier:
+            clusters.check_same_features(earlier, self.backbone)
+        return fit_stages(
+            config, paths, self.backbone, self.device, progress, checkpoint, False, earlier, head=self.head
+        )
 
     @property
-    def backbone(self):
+    def backbone(self) -> Any:
         """The frozen backbone, loaded on first use; ValueError if its weights are not those the model was fitted on."""
         if self._backbone is None:
             name = self.config.backbone
@@ -473,33 +455,29 @@ class Stego:
         """(K, 3) uint8: the colour of each cluster; clusters of one name have one."""
         return self.palette[self.merged]
 
-    def rename(self, names: dict[int, str]):
+    def rename(self, names: dict[int, str]) -> None:
         """Call clusters by these names; "" takes a name away. Clusters with one name are one: see `merged`."""
         for k, name in names.items():
-            if not 0 <= k < len(self.names):
-                raise ValueError(f"There is no cluster {k}; the model has 0 to {len(self.names) - 1}.")
-            if name.isdecimal() or {",", "="} & set(name) or not name.isprintable() or name != name.strip():
-                raise ValueError(
-                    f"Got the name {name!r}; use a word that is no number, without comma and equals sign."
-                )
+            clusters.check_name(k, name, len(self.names))
         self.names = [names.get(k, name) for k, name in enumerate(self.names)]
 
-    def select(self, wanted) -> list[int]:
+    def select(self, wanted: Iterable[str]) -> list[int]:
         """The clusters that numbers or names mean, in any case: ["Road", "5"] -> [3, 5, 7] if 3 and 7 are called road.
 
         A number of a cluster that has a name means all of that name.
         """
-        asked = {str(each).strip().casefold() for each in wanted}
-        labels = [label.casefold() for label in self.labels]
-        if unknown := asked - {str(k) for k in range(len(labels))} - set(labels):
-            raise ValueError(
-                f"The model has no cluster {sorted(unknown)[0]!r}; it has the numbers 0 to {len(labels) - 1} and the "
-                f"names {', '.join(sorted(set(filter(None, self.names)))) or '(none yet)'}."
-            )
-        chosen = {label for k, label in enumerate(labels) if asked & {label, str(k)}}
-        return [k for k, label in enumerate(labels) if label in chosen]
+        return clusters.select_clusters(self.labels, wanted)
 
     # ---- prediction
+
+    @property
+    def probe(self) -> clusters.Probe:
+        """What tells the clusters by codes."""
+        return clusters.Probe(self.centers, None, self.merged, self.config.adaptation)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The backbone's features of normalised images: (B, 3, H, W) float -> (B, C, H / patch, W / patch)."""
+        return dense_features(self.backbone, x, self.device, exact=self.config.preset == RELEASED)
 
     @torch.inference_mode()
     def codes(self, x: Tensor) -> Tensor:
@@ -507,16 +485,21 @@ class Stego:
 
         x: (B, 3, H, W) float, H and W multiples of the patch -> (B, D, H / patch, W / patch).
         """
-        both, exact = torch.cat([x, x.flip(-1)]), self.config.preset == RELEASED
-        return unmirror(self.head.on_map(dense_features(self.backbone, both, self.device, exact=exact)))
+        return clusters.mirror_averaged(x, self.features, self.head.on_map)[0]
 
-    def image_centers(self, codes: Tensor) -> Tensor:
-        """The centres (K, D) by which the image with these codes (1, D, h, w) is segmented."""
-        return adapted_centers(codes, self.centers, self.config.adaptation)
+    def input_image(self, image: Any, *, resolution: int = RESOLUTION) -> Any:
+        """A PIL image as small as the backbone sees it: its shorter side `resolution` pixels."""
+        return input_image(image, self.backbone.patch, resolution=resolution)
 
     @torch.inference_mode()
     def predict(
-        self, image, *, crf: bool = True, crf_size: float = CRF_SIZE, progress: Progress = no_progress, **seen
+        self,
+        image: Any,
+        *,
+        crf: bool = True,
+        crf_size: float = clusters.CRF_SIZE,
+        progress: Progress = no_progress,
+        **options: Any,
     ) -> np.ndarray:
         """Segment one image of any size: a mask (H, W) uint8 of cluster ids at the displayed size of the image.
 
@@ -527,64 +510,52 @@ class Stego:
             resolution: pixels of the shorter side that the backbone sees, 320; finer segments at quadratic cost.
             tile: side in pixels of the parts in which a larger image is seen, each at `resolution`, in bounded memory;
                 0: whole, None: as in the fit. progress: called as progress(stage, done, total) for those.
-            smooth: a `maps.FrameAverage`, if the image is the next frame of a video.
+            smooth: a `FrameAverage`, if the image is the next frame of a video.
             crf: sharpen with a dense CRF; crf_size: the megapixels it works on, of larger images and tiles.
         """
         image = read_image(image)
-        codes, tile = self._image_codes(image, progress=progress, **seen)
-        label = partial(self._labels, centers=self.image_centers(codes), crf=crf)
-        if tile:
-            mask = label_blocks(label, image, codes, tile, crf_size, progress=progress)
-        else:
-            mask = label(image, codes, crf_size)
-        return self.merged[mask]
+        codes, side = self._image_codes(image, progress=progress, **options)
+        probe = self.probe.adapted(codes)
+
+        def label(part: Any, part_codes: Tensor, megapixels: float) -> np.ndarray:
+            return clusters.segment(part, [(part_codes, probe)], crf=crf, crf_size=megapixels)[0]
+
+        return label_image(label, image, codes, side, crf_size, progress=progress)
 
     @torch.inference_mode()
-    def probabilities(self, image, *, crf: bool = True, crf_size: float = CRF_SIZE, **seen) -> np.ndarray:
+    def probabilities(
+        self, image: Any, *, crf: bool = True, crf_size: float = clusters.CRF_SIZE, **options: Any
+    ) -> np.ndarray:
         """Probability of each cluster at each pixel, (K, h, w) float32; the arguments are those of `predict`.
 
         (h, w) is the displayed size of the image where that is at most crf_size megapixels, else it is brought down
         to that many: bounded memory, 54 MB for 27 clusters at the default.
         """
         image = read_image(image)
-        codes = self._image_codes(image, **seen)[0].float()  # (1, D, h, w)
-        return self._probabilities(image, codes, self.image_centers(codes), crf, crf_size).cpu().numpy()
+        codes = self._image_codes(image, **options)[0].float()  # (1, D, h, w)
+        described = [(codes, self.probe.adapted(codes))]
+        return clusters.probabilities(image, described, crf=crf, crf_size=crf_size)[0].cpu().numpy()
 
     def _image_codes(
-        self, image, *, resolution=RESOLUTION, tile=None, smooth=None, progress=no_progress
+        self,
+        image: Any,
+        *,
+        resolution: int = RESOLUTION,
+        tile: int | None = None,
+        smooth: clusters.FrameAverage | None = None,
+        progress: Progress = no_progress,
     ) -> tuple[Tensor, int]:
         """Codes (1, D, h, w) of one picture of any size, and the side of its tiles, 0 if it was seen whole."""
-        if side := tile_side(image.size, self.config.tile if tile is None else tile):
-            check_resolution(self.backbone, resolution, device=self.device)
-            sizes = dict(resolution=resolution, patch=self.backbone.patch)
-            codes = blended_codes(self.codes, image, side, **sizes, progress=progress)
-        else:
-            codes = self.codes(to_tensor(image.resize(self.working_size(image, resolution), BILINEAR))[None])
+        tile = self.config.tile if tile is None else tile
+        patch = self.backbone.patch
+        codes, side = image_codes(
+            self.codes, image, tile, resolution=resolution, patch=patch, progress=progress
+        )
         return smooth(codes) if smooth else codes, side
-
-    def _labels(self, image, codes: Tensor, crf_size: float, *, centers: Tensor, crf: bool) -> np.ndarray:
-        """The cluster of each pixel of a picture with these codes (1, D, h, w): (H, W) uint8."""
-        if not crf:
-            return upsampled_argmax(dot_products(codes, centers)[0], image.height, image.width)
-        q = self._probabilities(image, codes, centers, crf, crf_size)
-        return upsample_along_edges(pixels(image).to(self.device), q).cpu().numpy()
-
-    def _probabilities(self, image, codes: Tensor, centers: Tensor, crf: bool, crf_size: float) -> Tensor:
-        height, width = working_size((image.height, image.width), megapixels=crf_size)
-        scores = class_scores(codes[0], centers, (height, width))  # (K, h, w)
-        if not crf:
-            return scores.softmax(0)
-        small = pixels(image.resize((width, height), BILINEAR)).to(self.device)  # (3, h, w)
-        return dense_crf(small, scores)
-
-    def working_size(self, image, resolution: int = RESOLUTION) -> tuple[int, int]:
-        """(width, height) of an image for the backbone, see `backbone_size`."""
-        check_resolution(self.backbone, resolution, size=image.size, device=self.device)
-        return backbone_size(image, self.backbone.patch, resolution=resolution)
 
     # ---- the model file
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Write the model: one file, a plain dict of tensors and values; without the backbone's weights."""
         if self.config.preset == RELEASED:
             raise ValueError(
@@ -596,7 +567,14 @@ class Stego:
         write_model(state | dict(backbone_sha256=self.backbone_sha256), path)
 
     @classmethod
-    def load(cls, path, *, device="auto", weights=None, backbone=None) -> "Stego":
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        weights: str | Path | None = None,
+        backbone: Any = None,
+    ) -> "Stego":
         """Read a saved model, or a checkpoint of the reference implementation (`cityscapes_vit_base_1.ckpt`).
 
         weights: a local file for its backbone, if not in the torch cache. backbone: the callable that the model was
@@ -604,62 +582,95 @@ class Stego:
 
         Raises FileNotFoundError, or ValueError if the file is no stego model or a damaged one.
         """
-        state, device = read_model(Path(path)), pick_device(device)
+        state = read_model(Path(path))
+        device = pick_device(device)
+        config = state["config"]
         with damaged(path):
-            config = Config.from_saved(state["config"])
-            code_size, channels = dict(state["head"])["linear.weight"].shape
-            head = Head(channels, code_size, feature_weight=config.feature_weight)
+            head = Head(state["channels"], config.code_size, feature_weight=config.feature_weight)
             head.load_state_dict(state["head"])
             check_model(state, head)
-            head = head.requires_grad_(False).eval()
-            parts = {name: state[name] for name in ("centers", "share", "backbone_sha256")}
-            model = cls(config, head, **parts, device=device)
-            model.palette, model.names = state["palette"].numpy(), list(state["names"])
-            model.weights = weights
+        head = head.requires_grad_(False).eval()
+        parts = {name: state[name] for name in ("centers", "share", "backbone_sha256")}
+        model = cls(config, head, **parts, device=device)
+        model.palette = state["palette"].numpy()
+        model.names = list(state["names"])
+        model.weights = weights
         if config.preset == RELEASED:  # which contains its backbone
             model._backbone = load_backbone(config.backbone, weights=path, device=device)
-            model.backbone_sha256, model.weights = model._backbone.sha256, path
+            model.backbone_sha256 = model._backbone.sha256
+            model.weights = path
             model.linear = state["linear"] and tuple(part.float().to(device) for part in state["linear"])
         elif backbone is not None:
             model._backbone = check_backbone(load_backbone(backbone, weights=weights, device=device), model)
         return model
 
 
-def _model_of(model, **options) -> Stego | None:
+# ---- the stages of a fit ---------------------------------------------------------------------------------------
+
+
+def source_list(images: Sources) -> list:
+    """One source or several, as a list."""
+    return [images] if isinstance(images, (str, os.PathLike)) else list(images)
+
+
+def fit_paths(sources: Sequence, config: Config) -> list:
+    """The images that a fit sees, large ones in tiles."""
+    return tiles_of([path for path, _ in find_images(sources)], config.tile)
+
+
+def model_of(model: Any, **options: Any) -> Stego | None:
     """A model, or the one in a file."""
     return Stego.load(model, **options) if isinstance(model, (str, os.PathLike)) else model
 
 
-def _fit_stages(config: Config, paths, network, base, earlier, device, progress, checkpoint, resume) -> Stego:
-    """A fit in the paper's order: features, neighbours, balance, head, clusters; of a base model, its head."""
-    if process_count() > 1 and not checkpoint:
+def fit_stages(
+    config: Config,
+    paths: Sequence,
+    network: Any,
+    device: torch.device,
+    progress: Progress,
+    checkpoint: str | Path | None,
+    resume: bool,
+    earlier: Stego | None,
+    *,
+    head: Head | None = None,
+) -> Stego:
+    """A fit in the paper's order: features, neighbours, balance, head, clusters; with a head, only its clusters."""
+    if running.process_count() > 1 and not checkpoint:
         raise ValueError("Several processes share one file of features: give a folder as `checkpoint`.")
     kept = FitCheckpoint(checkpoint, paths, network.sha256, config) if checkpoint else None
     devices = [device] if device.type == "cuda" else []  # whose random generators are left as they are
     with closing(kept) if kept else nullcontext(), torch.random.fork_rng(devices):
-        if kept and not base:
+        if kept and not head:
             from_first(lambda: kept.begin(resume=resume))
         torch.manual_seed(config.seed)
         cache = encode(network, paths, config, device=device, progress=progress, checkpoint=kept)
-        torch.manual_seed(config.seed + rank())  # whether the features were new or not
+        neighbors = torch.empty(len(cache), 0, dtype=torch.int64)
         history: list[dict] = []
-        if base:
-            head, neighbors = base.head, torch.empty(len(cache), 0, dtype=torch.int64)
-        else:
-            progress("neighbors", 0, 1)
-            neighbors = from_first(lambda: nearest_neighbors(cache.means, device=device))
-            progress("neighbors", 1, 1)
-            config = replace(config, **from_first(lambda: shifts_from_data(cache, neighbors, config)))
-            head, history = train_head(cache, neighbors, config, progress=progress, checkpoint=kept)
+        if head is None:
+            torch.manual_seed(config.seed + running.rank())  # whether the features were new or not
+            head, config, neighbors, history = learn(cache, config, device, progress, kept)
         torch.manual_seed(config.seed)  # whether the head was new or not
-        clusters = from_first(lambda: cluster_codes(head.describe, cache, config, progress=progress))
-    centers, share, agreement = clusters
-    config = replace(config, classes=len(centers), crops=len(cache))
+        centers, share = from_first(lambda: cluster_codes(head.describe, cache, config, progress=progress))
+    config = replace(config, crops=len(cache))
     model = Stego(config, head, centers, share, backbone_sha256=network.sha256, device=device)
-    model.record = FitRecord(list(paths), cache.images, neighbors, history, agreement)
+    model.record = FitRecord(list(paths), cache.images, neighbors, history)
     model._backbone = network
     if earlier:
-        inherit_ids(model, earlier, match_clusters_to(earlier, model, cache))
-    if warning := training_warning(history):
+        clusters.inherit_ids(model, earlier, clusters.match_clusters_to(earlier, model, cache))
+    warning = training_warning(history)
+    if warning:
         log.warning(warning)
     return model
+
+
+def learn(
+    cache: TokenCache, config: Config, device: torch.device, progress: Progress, kept: FitCheckpoint | None
+) -> tuple[Head, Config, Tensor, list[dict]]:
+    """The head trained on cached features, the config with its b's, the table of neighbours (n, <= 7), the history."""
+    progress("neighbors", 0, 1)
+    neighbors = from_first(lambda: nearest_neighbors(cache.means, device=device))
+    progress("neighbors", 1, 1)
+    config = replace(config, **from_first(lambda: shifts_from_data(cache, neighbors, config)))
+    head, history = train_head(cache, neighbors, config, progress=progress, checkpoint=kept)
+    return head, config, neighbors, history

@@ -105,6 +105,11 @@ class LabelledSet:
     lookup: np.ndarray | None
     source: str
 
+    @property
+    def paths(self) -> list:
+        """All files of the set."""
+        return [path for pair in self.pairs for path in pair if path]
+
     def read(self, index: int, *, side: int = SIDE):
         return read_pair(*self.pairs[index], lookup=self.lookup, side=side)
 

@@ -55,7 +55,7 @@ def run_demo(folder: Path, *, seed: int = 0, progress: Progress = no_progress) -
     folders, names = (folder / "images", folder / "labels"), folder / "classes.txt"
     train, val = (folder_set(*(each / split for each in folders), names=names) for split in SCENES)
     paths = [path for path, _ in train.pairs]
-    options = dict(classes=len(SCENE_CLASSES), backbone="tiny", steps=STEPS, seed=seed)
+    options = dict(clusters=len(SCENE_CLASSES), backbone="tiny", steps=STEPS, seed=seed)
     model = Stego.fit(paths, **options, progress=progress)
     scores = protocol.evaluate(model, val, train=train, seed=seed, progress=progress)
     most = np.argmax(protocol.headline(scores)["confusion"], 0)  # the class that most of a cluster is

@@ -10,7 +10,6 @@ import logging
 import math
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +19,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from cli_parts.datasets import PUBLISHED, SIDE, LabelledSet
-from crf import dense_crf
 from kmeans import CosineKMeans
 from stego import CLUSTER_STARTS, Stego
-from stego_parts.clusters import adapted_centers, class_scores, dot_products, pixels, unmirror
+from stego_parts.clusters import Probe, mirror_averaged, segment
 from stego_parts.config import RELEASED
 from stego_parts.features import dense_features, to_tensor
 from stego_parts.files import find_images, write_bytes
@@ -109,57 +107,20 @@ def scores(confusion, assignment) -> dict:
 # ---- probes (Sec. 4.1) ------------------------------------------------------------------------------------
 
 
-class Probe(NamedTuple):
-    """A linear map from features to K scores: weight (K, D), and bias (K,) or None for cluster centres.
+def masks_of(features: dict, probes: dict, image: Image.Image, *, crf: bool) -> dict:
+    """What probes {(features, probe): Probe} say of each pixel: {(features, probe, with CRF): (H, W) uint8}.
 
-    merged: (K,) the cluster that stands for each, if some are one; adaptation: see `maps.adapted_centers`.
+    features: maps {features: (1, D, h, w)} of the image; crf: also what they say after a CRF.
     """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    merged: np.ndarray | None = None
-    adaptation: float = 0.0
-
-
-def score_map(codes: Tensor, probe: Probe, size: tuple[int, int], *, softmax: bool) -> Tensor:
-    """A probe's scores (K, H, W) on codes (1, D, h, w) upsampled to size (H, W).
-
-    softmax: scores whose softmax is meant, for a CRF. Else only the largest counts, and scores are upsampled
-    in place of codes: the length of a code scales all its scores.
-    """
-    weight = adapted_centers(codes, probe.weight, probe.adaptation)
-    if softmax and probe.bias is None:
-        return class_scores(codes[0], weight, size)
-    scores = dot_products(codes, weight) + (0 if probe.bias is None else probe.bias[:, None, None])
-    return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[0]  # (K, H, W)
-
-
-def class_maps(features: dict, probes: dict, size: tuple[int, int], image: Tensor | None = None) -> dict:
-    """What probes {(features, probe): Probe} say of each pixel: {(features, probe, crf): (H, W) uint8}.
-
-    features: maps {features: (1, D, h, w)}; image (3, H, W) uint8: also what they say after a CRF.
-    """
-    scores = {
-        key: score_map(features[key[0]], probe, size, softmax=image is not None)
-        for key, probe in probes.items()
-    }
-    stages = {False: scores}
-    if image is not None:  # one lattice for all: classes that a probe does not have are impossible
-        most = max(map(len, scores.values()))
-        padded = [F.pad(each, (0, 0, 0, 0, 0, most - len(each)), value=-math.inf) for each in scores.values()]
-        stages[True] = dict(zip(scores, dense_crf(image, torch.stack(padded))))  # (K, H, W) each
-    maps = {}
-    for crf, stage in stages.items():
-        for key, each in stage.items():
-            mask = each.max(0).indices.byte().cpu().numpy()  # faster than argmax(0)
-            merged = probes[key].merged
-            maps[(*key, crf)] = mask if merged is None else merged[mask]
-    return maps
-
-
-def cluster_probe(model: Stego) -> Probe:
-    """The model's own clusters."""
-    return Probe(model.centers, None, model.merged, model.config.adaptation)
+    described = []
+    for (kind, _), probe in probes.items():
+        codes = features[kind]
+        described.append((codes, probe.adapted(codes)))
+    masks = {}
+    for sharp in (False, True) if crf else (False,):
+        for key, mask in zip(probes, segment(image, described, crf=sharp)):
+            masks[(*key, sharp)] = mask
+    return masks
 
 
 def class_shares(label: np.ndarray, classes: int, patch: int) -> Tensor:
@@ -269,7 +230,7 @@ def fit_probes(
     The model's own clusters need no fitting. The others are fitted on `train`: the backbone's clusters, as
     many as the model has, and where it has labels the linear probes.
     """
-    probes = {("stego", "cluster"): cluster_probe(model)}
+    probes = {("stego", "cluster"): model.probe}
     rows, shares = probe_rows(model, train, seed=seed, progress=progress)
     progress("k-means", 0, 1)
     kmeans = CosineKMeans(cluster_count(model), n_init=CLUSTER_STARTS, seed=seed).fit(rows.float())
@@ -296,12 +257,11 @@ def cluster_count(model: Stego) -> int:
 # ---- the evaluation (Sec. 4) ------------------------------------------------------------------------------
 
 
-def both_features(model: Stego, image: Image.Image) -> dict:
+def both_features(model: Stego, image: Image.Image) -> dict[str, Tensor]:
     """What is clustered and the backbone's features of an image, averaged with its mirror's: (1, D, h, w)."""
-    x = to_tensor(image)[None]
-    x = torch.cat([x, x.flip(-1)])
-    maps = dense_features(model.backbone, x, model.device, exact=True)  # (2, C, h, w)
-    return {"stego": unmirror(model.head.on_map(maps)), "backbone": unmirror(maps)}
+    seen = partial(dense_features, model.backbone, device=model.device, exact=True)
+    codes, features = mirror_averaged(to_tensor(image)[None], seen, model.head.on_map, torch.nn.Identity())
+    return {"stego": codes, "backbone": features}
 
 
 @torch.inference_mode()
@@ -312,8 +272,7 @@ def confusions(
     side, n, counts = protocol_side(model.backbone.patch), len(labelled.classes), {}
     pairs = prefetch(lambda i: labelled.read(i, side=side), range(len(labelled.pairs)))
     for done, (image, label) in enumerate(pairs, 1):
-        picture = pixels(image).to(model.device) if crf else None
-        for key, mask in class_maps(both_features(model, image), probes, label.shape, picture).items():
+        for key, mask in masks_of(both_features(model, image), probes, image, crf=crf).items():
             matrix = confusion_matrix(label, mask, n_classes=n, n_clusters=len(probes[key[:2]].weight))
             counts.setdefault(key, []).append(matrix)
         progress("evaluate", done, len(labelled.pairs))
@@ -349,7 +308,7 @@ def evaluate(
         dict(features=features, probe=probe, crf=sharp, **_result(each, probes[features, probe], spare))
         for (features, probe, sharp), each in counts.items()
     ]
-    told = ("backbone", "classes", "preset") + (() if model.config.preset == RELEASED else ("steps", "seed"))
+    told = ("backbone", "clusters", "preset") + (() if model.config.preset == RELEASED else ("steps", "seed"))
     return dict(
         dataset=labelled.name,
         classes=labelled.classes,

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stego import Stego
-from stego_parts.clusters import adapted_centers, dot_products, unmirror
+from stego_parts.clusters import Probe, mirror_averaged
 from stego_parts.features import MEAN, RESOLUTION, STD
 from stego_parts.files import replacing
 from stego_parts.images import read_image
@@ -26,29 +26,36 @@ class Scores(nn.Module):
     centres of this image.
     """
 
-    def __init__(self, model: Stego):
+    def __init__(self, model: Stego) -> None:
         super().__init__()
-        self.backbone, self.head, self.adaptation = model.backbone, model.head, model.config.adaptation
+        self.backbone = model.backbone
+        self.head = model.head
+        self.adaptation = model.config.adaptation or 0.0
         for name, value in (("centers", model.centers), ("mean", MEAN), ("std", STD)):
             self.register_buffer(name, torch.as_tensor(value))
 
     def forward(self, image: Tensor) -> Tensor:
+        """(1, 3, H, W), 0 to 1 -> (1, K, h, w)."""
         x = (image - self.mean[:, None, None]) / self.std[:, None, None]
-        codes = unmirror(self.head.on_map(self.backbone(torch.cat([x, x.flip(-1)]))))  # (1, D, h, w)
-        return dot_products(F.normalize(codes), adapted_centers(codes, self.centers, self.adaptation))
+        codes = mirror_averaged(x, self.backbone, self.head.on_map)[0]  # (1, D, h, w)
+        probe = Probe(self.centers, adaptation=self.adaptation).adapted(codes)
+        return probe.dot_products(F.normalize(codes))
 
 
-def write_onnx(model: Stego, path: Path, image=None, *, progress: Progress = no_progress) -> tuple[int, int]:
+def write_onnx(
+    model: Stego, path: Path, image: Path | None = None, *, progress: Progress = no_progress
+) -> tuple[int, int]:
     """Write `Scores` for images of one size, that at which the model sees an image, or a square: (width, height).
 
     The file's metadata has the clusters' names, under `names`, as a JSON list. ValueError without the exporter.
     """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ValueError(f'ONNX needs {" and ".join(missing)}; get it with `pip install "stego[onnx]"`.')
-    image = Image.new("RGB", (RESOLUTION, RESOLUTION)) if image is None else read_image(image)
-    width, height = model.working_size(image)
+    picture = Image.new("RGB", (RESOLUTION, RESOLUTION)) if image is None else read_image(image)
+    width, height = model.input_image(picture).size
     progress("export", 0, 1)
-    scores, x = Scores(model).eval(), torch.zeros(1, 3, height, width, device=model.device)
+    scores = Scores(model).eval()
+    x = torch.zeros(1, 3, height, width, device=model.device)
     options = dict(input_names=["image"], output_names=["scores"], dynamo=True, verbose=False)
     program = torch.onnx.export(scores, (x,), **options)
     program.model.metadata_props["names"] = json.dumps(model.labels)

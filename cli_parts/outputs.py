@@ -27,7 +27,7 @@ from cli_parts.drawing import cutout, with_legend
 from cli_parts.segments import cluster_shares, coco_annotations, coco_document, labelme_document, table
 from stego_parts import images
 from stego_parts.clusters import FrameAverage
-from stego_parts.features import check_resolution
+from stego_parts.features import check_memory
 from stego_parts.files import IMAGE_SUFFIXES, PIPE, find_images, write_bytes
 from stego_parts.models import read_model
 from stego_parts.running import no_progress, prefetch
@@ -237,7 +237,7 @@ class Writer:
 
     def results(self, jobs: list[Job], progress=no_progress) -> Iterator[tuple]:
         """(job, what `write` returned, or the error) for each; threads read and write meanwhile."""
-        check_resolution(self.model.backbone, self.options["resolution"], device=self.model.device)
+        check_memory(self.model.backbone, self.options["resolution"], device=self.model.device)
         segment = self.model.probabilities if self.kind in SOFT else self.model.predict
         average = functools.lru_cache(1)(lambda folder: FrameAverage())  # each folder is another video
         pictures = prefetch(lambda job: _attempt(images.read_image, job.source), jobs, window=READ_AHEAD)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +17,13 @@ from torch import Tensor
 from cli_parts import drawing
 from cli_parts.datasets import LabelledSet
 from cli_parts.drawing import image_rows, line_chart, matrix_picture
-from cli_parts.evaluation import both_features, class_maps, cluster_probe, headline, protocol_side
-from stego import FitRecord, Stego, pixels, unit, unmirror
+from cli_parts.evaluation import both_features, headline, masks_of, protocol_side
+from stego import FitRecord, Stego, unit
 from stego_parts import images
-from stego_parts.clusters import dot_products, upsampled_argmax
+from stego_parts.checkpoint import training_warning
+from stego_parts.clusters import mirror_averaged, segment
 from stego_parts.config import RELEASED, SETTINGS, TERMS
-from stego_parts.diagnostics import plausible_counts, training_warning
-from stego_parts.features import BILINEAR, backbone_size, five_boxes, to_tensor
+from stego_parts.features import BILINEAR, Device, dense_features, five_boxes, input_image, to_tensor
 from stego_parts.files import write_bytes
 from stego_parts.running import Progress, no_progress, or_skip
 
@@ -45,10 +46,9 @@ def _usable(function: Callable, paths, stage: str, progress: Progress, level=log
         progress(stage, done, len(paths))
 
 
-def _small_image(model: Stego, path) -> Image.Image:
+def _small_image(model: Stego, path: Path) -> Image.Image:
     """An image, as small as the backbone sees it."""
-    image = images.read_image(path)
-    return image.resize(model.working_size(image), BILINEAR)
+    return model.input_image(images.read_image(path))
 
 
 def _write_pictures(pictures: dict[str, Image.Image], folder: Path | str):
@@ -80,10 +80,10 @@ def _comparison_sheet(models: Sequence[Stego], paths: Sequence[Path], progress: 
     """At most SHEET_SAMPLE of the images, a row each, beside their segments by models with one head, without CRF."""
     paths, rows = paths[:: -(-len(paths) // SHEET_SAMPLE)], []
     for path, image in _usable(partial(_small_image, models[0]), paths, "picture", progress, KNOWN):
-        codes, pictures = models[0].codes(to_tensor(image)[None]), [drawing.cell(image)]
-        for model in models:
-            scores = dot_products(codes, model.image_centers(codes))[0]  # (K, h, w)
-            mask = model.merged[upsampled_argmax(scores, image.height, image.width)]
+        codes = models[0].codes(to_tensor(image)[None])  # (1, D, h, w)
+        described = [(codes, model.probe.adapted(codes)) for model in models]
+        pictures = [drawing.cell(image)]
+        for model, mask in zip(models, segment(image, described, crf=False)):
             pictures.append(drawing.cell(image, mask, model))
         rows.append((Path(path).name, pictures))
     return image_rows(rows, headings=["", *(f"{len(model.centers)} clusters" for model in models)])
@@ -118,9 +118,11 @@ def best_regions(model: Stego, paths: Sequence[Path], *, progress: Progress = no
 
 def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image.Image, np.ndarray]]:
     """The square of a picture that fits each cluster best, and how well; clusters that are nowhere are left out."""
-    codes, patch = model.codes(to_tensor(picture)[None]), model.backbone.patch
-    cosines = dot_products(F.normalize(codes, dim=1), model.image_centers(codes))[0]  # (K, h, w)
-    mask = model.merged[upsampled_argmax(cosines, picture.height, picture.width)]
+    codes = F.normalize(model.codes(to_tensor(picture)[None]), dim=1)  # (1, D, h, w)
+    patch = model.backbone.patch
+    probe = model.probe.adapted(codes)
+    cosines = probe.dot_products(codes)[0]  # (K, h, w)
+    mask = segment(picture, [(codes, probe)], crf=False)[0]
     won = cosines.clamp(min=0) * (cosines == cosines.amax(0))
     merged = torch.from_numpy(model.merged).to(won.device, torch.int64)
     won = torch.zeros_like(won).index_add_(0, merged, won)
@@ -197,7 +199,6 @@ def report_lines(model: Stego) -> list[str]:
         f"Mean similarity of codes at the end: {similar}.",
         neighbor_line(record),
         f"The largest cluster covers {model.share.max():.0%}, the smallest {model.share.min():.1%}.",
-        *([agreement_line(record.agreement)] if record.agreement else []),
         training_warning(record.history) or "Training looks sound.",
     ]
 
@@ -211,14 +212,6 @@ def neighbor_line(record: FitRecord) -> str:
         f"Of a crop's {count} nearest neighbours, {own.float().mean():.1f} are of its own image; crops with 0, 1, ... "
         f"{count} such: {', '.join(f'{share:.0%}' for share in shares)}."
     )
-
-
-def agreement_line(agreement: dict[int, list[float]]) -> str:
-    """In words: the number of clusters that -k auto took, and how sure it is."""
-    first, *others = plausible_counts(agreement)
-    near = f"{', '.join(map(str, others))} cannot be told from it" if others else "no other comes near"
-    score = f"{np.mean(agreement[first]):.2f} (1 is best)"
-    return f"{first} clusters: halves of the images agree on them to {score}; {near}."
 
 
 def _neighbor_rows(record: FitRecord, views: str) -> Image.Image:
@@ -267,7 +260,7 @@ def correspondence_sheet(
     is the point itself, none its mean correspondence with its image, or less (the centering of Eq. 3).
     Raises ValueError for a point outside of the image, or what cannot be read.
     """
-    (width, height), seen = images.read_image(image).size, partial(_seen, network=network, device=device)
+    (width, height), seen = images.read_image(image).size, partial(_unit_maps, network=network, device=device)
     for x, y in at:
         if not (0 <= x < width and 0 <= y < height):
             raise ValueError(
@@ -305,15 +298,17 @@ def _heatmaps(pictures: list, kind: str, at: tuple[int, int], color: drawing.Col
     return shown
 
 
-def _seen(path, *, network, device, model: Stego | None = None) -> tuple[Image.Image, dict[str, Tensor]]:
+def _unit_maps(
+    path: Path, *, network: Any, device: Device, model: Stego | None = None
+) -> tuple[Image.Image, dict[str, Tensor]]:
     """A picture, its unit features (C, h, w), averaged with its mirror's, and a model's codes (D, h, w)."""
     picture = images.read_image(path)
-    size = backbone_size(picture, network.patch, name=path)
-    x = to_tensor(picture.resize(size, BILINEAR))[None].to(device)
-    maps = {FEATURES: network(torch.cat([x, x.flip(-1)]))}  # (2, C, h, w)
+    x = to_tensor(input_image(picture, network.patch, name=path))[None]
+    heads: dict[str, Callable] = {FEATURES: torch.nn.Identity()}
     if model:
-        maps["codes"] = model.head.on_map(maps[FEATURES])
-    return picture, {kind: F.normalize(unmirror(each)[0], dim=0) for kind, each in maps.items()}
+        heads["codes"] = model.head.on_map
+    maps = mirror_averaged(x, partial(dense_features, network, device=device), *heads.values())
+    return picture, {kind: F.normalize(each[0], dim=0) for kind, each in zip(heads, maps)}
 
 
 def _nearest_images(seen: Callable, own: tuple, paths, progress: Progress) -> list:
@@ -351,14 +346,13 @@ def _examples(best: dict, model: Stego, labelled: LabelledSet) -> Image.Image:
     ranked = np.argsort(-accuracy, kind="stable")[: np.isfinite(accuracy).sum()]  # NaN sorts last
     of_cluster = np.array([c if c >= 0 else images.IGNORE for c in best["assignment"]], np.uint8)
     palette, rows = images.distinct_colors(len(labelled.classes)), []
-    probes = {("stego", "cluster"): cluster_probe(model)}
+    probes = {("stego", "cluster"): model.probe}
     for what, i in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
         image, label = labelled.read(i, side=protocol_side(model.backbone.patch))
-        picture = pixels(image).to(model.device) if best["crf"] else None
-        maps = class_maps(both_features(model, image), probes, label.shape, picture)
-        predicted = of_cluster[maps["stego", "cluster", best["crf"]]]
+        found = masks_of(both_features(model, image), probes, image, crf=best["crf"])
+        predicted = of_cluster[found["stego", "cluster", best["crf"]]]
         masks = [images.mask_image(mask, palette).convert("RGB") for mask in (label, predicted)]
-        name, share = labelled.pairs[i][0].name, accuracy[i]
-        rows.append((f"{what}: {name}, accuracy {share:.1%}", [image, *masks]))
+        name = labelled.pairs[i][0].name
+        rows.append((f"{what}: {name}, accuracy {accuracy[i]:.1%}", [image, *masks]))
     names = dict(zip(labelled.classes, palette.tolist()))
     return image_rows(rows, headings=("image", "label", "prediction"), names=names)

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ try:
 except ImportError:  # not on Windows: there, two fits in one folder are not kept apart
     fcntl = None  # type: ignore[assignment]
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,9 @@ from stego_parts.files import replacing
 from stego_parts.running import from_first, process_count, rank
 from stego_parts.tiles import tiles_of
 
+# Mean code similarity of unrelated images above which training collapsed; good runs: 0 to 0.1
+COLLAPSED = 0.5
+SCATTERED = 0.15  # the same within an image, below which it scattered; good runs: 0.4 to 0.6
 SAVE_EVERY = 30  # seconds between two states of a training: what an interruption costs at most
 
 log = logging.getLogger("stego")
@@ -183,3 +188,25 @@ def crops_a_step(config: Config, crops: int) -> int:
             "use a larger --set batch_size=N, more images or fewer processes."
         )
     return share
+
+
+def training_warning(history: Sequence[dict]) -> str | None:
+    """In words, if the codes have collapsed or scattered (App. A.11), with what to try; else None.
+
+    history: what `train_head` returns; fewer than five measurements are too few to tell.
+    """
+    if len(history) < 5:
+        return None
+    rand = np.mean([entry.get("rand", np.nan) for entry in history[-5:]])
+    same = np.mean([entry["self"] for entry in history[-5:]])
+    if rand > COLLAPSED:
+        return (
+            f"The codes of unrelated images are alike (mean similarity {rand:.2f}, at best near 0): training has "
+            "collapsed. Try --preset default, a larger --set b_rand=B, or more varied images."
+        )
+    if same < SCATTERED:
+        return (
+            f"The codes within an image have nothing in common (mean similarity {same:.2f}): training has "
+            "scattered. Try --preset default, or a smaller --set b_self=B and b_knn=B."
+        )
+    return None

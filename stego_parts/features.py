@@ -5,8 +5,9 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,17 +30,18 @@ from stego_parts.running import (
     to_device,
 )
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB 0..1: all backbones were trained so
-
+MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB 0..1: all backbones were trained so
+STD = (0.229, 0.224, 0.225)
 CROP_SIDE = 224  # pixels: crops the head is trained on (Sec. 4)
 RESOLUTION = 320  # pixels: shorter side at which images are segmented (Sec. 4)
 MAX_ASPECT = 4  # longer side : shorter side up to which the shorter side gets its full resolution
 GPU_IMAGES = 8  # images of one size that a GPU sees at once
 GPU_SHARE = 0.5  # of its free memory that the token cache may take; else it stays in its file
 READERS = 16  # threads, at most, that decode for a GPU
-TO_DO, USED, UNREADABLE = 0, 1, 2  # states of an image's rows in the token file
+TO_DO, USED, UNREADABLE = range(3)  # states of an image's rows in the token file
 BILINEAR = Image.Resampling.BILINEAR
 
+Device = str | torch.device
 
 log = logging.getLogger("stego")
 
@@ -47,8 +49,14 @@ log = logging.getLogger("stego")
 # ---- what the backbone sees ------------------------------------------------------------------------------------
 
 
-def dense_features(backbone, x: Tensor, device="cpu", *, exact: bool = False) -> Tensor:
-    """backbone(x) on a device, (B, C, h, w) float32.
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) float32, normalised as the backbones expect."""
+    rgb = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)  # (3, H, W)
+    return (rgb - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def dense_features(backbone: Any, x: Tensor, device: Device = "cpu", *, exact: bool = False) -> Tensor:
+    """Images (B, 3, H, W) -> their features (B, C, h, w) float32, on a device.
 
     A published backbone runs in float16 on a GPU (cosines differ by 4e-5 on average) unless `exact`.
     """
@@ -57,78 +65,110 @@ def dense_features(backbone, x: Tensor, device="cpu", *, exact: bool = False) ->
         return backbone(to_device(x, device)).float()
 
 
-def backbone_size(image, patch: int, *, resolution: int = RESOLUTION, name="The image") -> tuple[int, int]:
-    """(width, height) at which the backbone sees an image: shorter side to `resolution`, less for extreme shapes.
+def input_size(
+    size: tuple[int, int], patch: int, *, resolution: int = RESOLUTION, name: Any = "The image"
+) -> tuple[int, int]:
+    """Size (H, W) of an image -> that at which the backbone sees it: shorter side to `resolution` pixels.
 
-    Raises ValueError for an image smaller than a patch.
+    Less for extreme shapes, both multiples of the patch. Raises ValueError for an image smaller than a patch, or a
+    resolution below it.
     """
-    if min(image.size) < patch:
+    check_resolution(resolution, patch)
+    H, W = size
+    if min(size) < patch:
         raise ValueError(
-            f"{name} is {image.width} x {image.height} pixels, smaller than one patch of the backbone "
-            f"({patch} x {patch}); use a larger image."
+            f"{name} is {W} x {H} pixels, smaller than one patch of the backbone ({patch} x {patch}); use a larger "
+            "image."
         )
-    scale = min(resolution / min(image.size), MAX_ASPECT * resolution / max(image.size))
-    return tuple(max(round(side * scale / patch), 1) * patch for side in image.size)
+    scale = min(resolution / min(size), MAX_ASPECT * resolution / max(size))
+    return patch * max(round(H * scale / patch), 1), patch * max(round(W * scale / patch), 1)
 
 
-def check_resolution(network, resolution: int, *, size=(1, 1), device="cpu"):
-    """ValueError for a resolution below a patch, or for one at which an image needs more memory than there is.
-
-    size: (width, height) of the image, in any unit; it passes together with its mirror image.
-    """
-    if resolution < network.patch:
-        raise ValueError(
-            f"Got resolution {resolution}; it is the shorter side in pixels, at least {network.patch}."
-        )
-    aspect = min(max(size) / min(size), MAX_ASPECT)
-    square = 2 * aspect * pass_bytes(network)  # bytes at resolution 1
-    room = available_memory(device)
-    if network.name in NAMES and square * resolution**2 > room:
-        most = int(math.sqrt(room / square)) // network.patch * network.patch
-        raise ValueError(
-            f"Resolution {resolution} needs about {square * resolution**2 / 1e9:.1f} GB with {network.name}, "
-            f"{room / 1e9:.1f} GB are available; at most {most} fits, or --tile for parts of the image."
-        )
+def input_image(
+    image: Image.Image, patch: int, *, resolution: int = RESOLUTION, name: Any = "The image"
+) -> Image.Image:
+    """A picture at its `input_size`."""
+    h, w = input_size((image.height, image.width), patch, resolution=resolution, name=name)
+    return image.resize((w, h), BILINEAR)
 
 
-def pass_bytes(network) -> float:
-    """Bytes of memory for each pixel of an image while it passes through a published backbone.
-
-    Measured at 320 to 2560 pixels, float32: for each feature value 84 in a transformer, whose widest layer has four
-    times its channels, and 134 in tiny; in a ResNet 24 to 31, and 250 a pixel in its early layers.
-    """
-    values, spec = network.channels / network.patch**2, BACKBONES.get(network.name)
-    if spec and not spec.heads:
-        return max(280, 24 * values)
-    return (85 if spec else 136) * values
-
-
-def available_memory(device="cpu") -> float:
-    """Bytes that nobody uses, on a GPU or here; infinite where the system does not tell."""
-    if torch.device(device).type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, free
-        return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        return int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
-    except (OSError, TypeError):
-        return math.inf
-
-
-def image_views(path, views: str, patch: int) -> Tensor:
+def image_views(path: Any, views: str, patch: int) -> Tensor:
     """What the backbone sees of an image, (1 or 5, 3, H, W)."""
     image = read_image(path)
-    size = backbone_size(image, patch, name=path)
+    small = input_image(image, patch, name=path)
     if views == "windows":
-        return to_tensor(image.resize(size, BILINEAR))[None]
+        return to_tensor(small)[None]
     side = CROP_SIDE // patch * patch
     crops = five_crops(image) if views == "five" else [image]
     return torch.stack([to_tensor(square(crop, side)) for crop in crops])
+
+
+def five_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, bottom) of the four corners and the centre, each half as wide and half as high."""
+    w = max(width // 2, 1)
+    h = max(height // 2, 1)
+    right = width - w
+    bottom = height - h
+    corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), (right // 2, bottom // 2)]
+    return [(x, y, x + w, y + h) for x, y in corners]
+
+
+def five_crops(image: Image.Image) -> list[Image.Image]:
+    """Four corners and the centre, each half as high and half as wide (Sec. 4, five-crop)."""
+    return [image.crop(box) for box in five_boxes(*image.size)]
 
 
 def five_windows(maps: Tensor) -> Tensor:
     """Four corners and the centre of a map, each half as high and wide: (1, C, h, w) -> (5, C, h', w')."""
     h, w = maps.shape[2:]
     return torch.cat([maps[:, :, top:bottom, left:right] for left, top, right, bottom in five_boxes(w, h)])
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+def check_resolution(resolution: int, patch: int) -> None:
+    """ValueError for a resolution below a patch."""
+    if resolution < patch:
+        raise ValueError(f"Got resolution {resolution}; it is the shorter side in pixels, at least {patch}.")
+
+
+def check_memory(network: Any, resolution: int, *, device: Device = "cpu") -> None:
+    """ValueError for a resolution at which a square image and its mirror image need more memory than there is."""
+    check_resolution(resolution, network.patch)
+    needed = 2 * pass_bytes(network)  # bytes at resolution 1
+    room = available_memory(device)
+    if network.name in NAMES and needed * resolution**2 > room:
+        most = int(math.sqrt(room / needed)) // network.patch * network.patch
+        raise ValueError(
+            f"Resolution {resolution} needs about {needed * resolution**2 / 1e9:.1f} GB with {network.name}, "
+            f"{room / 1e9:.1f} GB are available; at most {most} fits, or --tile for parts of the image."
+        )
+
+
+def pass_bytes(network: Any) -> float:
+    """Bytes of memory for each pixel of an image while it passes through a published backbone.
+
+    Measured at 320 to 2560 pixels, float32: for each feature value 84 in a transformer, whose widest layer has four
+    times its channels, and 134 in tiny; in a ResNet 24 to 31, and 250 a pixel in its early layers.
+    """
+    values = network.channels / network.patch**2  # feature values a pixel
+    spec = BACKBONES.get(network.name)
+    if spec and not spec.heads:
+        return max(280, 24 * values)
+    return (85 if spec else 136) * values
+
+
+def available_memory(device: Device = "cpu") -> float:
+    """Bytes that nobody uses, on a GPU or here; infinite where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, free
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        known = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        known = None
+    return int(known[1]) * 1024 if known else math.inf
 
 
 # ---- the token cache -------------------------------------------------------------------------------------------
@@ -143,7 +183,9 @@ class TokenCache:
     after `finalize`.
     """
 
-    def __init__(self, images: int, crops: int, positions: int, channels: int, *, path: Path | None = None):
+    def __init__(
+        self, images: int, crops: int, positions: int, channels: int, *, path: Path | None = None
+    ) -> None:
         rows = images * crops
         size = rows * (4 + positions * 2) * channels + images  # bytes: of float32, of float16, one an image
         known = path is not None and path.exists() and path.stat().st_size == size
@@ -154,15 +196,19 @@ class TokenCache:
         means = np.memmap(file, np.float32, "r+", shape=(rows, channels))
         tokens = np.memmap(file, np.float16, "r+", offset=means.nbytes, shape=(rows, positions, channels))
         state = np.memmap(file, np.uint8, "r+", offset=means.nbytes + tokens.nbytes, shape=(images,))
-        self.means, self.tokens, self.state = (torch.from_numpy(part) for part in (means, tokens, state))
-        self.crops_each, self.device = crops, torch.device("cpu")
+        self.means = torch.from_numpy(means)
+        self.tokens = torch.from_numpy(tokens)
+        self.state = torch.from_numpy(state)
+        self.crops_each = crops
+        self.device = torch.device("cpu")
         self.rows = torch.empty(0, dtype=torch.int64)  # of each crop
 
     @staticmethod
-    def _reserve(file, size: int, path: Path | None):
+    def _reserve(file: Any, size: int, path: Path | None) -> None:
+        """Take the room on the disk now: a full one shows here, not as a crash later."""
         try:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, not as a crash
+                os.posix_fallocate(file.fileno(), 0, size)
             file.truncate(size)
         except OSError as error:
             place = path.parent if path else tempfile.gettempdir()
@@ -176,9 +222,10 @@ class TokenCache:
 
     @property
     def images(self) -> Tensor:
+        """(n,) int64: the number of the image that each crop is of."""
         return self.rows // self.crops_each
 
-    def add(self, image: int, features: Tensor | None):
+    def add(self, image: int, features: Tensor | None) -> None:
         """Keep the features (crops, C, h, w) of an image, None if it is unreadable.
 
         All positions of each crop, or random ones where P is not h * w; which ones depends on the image's number alone.
@@ -190,13 +237,10 @@ class TokenCache:
         tokens = features.flatten(2).transpose(1, 2)  # (crops, h * w, C)
         rows = slice(image * self.crops_each, (image + 1) * self.crops_each)
         self.means[rows] = F.normalize(tokens.mean(1), dim=1).cpu()
-        have, room = tokens.shape[1], self.tokens.shape[1]
-        if have != room:
-            generator = torch.Generator().manual_seed(image)
-            kept = torch.rand(tokens.shape[:2], generator=generator).argsort(1)
-            kept = kept.repeat(1, -(-room // have))[:, :room].to(tokens.device)  # (crops, P)
-            tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
-        self.tokens[rows] = half = tokens.half().cpu()
+        if tokens.shape[1] != self.tokens.shape[1]:
+            tokens = self._some_positions(tokens, seed=image)
+        half = tokens.half().cpu()  # (crops, P, C)
+        self.tokens[rows] = half
         if not torch.isfinite(half).all():
             raise ValueError(
                 f"The backbone's features reach {float(tokens.abs().max()):.3g}; they are kept in float16, which holds "
@@ -204,7 +248,16 @@ class TokenCache:
             )
         self.state[image] = USED  # last: whoever goes on from here finds whole rows
 
-    def finalize(self, device="cpu"):
+    def _some_positions(self, tokens: Tensor, *, seed: int) -> Tensor:
+        """Tokens (crops, h * w, C) -> those at P random positions of each crop (crops, P, C), repeated if too few."""
+        room = self.tokens.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.rand(tokens.shape[:2], generator=generator).argsort(1)  # (crops, h * w)
+        times = math.ceil(room / tokens.shape[1])
+        kept = order.repeat(1, times)[:, :room].to(tokens.device)  # (crops, P)
+        return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+
+    def finalize(self, device: Device = "cpu") -> None:
         """Nothing more comes: number the crops, and put them onto a device if they fit."""
         used = (self.state == USED).nonzero()[:, :1]  # (images, 1)
         self.rows = (used * self.crops_each + torch.arange(self.crops_each)).flatten()
@@ -225,27 +278,22 @@ class TokenCache:
 
 
 def encode(
-    backbone, paths, config: Config, *, device="cpu", progress: Progress = no_progress, checkpoint=None
+    backbone: Any,
+    paths: Sequence,
+    config: Config,
+    *,
+    device: Device = "cpu",
+    progress: Progress = no_progress,
+    checkpoint: Any = None,
 ) -> TokenCache:
     """Push every image through the backbone once, cut up as config.views says.
 
     Unreadable images are named in a warning and left out. Raises ValueError if none is left. checkpoint: a
     FitCheckpoint that keeps the cache; what it has is not computed again.
     """
-    side = (RESOLUTION // 2 if config.views == "windows" else CROP_SIDE) // backbone.patch  # positions
-    crops, positions = 1 if config.views == "whole" else 5, side**2
-    kept = min(positions, int(config.cache_size * 1e9 / (len(paths) * crops * backbone.channels * 2)))
-    if kept < 1:
-        raise ValueError(
-            f"{config.cache_size} GB have no room for one position of {len(paths) * crops} crops; use a larger "
-            "--set cache_size=GB."
-        )
-    if kept < positions and rank() == 0:
-        bound = f"{config.cache_size:g} GB: {kept} random positions of {positions}"
-        log.warning(f"Features are bounded to {bound} a crop.")
-    shape = (len(paths), crops, kept, backbone.channels)
+    shape = _cache_shape(backbone, len(paths), config)
     cache = checkpoint.token_cache(shape) if checkpoint else TokenCache(*shape)
-    _fill(cache, backbone, paths, config.views, device, progress)
+    _fill(cache, backbone, paths, config.views, torch.device(device), progress)
     barrier()
     cache.finalize(device)
     if not len(cache):
@@ -253,45 +301,55 @@ def encode(
     return cache
 
 
-def _fill(cache: TokenCache, backbone, paths, views: str, device, progress: Progress):
+def _cache_shape(backbone: Any, images: int, config: Config) -> tuple[int, int, int, int]:
+    """(images, crops of each, positions of each crop, channels), within config.cache_size."""
+    pixels = RESOLUTION // 2 if config.views == "windows" else CROP_SIDE  # side of a crop
+    positions = (pixels // backbone.patch) ** 2
+    crops = 1 if config.views == "whole" else 5
+    room = config.cache_size * 1e9 / (images * crops * backbone.channels * 2)  # positions of two-byte values
+    kept = min(positions, int(room))
+    if kept < 1:
+        raise ValueError(
+            f"{config.cache_size} GB have no room for one position of {images * crops} crops; use a larger "
+            "--set cache_size=GB."
+        )
+    if kept < positions and rank() == 0:
+        bound = f"{config.cache_size:g} GB: {kept} random positions of {positions}"
+        log.warning(f"Features are bounded to {bound} a crop.")
+    return images, crops, kept, backbone.channels
+
+
+def _fill(
+    cache: TokenCache, backbone: Any, paths: Sequence, views: str, device: torch.device, progress: Progress
+) -> None:
     """Add this process's share of the images that the cache does not have yet."""
     numbers = range(rank(), len(paths), process_count())
     missing = [i for i in numbers if cache.state[i] == TO_DO]
-    gpu, done = torch.device(device).type == "cuda", len(numbers) - len(missing)
+    done = len(numbers) - len(missing)
     if done:
         log.log(NOTICE, "Reusing the features of %d images.", done)
-    inputs = prefetch(
-        lambda i: (i, or_skip(image_views, paths[i], views, backbone.patch)),
-        missing,
-        workers=min(os.cpu_count() or 1, READERS) if gpu else 1,
-    )
-    for batch in same_shape_batches(inputs, GPU_IMAGES if gpu else 1):
-        maps: Iterable = [None] * len(batch)  # of unreadable images
-        if batch[0][1] is not None:
-            with torch.inference_mode():
-                seen = dense_features(backbone, torch.cat([x for _, x in batch]), device)  # (B, C, h, w)
-            maps = seen.split(len(batch[0][1]))
-            maps = map(five_windows, maps) if views == "windows" else maps
+
+    def read(i: int) -> tuple[int, Tensor | None]:
+        return i, or_skip(image_views, paths[i], views, backbone.patch)
+
+    gpu = device.type == "cuda"
+    readers = min(os.cpu_count() or 1, READERS) if gpu else 1
+    for batch in same_shape_batches(prefetch(read, missing, workers=readers), GPU_IMAGES if gpu else 1):
+        maps = _crop_features(backbone, [x for _, x in batch], views, device)
         for (i, _), part in zip(batch, maps):
             cache.add(i, part)
         done += len(batch)
         progress("features", done, len(numbers))
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) float32, normalised as the backbones expect."""
-    rgb = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)  # (3, H, W)
-    return (rgb - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-
-
-def five_crops(image: Image.Image) -> list[Image.Image]:
-    """Four corners and the centre, each half as high and half as wide (Sec. 4, five-crop)."""
-    return [image.crop(box) for box in five_boxes(*image.size)]
-
-
-def five_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
-    """(left, top, right, bottom) of the four corners and the centre, each half as wide and half as high."""
-    w, h = max(width // 2, 1), max(height // 2, 1)
-    right, bottom = width - w, height - h
-    corners = [(x, y) for y in (0, bottom) for x in (0, right)] + [(right // 2, bottom // 2)]
-    return [(x, y, x + w, y + h) for x, y in corners]
+@torch.inference_mode()
+def _crop_features(
+    backbone: Any, images: list[Tensor | None], views: str, device: torch.device
+) -> Iterable[Tensor | None]:
+    """Features (crops, C, h, w) of each image (1 or 5, 3, H, W); None of unreadable ones, which come by themselves."""
+    readable = [x for x in images if x is not None]
+    if not readable:
+        return images
+    seen = dense_features(backbone, torch.cat(readable), device)  # (B, C, h, w)
+    parts = seen.split(len(readable[0]))
+    return map(five_windows, parts) if views == "windows" else parts

@@ -80,15 +80,15 @@ def _latest_picture(path: Path, bands: tuple[int, ...]) -> Picture:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image file as displayed, from its head; errors as those of `read_image`."""
+    """Size (H, W) of an image file as displayed, from its head; errors as those of `read_image`."""
     with _as_errors(path, "an image"), open(path, "rb") as file:
         tiff = read_tiff(file)
         if tiff and _read_here(tiff, ()):
-            return (tiff.height, tiff.width) if tiff.orientation > 4 else (tiff.width, tiff.height)
+            return (tiff.width, tiff.height) if tiff.orientation > 4 else (tiff.height, tiff.width)
         file.seek(0)
         image = Image.open(file)
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-        return image.size[::-1] if turned else image.size
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def read_image(source: Source, *, bands: tuple[int, ...] = ()) -> Image.Image:

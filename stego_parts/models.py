@@ -1,14 +1,16 @@
 """Files of models: ours, and the released checkpoints of the reference implementation, read as if they were ours."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from stego_parts.backbones import BACKBONES, CUSTOM
 from stego_parts.checkpoint import write_state
-from stego_parts.config import MAX_CLASSES, RELEASED
+from stego_parts.config import MAX_CLUSTERS, RELEASED, Config
 from stego_parts.images import distinct_colors
 from stego_parts.weights import first_line, read_checkpoint
 
@@ -18,16 +20,25 @@ RELEASED_HEAD = {"linear": "cluster1.0", "mlp.0": "cluster2.0", "mlp.2": "cluste
 RELEASED_PATCH = "net.model.patch_embed.proj.weight"
 
 
-def write_model(state: dict, path):
+def write_model(state: dict, path: str | Path) -> None:
     """Write what describes a model, whole or not at all."""
     write_state(dict(format=FORMAT, version=VERSION) | state, path)
 
 
 def read_model(path: Path) -> dict:
-    """What describes a model: config, head, centers, share, palette, names, backbone_sha256.
+    """What describes a model: config (a Config), channels, head, centers, share, palette, names, backbone_sha256.
 
-    Raises FileNotFoundError, or ValueError for what is no model.
+    Raises FileNotFoundError, or ValueError for what is no model or a damaged one.
     """
+    state = _read_state(path)
+    with damaged(path):
+        state["config"] = Config.from_saved(state["config"])
+        state["channels"] = dict(state["head"])["linear.weight"].shape[1]
+    return state
+
+
+def _read_state(path: Path) -> dict:
+    """What a model file holds, of a checkpoint of the reference implementation in our form; not looked into."""
     if not path.is_file():
         raise FileNotFoundError(f"No model at {path}; make one with `stego fit IMAGES`, or name one with -m.")
     foreign = f"{path} is not a stego model; make one with `stego fit IMAGES`."
@@ -51,7 +62,7 @@ def read_model(path: Path) -> dict:
 
 
 @contextmanager
-def damaged(path, what: str = "it is a damaged stego model"):
+def damaged(path: str | Path, what: str = "it is a damaged stego model") -> Iterator[None]:
     """Whatever a damaged or forged file leads its reader to, as one ValueError."""
     try:
         yield
@@ -69,15 +80,15 @@ def _released(state: dict) -> dict:
         for part in ("weight", "bias")
     }
     centers = F.normalize(state["cluster_probe.clusters"].float(), dim=1)
-    (code_size, channels), patch = head["linear.weight"].shape, state[RELEASED_PATCH].shape[-1]
+    code_size, channels = head["linear.weight"].shape
+    patch = state[RELEASED_PATCH].shape[-1]
     count = len(centers)
-    known = [(name, spec) for name, spec in reversed(BACKBONES.items()) if name.startswith("dino_vit")]
-    backbone = {(spec.channels, spec.patch): name for name, spec in known}[channels, patch]
+    backbone = _dino_backbone(channels, patch)
     linear = None
     if "linear_probe.weight" in state:
         linear = state["linear_probe.weight"].flatten(1), state["linear_probe.bias"]
     return dict(
-        config=dict(preset=RELEASED, backbone=backbone, classes=count, code_size=code_size, stride=patch),
+        config=dict(preset=RELEASED, backbone=backbone, clusters=count, code_size=code_size, stride=patch),
         head=head,
         centers=centers,
         share=torch.zeros(count),  # it does not tell
@@ -88,12 +99,21 @@ def _released(state: dict) -> dict:
     )
 
 
-def check_model(state: dict, head):
+def _dino_backbone(channels: int, patch: int) -> str:
+    """The name of the first DINO transformer of this size."""
+    for name, spec in BACKBONES.items():
+        if name.startswith("dino_vit") and (spec.channels, spec.patch) == (channels, patch):
+            return name
+    raise ValueError(f"no known transformer has {channels} channels and patches of {patch}")
+
+
+def check_model(state: dict, head: Any) -> None:
     """ValueError for what no fit leaves behind, so that a damaged or forged file is found before it is used."""
     centers, share, palette, names = (state[name] for name in ("centers", "share", "palette", "names"))
-    count, values = len(share), (centers, share, *head.state_dict().values())
+    count = len(share)
+    values = (centers, share, *head.state_dict().values())
     shapes = (centers.shape, share.shape, palette.shape, len(names))
-    if not 1 <= count <= MAX_CLASSES or shapes != ((count, head.size), (count,), (count, 3), count):
+    if not 1 <= count <= MAX_CLUSTERS or shapes != ((count, head.size), (count,), (count, 3), count):
         raise ValueError("shapes that do not fit each other")
     if palette.dtype != torch.uint8 or not all(x.is_floating_point() and x.isfinite().all() for x in values):
         raise ValueError("values that are not finite or not of the right type")
@@ -101,9 +121,10 @@ def check_model(state: dict, head):
         raise ValueError("names that are no text")
 
 
-def check_backbone(network, model):
+def check_backbone(network: Any, model: Any) -> Any:
     """A backbone that fits this model; ValueError for another."""
-    name, fitted_on = network.name.removeprefix(CUSTOM), model.config.backbone.removeprefix(CUSTOM)
+    name = network.name.removeprefix(CUSTOM)
+    fitted_on = model.config.backbone.removeprefix(CUSTOM)
     if network.sha256 != model.backbone_sha256:
         raise ValueError(
             f"The model was fitted on {fitted_on} weights {model.backbone_sha256[:12] or 'unknown'}…, these are {name} "

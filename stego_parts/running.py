@@ -1,13 +1,15 @@
-"""Several processes: `torchrun --nproc-per-node N -m cli fit ...`, plain data-parallel training.
+"""How work is run: progress, devices, threads that read ahead, and several processes.
 
-Every process fills its images' rows of one token file that all of them map, trains on its own share of each batch, and
-gradients are averaged. What only one can do, the first does, and the others get its result.
+Several processes (`torchrun --nproc-per-node N -m cli fit ...`) train data-parallel: every process fills its images'
+rows of one token file that all of them map, trains on its own share of each batch, and gradients are averaged. What
+only one can do, the first does, and the others get its result.
 """
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import groupby, islice
@@ -17,16 +19,81 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-log = logging.getLogger("stego")
-
-Progress = Callable[[str, int, int], None]  # progress(stage, done, total)
-
 MEETING = timedelta(minutes=5)  # to find each other at the start; torchrun itself may have been killed
 WAITING = timedelta(days=1)  # for each other later on: shares of the images may differ in work
 
+Progress = Callable[[str, int, int], None]  # progress(stage, done, total)
+
+log = logging.getLogger("stego")
+
+
+# ---- progress and images that cannot be used -----------------------------------------------------------------
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """The default of every `progress`: says nothing."""
+
+
+def or_skip(function: Callable, *args: Any, level: int = logging.WARNING, **options: Any) -> Any:
+    """function(*args, **options); None, and a word at a level, where that is of an image that cannot be used."""
+    try:
+        return function(*args, **options)
+    except (ValueError, FileNotFoundError) as error:
+        log.log(level, "Skipped: %s", error)
+        return None
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """ "auto" takes CUDA where there is one; ValueError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"The device {device!r} is not available here; use --device cpu or leave it out."
+        ) from error
+
+
+def to_device(x: Tensor, device: str | torch.device) -> Tensor:
+    """x on a device; to a GPU from page-locked memory, so that nobody waits while it is copied."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------
+
+
+def prefetch(function: Callable, items: Iterable, *, window: int = 8, workers: int = 1) -> Iterator:
+    """Results of function over items in order, computed ahead in threads: decoding while the backbone works."""
+    items = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[Future] = deque()
+        for item in islice(items, window * workers):
+            pending.append(pool.submit(function, item))
+        while pending:
+            yield pending.popleft().result()
+            for item in islice(items, 1):
+                pending.append(pool.submit(function, item))
+
+
+def same_shape_batches(items: Iterable, most: int) -> Iterator[list]:
+    """Pairs (name, tensor or None) in lists of at most `most` in a row whose tensors have one shape."""
+    for _, run in groupby(items, key=lambda item: getattr(item[1], "shape", None)):
+        while batch := list(islice(run, most)):
+            yield batch
+
+
+# ---- processes -------------------------------------------------------------------------------------------------
+
 
 @contextmanager
-def process_group():
+def process_group() -> Iterator[tuple[int, int]]:
     """Join the processes that torchrun started; yields this one's rank and their count: 0 and 1 without torchrun.
 
     Raises ValueError in place of torch's error when another process has ended: nothing waits for it.
@@ -60,7 +127,7 @@ def rank() -> int:
     return dist.get_rank() if process_count() > 1 else 0
 
 
-def barrier():
+def barrier() -> None:
     """Wait until every process is here."""
     if process_count() > 1:
         dist.barrier()
@@ -85,53 +152,3 @@ def from_first(function: Callable[[], Any]) -> Any:
 def data_parallel(module: nn.Module) -> nn.Module:
     """The module with its gradients averaged over all processes, and the first one's weights."""
     return nn.parallel.DistributedDataParallel(module) if process_count() > 1 else module
-
-
-def no_progress(stage: str, done: int, total: int):
-    """The default of every `progress`: says nothing."""
-
-
-def pick_device(device="auto") -> torch.device:
-    """ "auto" takes CUDA where there is one; ValueError for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"The device {device!r} is not available here; use --device cpu or leave it out."
-        ) from error
-
-
-def to_device(x: Tensor, device) -> Tensor:
-    """x on a device; to a GPU from page-locked memory, so that nobody waits while it is copied."""
-    if torch.device(device).type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
-def or_skip(function: Callable, *args, level: int = logging.WARNING, **options):
-    """function(*args, **options); None, and a word at a level, where that is of an image that cannot be used."""
-    try:
-        return function(*args, **options)
-    except (ValueError, FileNotFoundError) as error:
-        log.log(level, "Skipped: %s", error)
-        return None
-
-
-def prefetch(function: Callable, items: Iterable, *, window: int = 8, workers: int = 1) -> Iterator:
-    """Results of function over items in order, computed ahead in threads: decoding while the backbone works."""
-    items = iter(items)
-    with ThreadPoolExecutor(workers) as pool:
-        pending = [pool.submit(function, item) for item in islice(items, window * workers)]
-        while pending:
-            yield pending.pop(0).result()
-            pending += [pool.submit(function, item) for item in islice(items, 1)]
-
-
-def same_shape_batches(items: Iterable, most: int) -> Iterator[list]:
-    """Pairs (name, tensor or None) in lists of at most `most` in a row whose tensors have one shape."""
-    for _, run in groupby(items, key=lambda item: getattr(item[1], "shape", None)):
-        while batch := list(islice(run, most)):
-            yield batch
