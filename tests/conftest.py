@@ -1,13 +1,29 @@
 """Data the tests draw themselves: the scenes of `stego demo`, small, with their label maps in three classes."""
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
+from cli import main
+from cli_parts import evaluation
+from cli_parts.datasets import folder_set
 from cli_parts.demo import draw_scene as draw_demo_scene
+from cli_parts.sheets import HEATMAP_HEIGHT
+from stego import Stego
+from stego_parts.backbones import BACKBONES
+from stego_parts.images import IGNORE
+
+FAST = ("--no-crf", "--resolution", 96)
+QUICK = ("--backbone", "tiny", "--steps", 2)
+LABELLED = ("--images", "photos", "--labels", "labels")
+LINE, GAP = 18, 8  # pixels: a line of text, what is between pictures
+TOP = GAP + LINE + GAP + LINE + GAP  # margin, headings, the first caption
+ROW = LINE + GAP + HEATMAP_HEIGHT + GAP  # caption and pictures
 
 torch.set_num_threads(1)  # small problems: more threads only wait for each other
 
@@ -57,8 +73,6 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def model(scenes):
     """A model fitted on the drawn scenes with the bundled backbone, in a second or two."""
-    from stego import Stego
-
     return Stego.fit(scenes, classes=3, backbone="tiny", steps=60, batch_size=8)
 
 
@@ -72,8 +86,6 @@ def saved(model, tmp_path_factory):
 @pytest.fixture
 def small_backbones(monkeypatch, tmp_path):
     """Published names with a small width, and an empty torch cache."""
-    from stego_parts.backbones import BACKBONES
-
     for name, spec in BACKBONES.items():
         if spec.heads:
             monkeypatch.setitem(BACKBONES, name, spec._replace(channels=24, heads=3, grid=5, sha256=""))
@@ -89,11 +101,74 @@ def here(tmp_path, monkeypatch):
 
 def run(*args, code=0, **settings):
     """One command of the tool, in this process."""
-    from click.testing import CliRunner
-
-    from cli import main
-
     result = CliRunner().invoke(main, [str(arg) for arg in args], **settings)
     assert result.exit_code == code, (result.output, result.exception)
     assert "Traceback" not in result.output
     return result
+
+
+@pytest.fixture
+def named(here, saved):
+    """stego.pt in the current folder, two of its clusters named."""
+    model = Stego.load(saved)
+    model.rename({0: "sky", 2: "block"})
+    model.save("stego.pt")
+    return model
+
+
+def mask_of(path):
+    return np.asarray(Image.open(path))
+
+
+@pytest.fixture
+def copy(here, saved):
+    (here / "stego.pt").write_bytes(saved.read_bytes())
+    return here / "stego.pt"
+
+
+@pytest.fixture
+def pair(tmp_path_factory, scenes):
+    """A folder of two pictures."""
+    folder = tmp_path_factory.mktemp("pair")
+    for name in ("scene00.png", "scene01.png"):
+        shutil.copy(scenes / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_probes():
+    """Probes on 1,200 positions: enough for drawn scenes, and quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "PROBE_ROWS", 1200)
+        yield
+
+
+@pytest.fixture
+def short_probes(monkeypatch):
+    """Linear probes that stop early, on smaller pictures: where it does not matter how good they are."""
+    monkeypatch.setattr(evaluation, "ROUNDS", 3)
+    monkeypatch.setattr(evaluation, "SIDE", 160)
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """Folders val (4 pictures) and train (6) of drawn scenes with their labels; part of one label is ignored."""
+    root = tmp_path_factory.mktemp("drawn")
+    for split, seeds in (("val", range(100, 104)), ("train", range(200, 206))):
+        for folder in ("images", "labels"):
+            (root / folder / split).mkdir(parents=True)
+        for seed in seeds:
+            image, label = draw_scene(seed)
+            if seed == 101:
+                label[:, :30] = IGNORE
+            Image.fromarray(image).save(root / f"images/{split}/{seed}.png")
+            Image.fromarray(label).save(root / f"labels/{split}/{seed}.png")
+    (root / "names.txt").write_text("sky\nground\nblock\n")
+    return root
+
+
+def sets(drawn):
+    return [
+        folder_set(drawn / f"images/{split}", drawn / f"labels/{split}", names=drawn / "names.txt")
+        for split in ("val", "train")
+    ]

@@ -1,4 +1,4 @@
-"""Clusters of an image: centres that follow its own codes."""
+"""From codes to a mask: scores, the centres that follow an image, frames, numbers kept between models."""
 
 import dataclasses
 import math
@@ -10,7 +10,18 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cli_parts.outputs import Writer
-from stego_parts.clusters import adapted_centers
+from stego import Stego, unit
+from stego_parts import clusters, features
+from stego_parts.clusters import (
+    FRAME_WEIGHT,
+    FrameAverage,
+    adapted_centers,
+    inherit_ids,
+    match_clusters_to,
+    upsampled_argmax,
+)
+from stego_parts.config import Config
+from stego_parts.features import TokenCache, encode
 
 
 def at_angles(degrees) -> torch.Tensor:
@@ -81,3 +92,102 @@ def test_a_model_segments_by_the_centers_of_the_image(model, fixed):
 def test_outputs_of_another_adaptation_are_not_those_of_this_one(model, fixed):
     one, other = (Writer(each, "mask", None, 0, {}).note for each in (model, fixed))
     assert one != other
+
+
+def test_the_average_is_exponential():
+    average, codes = (
+        FrameAverage(),
+        F.normalize(torch.randn(3, 1, 5, 2, 2), dim=2) * 0.1 + torch.eye(5)[0].view(5, 1, 1),
+    )
+    expected = codes[0]
+    for each in codes:
+        expected = (1 - FRAME_WEIGHT) * expected + FRAME_WEIGHT * each
+        assert torch.allclose(average(each), expected)
+    moved = codes[0].clone()
+    moved[..., 0, 1] *= -1
+    after = average(moved)
+    assert torch.equal(after[..., 0, 1], moved[..., 0, 1])  # something else is there
+    assert torch.allclose(after[..., 1, :], ((1 - FRAME_WEIGHT) * expected + FRAME_WEIGHT * moved)[..., 1, :])
+    wider = torch.randn(1, 5, 2, 3)
+    assert torch.equal(average(wider), wider)
+
+
+def test_clusters_correspond_by_what_they_cover(scenes, model):
+    cache = encode(model.backbone, sorted(scenes.rglob("*.png"))[:3], Config(views="whole"))
+    other = Stego(model.config, model.head, model.centers[[2, 0, 1]], model.share, backbone_sha256="")
+    assert match_clusters_to(model, other, cache) == {0: 2, 1: 0, 2: 1}
+
+
+def test_a_small_part_of_a_cluster_is_not_the_cluster(model):
+    """Directions in the plane: half a circle is no twelfth of it, but nearly the half turned."""
+    head = torch.nn.Identity()
+    head.describe = head.forward  # what is clustered: points themselves
+
+    def around(count, turned=0.0):
+        angle = torch.arange(count) * (2 * torch.pi / count) + turned
+        directions = torch.stack([angle.cos(), angle.sin()], 1)
+        return Stego(model.config, head, directions, torch.ones(count), backbone_sha256="")
+
+    cache = TokenCache(1, 1, 720, 2)
+    cache.add(0, around(720, 0.001).centers.T[None, :, None])  # (1, 2, 1, 720)
+    cache.finalize()
+    assert match_clusters_to(around(2), around(12), cache) == {}
+    assert match_clusters_to(around(2), around(2, 0.5), cache) == {0: 0, 1: 1}
+    assert match_clusters_to(around(2), around(2, 0.5 + torch.pi), cache) == {0: 1, 1: 0}
+
+
+@pytest.mark.parametrize(
+    "classes, same, shares, names",
+    [
+        (3, {0: 1}, [1, 0, 2], ["", "b", ""]),
+        (3, {}, [0, 1, 2], ["", "", ""]),
+        (2, {1: 2}, [0, 1], ["", "c"]),  # number 2 is gone, the name stays
+        (4, {3: 0, 0: 2}, [3, 1, 0, 2], ["a", "", "c", ""]),
+    ],
+)
+def test_take_over(model, classes, same, shares, names):
+    earlier = Stego(model.config, model.head, model.centers, model.share, backbone_sha256="")
+    earlier.names = ["a", "b", "c"]
+    new = Stego(model.config, model.head, torch.eye(classes, 70), torch.arange(classes), backbone_sha256="")
+    inherit_ids(new, earlier, same)
+    assert new.names == names
+    assert new.share.tolist() == shares and new.centers.argmax(1).tolist() == shares
+    colours = {tuple(colour) for colour in new.palette.tolist()}
+    assert len(colours) == classes
+    for m in same.values():
+        assert tuple(earlier.palette[m]) in colours
+    assert len(colours & {tuple(colour) for colour in earlier.palette.tolist()}) == len(same)
+
+
+def test_many_clusters_still_have_colours(model):
+    full = Stego(model.config, model.head, torch.eye(255), torch.ones(255), backbone_sha256="")
+    new = Stego(model.config, model.head, torch.eye(255), torch.ones(255), backbone_sha256="")
+    inherit_ids(new, full, {k: 254 - k for k in range(100)})
+    assert len({tuple(colour) for colour in new.palette.tolist()}) == 255
+
+
+def test_class_scores_are_cosines_of_upsampled_codes(monkeypatch):
+    monkeypatch.setattr(clusters, "BLOCK_VALUES", 500)  # strips of a few rows
+    codes, centers = torch.randn(5, 6, 7), unit(torch.randn(4, 5))
+    wide = F.normalize(
+        F.interpolate(codes[None], size=(33, 47), mode="bilinear", align_corners=False)[0], dim=0
+    )
+    want = clusters.LOGIT_SCALE * torch.einsum("dhw,kd->khw", wide, centers)
+    assert torch.allclose(clusters.class_scores(codes, centers, (33, 47)), want, atol=1e-5)
+
+
+def test_upsampled_argmax_equals_upsampling_everything(monkeypatch):
+    monkeypatch.setattr(clusters, "BLOCK_VALUES", 300)  # strips of a few rows
+    scores = torch.randn(5, 6, 7)
+    want = F.interpolate(scores[None], size=(33, 47), mode="bilinear", align_corners=False)[0].argmax(0)
+    assert (upsampled_argmax(scores, 33, 47) == want.numpy()).mean() > 0.999
+
+
+def test_labels_are_those_of_upsampled_codes(model):
+    """Upsampling cosine numerators and taking the argmax is upsampling codes and then comparing with centres."""
+    image = np.random.default_rng(1).integers(0, 256, (96, 128, 3), np.uint8)
+    x = features.to_tensor(Image.fromarray(image).resize((256, 192), Image.Resampling.BILINEAR))[None]
+    centers = model.image_centers(model.codes(x))
+    codes = F.interpolate(model.codes(x), size=(96, 128), mode="bilinear", align_corners=False)
+    want = torch.einsum("bdhw,kd->bkhw", F.normalize(codes, dim=1), centers).argmax(1)[0]
+    assert (model.predict(image, crf=False, resolution=192) == want.numpy()).mean() > 0.999

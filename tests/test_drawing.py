@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from cli_parts import drawing
-from cli_parts import sheets as report
 from cli_parts.drawing import (
     Clusters,
     contact_sheet,
@@ -15,8 +14,9 @@ from cli_parts.drawing import (
     matrix_picture,
     overlay,
     region_sheet,
+    with_legend,
 )
-from stego_parts.images import distinct_colors
+from stego_parts.images import IGNORE, distinct_colors
 
 PALETTE = np.array([[250, 0, 0], [0, 250, 0], [0, 0, 250]], np.uint8)
 GREY = Image.new("RGB", (200, 120), (128, 128, 128))
@@ -66,29 +66,6 @@ def test_contact_sheet_has_every_picture_and_a_legend():
     assert present == [True, True, False]
 
 
-@pytest.mark.parametrize("count, shown", [(1, 1), (24, 24), (25, 12), (300, 12)])
-def test_all_images_are_on_the_sheet_up_to_24(model, scenes, monkeypatch, count, shown):
-    seen = []
-    monkeypatch.setattr(drawing, "contact_sheet", lambda pairs, clusters: seen.extend(pairs))
-    monkeypatch.setattr(
-        type(model), "predict", lambda self, image, **options: np.zeros(image.size[::-1], np.uint8)
-    )
-    monkeypatch.setattr(model, "record", model.record._replace(paths=[scenes / "scene00.png"] * count))
-    report.fit_sheet([model])
-    assert len(seen) == shown
-
-
-def test_clusters_of_one_name_are_one_row_of_the_sheet(model, scenes, monkeypatch):
-    rows = []
-    monkeypatch.setattr(drawing, "region_sheet", rows.extend)
-    monkeypatch.setattr(model, "names", ["", "thing", "thing"])
-    report.cluster_sheet(model, sorted(scenes.glob("*.png"))[:3])
-    assert [caption.split("\n")[0] for caption, _, _ in rows] == ["0", "1 thing"]
-    shares = [float(caption.split("\n")[1].rstrip("%")) for caption, _, _ in rows]
-    assert sum(shares) == pytest.approx(100, abs=0.2)
-    assert all(inside.any() for _, _, regions in rows for _, inside in regions)
-
-
 def test_regions_of_other_clusters_are_pale_and_columns_are_two():
     picture, inside = Image.new("RGB", (20, 20), "black"), np.zeros((20, 20), bool)
     inside[:, :10] = True
@@ -134,3 +111,36 @@ def test_charts_of_nothing_and_of_many_clusters():
     line_chart({}, title="t", x_label="x")
     assert contact_sheet([], Clusters(distinct_colors(3), ["0", "1", "2"])).mode == "RGB"
     assert region_sheet([]).mode == "RGB"
+
+
+def test_pictures_stay_as_they_are_where_nothing_is_kept():
+    image, mask = Image.new("RGB", (40, 30), "white"), np.full((30, 40), IGNORE, np.uint8)
+    assert np.array_equal(np.asarray(overlay(image, mask, Clusters(distinct_colors()))), np.asarray(image))
+
+
+@pytest.mark.parametrize("width", [20, 300, 4000])
+def test_legend_shows_the_clusters_present(width):
+    mask = np.zeros((50, width), np.uint8)
+    mask[:, :3] = 2
+    palette = np.array([[250, 0, 0], [0, 250, 0], [0, 0, 250]], np.uint8)
+    shown = np.asarray(
+        with_legend(Image.new("RGB", (width, 50), "white"), mask, Clusters(palette, ["road", "1", "sky"]))
+    )
+    strip = shown[50:].reshape(-1, 3)
+    have = [(strip == colour).all(1).sum() for colour in palette]
+    assert have[0] > 80 and have[1] == 0 and have[2] > 80
+    assert (strip.max(1) < 60).any() and shown.shape[1] >= width  # there is writing
+
+
+def test_regions_of_other_clusters_are_pale():
+    picture, mask = Image.new("RGB", (20, 20), "black"), np.zeros((20, 20), np.uint8)
+    mask[:, 10:] = 1
+    colors = [tuple(color.tolist()) for color in distinct_colors(2)]
+    sheet = np.asarray(
+        region_sheet([("a", colors[0], [(picture, mask == 0)]), ("b", colors[1], [])], columns=1)
+    )
+    black, pale = (
+        (sheet.max(2) < 10).sum(1).max(),
+        ((sheet.min(2) > 180) & (sheet.max(2) < 200)).sum(1).max(),
+    )
+    assert black == pytest.approx(pale, rel=0.1) and black > 30  # half of the region each

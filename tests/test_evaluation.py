@@ -1,21 +1,19 @@
 """The evaluation against slow direct computations; its table, JSON and pictures say the same."""
 
+import itertools
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from click.testing import CliRunner
-from conftest import draw_scene
+from conftest import draw_scene, sets
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cli import main
-from cli_parts import evaluation as protocol
-from cli_parts.datasets import folder_set, image_set
+from cli_parts import evaluation
+from cli_parts.datasets import image_set
 from cli_parts.evaluation import (
     class_shares,
     confusion_matrix,
@@ -31,47 +29,6 @@ from crf import dense_crf
 from stego import Stego, pixels
 from stego_parts.features import dense_features, to_tensor
 from stego_parts.images import IGNORE
-
-OFFICIAL = Path(__file__).parents[2] / "shared/data/official"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_probes():
-    """Probes on 1,200 positions: enough for drawn scenes, and quick."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocol, "PROBE_ROWS", 1200)
-        yield
-
-
-@pytest.fixture
-def short_probes(monkeypatch):
-    """Linear probes that stop early, on smaller pictures: where it does not matter how good they are."""
-    monkeypatch.setattr(protocol, "ROUNDS", 3)
-    monkeypatch.setattr(protocol, "SIDE", 160)
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """Folders val (4 pictures) and train (6) of drawn scenes with their labels; part of one label is ignored."""
-    root = tmp_path_factory.mktemp("drawn")
-    for split, seeds in (("val", range(100, 104)), ("train", range(200, 206))):
-        for folder in ("images", "labels"):
-            (root / folder / split).mkdir(parents=True)
-        for seed in seeds:
-            image, label = draw_scene(seed)
-            if seed == 101:
-                label[:, :30] = IGNORE
-            Image.fromarray(image).save(root / f"images/{split}/{seed}.png")
-            Image.fromarray(label).save(root / f"labels/{split}/{seed}.png")
-    (root / "names.txt").write_text("sky\nground\nblock\n")
-    return root
-
-
-def sets(drawn):
-    return [
-        folder_set(drawn / f"images/{split}", drawn / f"labels/{split}", names=drawn / "names.txt")
-        for split in ("val", "train")
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +85,7 @@ def test_every_figure_follows_from_the_confusion(report):
 
 
 def test_table_json_and_console_agree(report, tmp_path):
-    protocol.write_json(report, tmp_path / "scores.json")
+    evaluation.write_json(report, tmp_path / "scores.json")
     read, text = json.loads((tmp_path / "scores.json").read_text()), table(report)
     assert read["results"] == report["results"] and read["protocol"] in text
     best = result_of(read, "stego", "cluster", True)
@@ -138,7 +95,7 @@ def test_table_json_and_console_agree(report, tmp_path):
     assert line.split()[-4:] == [f"{100 * cell:.1f}" for cell in cells]
     for name, iou in zip(read["classes"], best["iou"]):
         assert f"{100 * iou:.1f}" in next(line for line in text.splitlines() if line.startswith(name))
-    assert protocol.headline(report) == best
+    assert evaluation.headline(report) == best
 
 
 def test_pictures(report, model, drawn, tmp_path):
@@ -147,7 +104,7 @@ def test_pictures(report, model, drawn, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["confusion.png", "strips.png"]
     strips = Image.open(tmp_path / "strips.png")
     assert strips.width >= 3 * 320 and strips.height >= 3 * 320
-    label = val.read(int(np.argmax(protocol.headline(report)["image_accuracy"])))[1]
+    label = val.read(int(np.argmax(evaluation.headline(report)["image_accuracy"])))[1]
     # the best image's label is the second in its row, below a heading and a caption
     column = np.asarray(strips)[:, 8 + 328 : 8 + 328 + 320].astype(int) @ (1, 256, 65536)  # a number a colour
     assert any(
@@ -229,13 +186,13 @@ def short(drawn):
 
 def baseline_of(model, labelled, train, monkeypatch):
     """The pictures that the backbone's k-means saw, and the protocol line."""
-    read, seen = protocol.LabelledSet.read, []
+    read, seen = evaluation.LabelledSet.read, []
 
     def noted(self, index, **options):
         seen.append(self.pairs[index][0].name)
         return read(self, index, **options)
 
-    monkeypatch.setattr(protocol.LabelledSet, "read", noted)
+    monkeypatch.setattr(evaluation.LabelledSet, "read", noted)
     report = evaluate(model, labelled, train=train, crf=False)
     scored = [path.name for path, _ in labelled.pairs]
     return sorted(seen[: -len(scored)]), report["protocol"]
@@ -278,24 +235,24 @@ def test_baseline_of_the_scored_images(model, drawn, monkeypatch, tmp_path, capl
 def test_an_unreadable_train_image_is_skipped(model, drawn, tmp_path, caplog):
     Image.fromarray(draw_scene(5)[0]).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")
-    rows, shares = protocol.probe_rows(model, image_set(tmp_path))
+    rows, shares = evaluation.probe_rows(model, image_set(tmp_path))
     assert len(rows) == len(shares) > 0 and shares.shape[1] == 0 and "Skipped: " in caplog.text
     with pytest.raises(ValueError, match="None of the images"):
-        protocol.probe_rows(model, image_set(tmp_path / "b.png"))
+        evaluation.probe_rows(model, image_set(tmp_path / "b.png"))
 
 
 # ---- what is clustered, merged, left over -----------------------------------------------------------------
 
 
 def test_codes_with_features_beside_them(scenes, drawn, monkeypatch):
-    monkeypatch.setattr(protocol, "ROUNDS", 20)
+    monkeypatch.setattr(evaluation, "ROUNDS", 20)
     val, train = sets(drawn)
     val.pairs, train.pairs = val.pairs[:1], train.pairs[:2]
     image = scenes / "scene00.png"
     fitted = Stego.fit(image, classes=3, backbone="tiny", steps=2, batch_size=4, feature_weight=0.5)
     probes = fit_probes(fitted, val, train=train)
     assert probes["stego", "linear"].weight.shape == (3, fitted.centers.shape[1])
-    counts = protocol.confusions(fitted, val, probes, crf=False)["stego", "linear", False].sum(0)
+    counts = evaluation.confusions(fitted, val, probes, crf=False)["stego", "linear", False].sum(0)
     assert scores(counts, range(3))["accuracy"] > 0.6
 
 
@@ -351,7 +308,7 @@ def test_the_backbone_sees_float32(model, drawn, monkeypatch):
         exact.append(options.get("exact"))
         return dense_features(*args, **options)
 
-    monkeypatch.setattr(protocol, "dense_features", noted)
+    monkeypatch.setattr(evaluation, "dense_features", noted)
     report = evaluate(model, val, train=train, crf=False)
     assert exact == [True, True] and "float32" in report["protocol"]
 
@@ -407,103 +364,84 @@ def test_probes_of_one_seed_are_the_same(model, drawn):
 # ---- the command ------------------------------------------------------------------------------------------
 
 
-def run(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+def count(labels, clusters, n, k):
+    return [
+        [sum(1 for a, b in zip(labels, clusters) if a == i and b == j) for j in range(k)] for i in range(n)
+    ]
 
 
-def test_command(model, drawn, tmp_path):
-    model.save(tmp_path / "stego.pt")
-    result = run(
-        "eval",
-        "--images",
-        drawn / "images/val",
-        "--labels",
-        drawn / "labels/val",
-        "--names",
-        drawn / "names.txt",
-        "-m",
-        tmp_path / "stego.pt",
-        "--no-crf",
-        "--json",
-        tmp_path / "out/scores.json",
-        "--figures",
-        tmp_path / "figures",
+def best_hits(counts, n, k):
+    """The most pixels any one-to-one naming of clusters gets right, by trying all."""
+    names = list(range(n)) + [-1] * max(k - n, 0)
+    return max(
+        sum(counts[c][j] for j, c in enumerate(naming) if c >= 0)
+        for naming in itertools.permutations(names, k)
     )
-    assert result.exit_code == 0, result.output
-    report = json.loads((tmp_path / "out/scores.json").read_text())
-    assert f"{100 * report['results'][0]['miou']:.1f}" in result.output and "protocol:" in result.output
-    written = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert written == ["confusion.png", "strips.png"]
 
 
-def test_dataset_without_its_train_split(model, drawn, tmp_path):
-    for source in sorted((drawn / "images/val").glob("*.png")):
-        for folder, suffix in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
-            (tmp_path / folder / "val/bonn").mkdir(parents=True, exist_ok=True)
-            pixels = np.array(Image.open(source if suffix == folder else drawn / "labels/val" / source.name))
-            shifted = (
-                pixels if suffix == folder else np.where(pixels == IGNORE, 0, pixels + 7).astype(np.uint8)
-            )
-            Image.fromarray(shifted).save(
-                tmp_path / folder / f"val/bonn/bonn_{source.stem}_000019_{suffix}.png"
-            )
-    model.save(tmp_path / "stego.pt")
-    result = run(
-        "eval", "--dataset", "cityscapes", "--root", tmp_path, "-m", tmp_path / "stego.pt", "--no-crf"
-    )
-    assert result.exit_code == 0, result.output
-    assert "Warning: No linear probe" in result.output and "leftImg8bit/train is missing" in result.output
-    assert "no train labels" in result.output
-    row = next(line for line in result.stdout.splitlines() if line.startswith("stego "))
-    assert row.split()[-2:] == ["-", "-"] and float(row.split()[1]) > 50  # no linear probe, but a clustering
+def direct_scores(labels, clusters, assignment, n):
+    """Accuracy and mIoU by sets of pixels."""
+    pixels = [(a, assignment[b]) for a, b in zip(labels, clusters) if a != IGNORE]
+    ious = []
+    for c in range(n):
+        union = sum(1 for a, b in pixels if a == c or b == c)
+        if union:
+            ious.append(sum(1 for a, b in pixels if a == b == c) / union)
+    return sum(1 for a, b in pixels if a == b) / len(pixels), sum(ious) / len(ious)
 
 
-@pytest.mark.usefixtures("short_probes")
-@pytest.mark.parametrize(
-    "dataset, folder",
-    [("cityscapes", "cityscapes"), ("cocostuff27", "cocostuff"), ("potsdam3", "potsdam_stego_mat")],
-)
-def test_official_samples(saved, tmp_path, dataset, folder):
-    if not (OFFICIAL / folder).is_dir():
-        pytest.skip(f"no sample of {dataset} at {OFFICIAL / folder}")
-    scores = tmp_path / "scores.json"
-    result = run(
-        "eval", "--dataset", dataset, "--root", OFFICIAL / folder, "-m", saved, "--no-crf", "--json", scores
-    )
-    assert result.exit_code == 0, result.output
-    report = json.loads(scores.read_text())
-    assert {result["probe"] for result in report["results"]} == {"cluster", "linear"}
-    assert all(0 < result["accuracy"] < 1 for result in report["results"])
+@pytest.mark.parametrize("n, k", [(3, 3), (4, 4), (3, 5), (5, 3), (1, 1), (1, 4), (4, 1)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_against_direct_computation(n, k, seed):
+    rng = np.random.default_rng(seed)
+    labels, clusters = rng.integers(0, n, 60), rng.integers(0, k, 60)
+    labels[rng.random(60) < 0.2] = IGNORE
+    if n > 2:
+        labels[labels == 1] = 0  # a class that never occurs
+    counts = count(labels, clusters, n, k)
+    confusion = confusion_matrix(labels, clusters, n_classes=n, n_clusters=k)
+    assert confusion.tolist() == counts and confusion.dtype == np.int64
+    assignment = match_clusters(confusion)
+    used = assignment[assignment >= 0]
+    assert len(set(used)) == len(used) == min(n, k)
+    accuracy, miou = direct_scores(labels, clusters, assignment, n)
+    result = scores(confusion, assignment)
+    assert result["accuracy"] == accuracy == best_hits(counts, n, k) / confusion.sum()
+    assert result["miou"] == pytest.approx(miou, abs=1e-12)
+
+
+def test_clusters_without_a_class_are_errors():
+    confusion = np.array([[50, 0, 30], [0, 20, 0]])
+    assignment = match_clusters(confusion)
+    assert assignment.tolist() == [0, 1, -1]
+    assert scores(confusion, assignment)["accuracy"] == 0.7
+    assert scores(confusion, assignment)["iou"] == [50 / 80, 1.0]
+
+
+def test_clusters_may_share_a_class():
+    result = scores(np.array([[50, 0, 30], [0, 20, 10]]), [0, 1, 0])
+    assert result["accuracy"] == 100 / 110 and result["iou"] == [80 / 90, 20 / 30]
+
+
+def test_matching_is_over_the_set_and_not_greedy():
+    confusion = np.array([[10, 9], [9, 0]])  # greedy would take 10 + 0
+    assert match_clusters(confusion).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
-    "arguments, code, message",
+    "labels, clusters, message",
     [
-        ([], 2, "Give a --dataset, or your own --images and --labels"),
-        (["--images", "x"], 2, "give both folders"),
-        (["--images", "IMAGES", "--labels", "LABELS", "--train-labels", "LABELS"], 2, "give both folders"),
-        (["--dataset", "potsdam3", "--train-images", "IMAGES"], 2, "brings its own"),
-        (["--dataset", "cityscapes", "--root", "nowhere"], 2, "leftImg8bit/val is missing"),
-        (["--images", "IMAGES", "--labels", "LABELS"], 2, "No model at missing.pt"),
-        (["--images", "nowhere", "--labels", "LABELS"], 2, "No such file or folder"),
-        (["--images", "IMAGES", "--labels", "LABELS", "--names", "nowhere.txt"], 2, "nowhere.txt"),
+        ([0, 3], [0, 0], "label values 0..3"),
+        ([0, 1], [0, 7], "cluster values 0..7"),
+        ([0, -1], [0, 0], "-1"),
+        ([0, 1, 1], [0, 1], "one shape"),
     ],
 )
-def test_what_cannot_be_evaluated(drawn, arguments, code, message):
-    places = {"IMAGES": drawn / "images/val", "LABELS": drawn / "labels/val"}
-    result = run("eval", "-m", "missing.pt", *[places.get(argument, argument) for argument in arguments])
-    assert result.exit_code == code and message in result.output and "Traceback" not in result.output
+def test_values_out_of_range(labels, clusters, message):
+    with pytest.raises(ValueError, match=message):
+        confusion_matrix(labels, clusters, n_classes=2, n_clusters=2)
 
 
-def test_model_with_another_backbone(model, drawn, tmp_path):
-    state_path = tmp_path / "stego.pt"
-    model.save(state_path)
-    state = torch.load(state_path, weights_only=True)
-    torch.save(state | {"backbone_sha256": "0" * 64}, state_path)
-    result = run("eval", "--images", drawn / "images/val", "--labels", drawn / "labels/val", "-m", state_path)
-    assert result.exit_code == 2 and "The model was fitted on tiny weights 000000000000" in result.output
-
-
-def test_fit_takes_images_or_a_dataset():
-    assert "Give images to fit on, or a --dataset" in run("fit").output and run("fit").exit_code == 2
-    assert run("fit", "x.jpg", "--dataset", "cityscapes").exit_code == 2
+def test_no_labelled_pixel():
+    confusion = confusion_matrix([IGNORE], [0], n_classes=2, n_clusters=2)
+    assert np.isnan(scores(confusion, match_clusters(confusion))["miou"])

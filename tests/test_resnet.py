@@ -12,8 +12,7 @@ from torchvision.models import resnet50
 
 import stego
 from stego import Stego
-from stego_parts import checkpoint
-from stego_parts import features as tokens
+from stego_parts import checkpoint, features
 from stego_parts.backbones import BACKBONES, checkpoint_path, load_backbone
 from stego_parts.config import Config
 
@@ -148,7 +147,7 @@ def test_torchvisions_file_is_known_by_how_its_hash_begins(reference, tmp_path, 
 
 def test_stride_survives_saving(reference, scenes, here, monkeypatch):
     monkeypatch.setattr(stego, "CLUSTER_ROWS", 200)
-    monkeypatch.setattr(tokens, "RESOLUTION", 64)
+    monkeypatch.setattr(features, "RESOLUTION", 64)
     torch.save(layout("dino_resnet50", reference), "w.pth")
     image, known = scenes / "scene00.png", dict(backbone="dino_resnet50", weights="w.pth")
     Stego.fit(image, classes=2, stride=16, steps=1, batch_size=2, code_size=4, **known).save("m.pt")

@@ -1,4 +1,4 @@
-"""The method: loss, derangements, neighbours, cache, fit, predict, save and load."""
+"""The method: loss, derangements, neighbours, head, training, fit, predict."""
 
 import itertools
 import subprocess
@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Mean
 from PIL import Image
 
 import stego
-from cli_parts import sheets as report
+from cli_parts import sheets
 from stego import (
     Head,
     Stego,
@@ -24,13 +25,10 @@ from stego import (
     training_loss,
     unit,
 )
-from stego_parts import backbones, config, diagnostics, features, images, running
-from stego_parts import clusters as maps
-from stego_parts import features as tokens
-from stego_parts.clusters import upsampled_argmax
+from stego_parts import backbones, diagnostics
+from stego_parts.clusters import inherit_ids
 from stego_parts.config import Config, fit_config
 from stego_parts.features import TokenCache, encode
-from stego_parts.running import pick_device
 
 ROOT = Path(stego.__file__).parent
 
@@ -188,132 +186,6 @@ def test_neighbors_against_sorting(n, monkeypatch):
         assert got[i].tolist() == others[:7]
 
 
-def test_batches_are_of_one_shape_in_order():
-    items = [
-        (i, None if size is None else torch.empty(size))
-        for i, size in enumerate([2, 2, 2, 3, None, None, 3, 2])
-    ]
-    assert [[i for i, _ in batch] for batch in running.same_shape_batches(items, 2)] == [
-        [0, 1],
-        [2],
-        [3],
-        [4, 5],
-        [6],
-        [7],
-    ]
-    assert [len(batch) for batch in running.same_shape_batches(items, 1)] == [1] * 8
-
-
-def test_a_gpu_computes_in_float16_unless_exact(monkeypatch):
-    """Named backbones in float16, evaluation and callables in float32; no GPU here, so the context is recorded."""
-    seen = []
-
-    class Recorded(torch.autocast):
-        def __init__(self, device_type, dtype=None, enabled=True):
-            seen.append((device_type, dtype, enabled))
-            super().__init__("cpu", enabled=False)
-
-    monkeypatch.setattr(torch, "autocast", Recorded)
-    monkeypatch.setattr(tokens, "to_device", lambda x, device: x)
-    network, x = Mean(), torch.zeros(1, 3, 16, 16)
-    tokens.dense_features(network, x, "cuda")  # a callable of the user's: float32
-    network.name = "dino_vits8"
-    tokens.dense_features(network, x, "cuda")
-    tokens.dense_features(network, x, "cuda", exact=True)
-    assert [enabled for *_, enabled in seen] == [False, True, False] and seen[1][1] == torch.float16
-
-
-class Mean(torch.nn.Module):
-    """A stand-in backbone: mean colour of each patch, so that a token tells where it came from."""
-
-    patch, channels, name, sha256 = 8, 3, "mean", "none"
-
-    def forward(self, x):
-        return F.avg_pool2d(x, 8)
-
-
-def test_encode_is_the_backbone_on_every_crop(scenes):
-    paths = sorted(scenes.glob("*.png"))
-    cache = encode(Mean(), paths, Config())
-    assert len(cache) == 5 * len(paths) and cache.tokens.shape == (40, 28 * 28, 3)
-    crop = features.to_tensor(images.square(features.five_crops(Image.open(paths[2]))[3], 224))
-    want = F.avg_pool2d(crop, 8).flatten(1).T  # (784, 3)
-    assert np.allclose(cache.tokens[2 * 5 + 3], want, atol=2e-3)
-    assert torch.allclose(cache.means[13], F.normalize(want.mean(0), dim=0), atol=1e-4)
-
-
-def test_windows_are_parts_of_one_look_at_the_image(scenes):
-    """Shorter side 320, half the height and half the width each; P random positions where a window has more."""
-    path = sorted(scenes.glob("*.png"))[0]
-    cache, image = encode(Mean(), [path], Config(views="windows")), Image.open(path).convert("RGB")
-    size = tokens.backbone_size(image, 8)
-    whole = F.avg_pool2d(features.to_tensor(image.resize(size, tokens.BILINEAR))[None], 8)
-    h, w = whole.shape[2:]
-    assert min(h, w) == 40 and cache.tokens.shape == (5, 400, 3)
-    lower_right = whole[0, :, h - h // 2 :, w - w // 2 :].flatten(1).T  # (positions, 3)
-    assert torch.allclose(cache.means[3], F.normalize(lower_right.mean(0), dim=0), atol=1e-4)
-    rows = {tuple(row) for row in lower_right.half().tolist()}
-    assert all(tuple(row) in rows for row in cache.tokens[3].tolist())
-
-
-def test_windows_of_a_strip_are_filled(tmp_path):
-    """A strip of one row of patches has fewer positions than a window keeps: they are repeated."""
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 900, 3), np.uint8)).save(
-        tmp_path / "strip.png"
-    )
-    cache = encode(Mean(), [tmp_path / "strip.png"], Config(views="windows"))
-    assert cache.tokens.shape == (5, 400, 3) and cache.tokens.isfinite().all()
-    assert (
-        len(np.unique(cache.tokens[0], axis=0))
-        == tokens.backbone_size(Image.new("RGB", (900, 8)), 8)[0] // 8 // 2
-    )
-
-
-def test_cache_above_its_bound_keeps_random_positions(scenes, caplog):
-    paths = sorted(scenes.glob("*.png"))
-    bound = 40 * 3 * 2 * 10.5 / 1e9  # ten positions of each crop
-    cache = encode(Mean(), paths, Config(cache_size=bound))
-    whole = encode(Mean(), paths, Config())
-    assert cache.tokens.shape == (40, 10, 3) and "10 random positions of 784" in caplog.text
-    for crop in (0, 17, 39):
-        rows = {tuple(row) for row in whole.tokens[crop].tolist()}
-        assert all(tuple(row) in rows for row in cache.tokens[crop].tolist())
-    assert torch.allclose(cache.means, whole.means)
-    with pytest.raises(ValueError, match="larger --set cache_size=GB"):
-        encode(Mean(), paths, Config(cache_size=1e-9))
-
-
-def test_sample_takes_tokens_of_the_crops_asked_for():
-    cache = TokenCache(4, 1, 9, 2)
-    for i in range(4):
-        cache.add(i, torch.full((1, 2, 3, 3), float(i)))
-    cache.finalize()
-    got = cache.sample(torch.tensor([2, 0, 3]), 5)
-    assert got.shape == (3, 5, 2) and got[:, :, 0].tolist() == [[2.0] * 5, [0.0] * 5, [3.0] * 5]
-
-
-def test_features_beyond_float16_are_one_sentence(scenes):
-    """They are kept in float16; infinite ones would become NaN in the loss, long after."""
-
-    class Large(Mean):
-        def forward(self, x):
-            return 1e6 * super().forward(x)
-
-    with pytest.raises(
-        ValueError, match=r"features reach [\d.e+]+; they are kept in float16, which holds 65504"
-    ):
-        Stego.fit(scenes, classes=2, backbone=Large(), steps=1)
-
-
-def test_a_full_disk_is_one_sentence(monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tokens.os, "posix_fallocate", full)
-    with pytest.raises(ValueError, match="No room for .* --set cache_size=GB"):
-        TokenCache(10, 1, 10, 10)
-
-
 # ---- fit -------------------------------------------------------------------------------------------------------
 
 
@@ -442,44 +314,6 @@ def test_defaults_go_with_the_backbone(scenes, monkeypatch):
     assert (tiny.views, tiny.steps, tiny.b_self, tiny.preset) == ("windows", 300, None, "default")
 
 
-def test_presets_are_the_published_ones():
-    """Values of App. A.11 and the released configurations, each with the backbone it was tuned for."""
-    want = {  # lambda self, knn, rand; b self, knn, rand; code size, steps, batch, views, centering
-        "cityscapes": ("dino_vitb8", 1.0, 0.58, 0.91, 0.46, 0.18, 0.31, 100, 7000, 32, "five", False),
-        "cocostuff": ("dino_vitb8", 0.1, 1.0, 0.15, 0.12, 0.2, 1.0, 90, 7000, 32, "five", True),
-        "cocostuff-small": (
-            "dino_vits8_300ep",
-            0.67,
-            0.25,
-            0.63,
-            0.08,
-            0.02,
-            0.66,
-            70,
-            5000,
-            16,
-            "five",
-            True,
-        ),
-        "potsdam": ("dino_vits8_300ep", 0.67, 0.25, 0.63, 0.08, 0.02, 0.46, 70, 5000, 16, "whole", True),
-        "small": ("dino_vits8_300ep", 0.67, 0.25, 0.63, 0.18, 0.12, 0.46, 70, 5000, 16, "five", True),
-    }
-    names = "backbone lambda_self lambda_knn lambda_rand b_self b_knn b_rand code_size steps batch_size views centering"
-    for preset, values in want.items():
-        assert tuple(getattr(fit_config(preset), name) for name in names.split()) == values
-    assert set(config.PRESETS) == set(want) | {"default"}
-
-
-def test_settings_are_read_from_text():
-    texts = ["b_self=0.3", "b_knn=data", "centering=false", "views=whole", "batch_size=4", "stride=16"]
-    assert config.parse_settings(texts) == dict(
-        b_self=0.3, b_knn=None, centering=False, views="whole", batch_size=4, stride=16
-    )
-    for wrong in ("steps=3", "b_self", "b_self=much", "batch_size=2.5", "centering=maybe", "zero=1"):
-        with pytest.raises(ValueError, match="give NAME=VALUE with one of: .*lambda_self \\(a number\\)"):
-            config.parse_settings([wrong])
-
-
 def test_evened_rows_give_rare_directions_a_chance():
     torch.manual_seed(0)
     direction = unit(torch.randn(2, 16))
@@ -584,7 +418,7 @@ def test_fit_takes_as_many_classes_as_halves_agree_on(scenes, monkeypatch, brief
     assert (
         model.config.classes == len(model.centers) == diagnostics.plausible_counts(model.record.agreement)[0]
     )
-    assert f"{len(model.centers)} clusters: halves" in report.agreement_line(model.record.agreement)
+    assert f"{len(model.centers)} clusters: halves" in sheets.agreement_line(model.record.agreement)
     with pytest.raises(ValueError, match="auto finds a number"):
         fit_config(classes="many")
 
@@ -609,48 +443,6 @@ def test_features_join_the_codes_by_their_weight(scenes, tmp_path):
         fit_config(classes=3, feature_weight=-1)
 
 
-def test_class_scores_are_cosines_of_upsampled_codes(monkeypatch):
-    monkeypatch.setattr(maps, "BLOCK_VALUES", 500)  # strips of a few rows
-    codes, centers = torch.randn(5, 6, 7), unit(torch.randn(4, 5))
-    wide = F.normalize(
-        F.interpolate(codes[None], size=(33, 47), mode="bilinear", align_corners=False)[0], dim=0
-    )
-    want = maps.LOGIT_SCALE * torch.einsum("dhw,kd->khw", wide, centers)
-    assert torch.allclose(maps.class_scores(codes, centers, (33, 47)), want, atol=1e-5)
-
-
-def test_report_draws_the_history(scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr(stego, "load_backbone", lambda *args, **options: Mean())
-    model = Stego.fit(scenes, classes=2, steps=12)
-    report.write_report(model, tmp_path)
-    names = ["loss", "neighbors", "report", "similarity"]
-    assert sorted(path.stem for path in tmp_path.iterdir()) == names
-    assert (
-        "12 steps" in (words := (tmp_path / "report.txt").read_text())
-        and report.neighbor_line(model.record) in words
-    )
-    assert [entry["step"] for entry in model.record.history] == [0, 10, 11]
-    model.save(tmp_path / "m.pt")
-    with pytest.raises(ValueError, match="right after fit"):
-        report.write_report(Stego.load(tmp_path / "m.pt"), tmp_path)
-
-
-def test_a_crop_of_the_record_is_the_part_of_the_image_it_says(tmp_path):
-    """Two images in quarters of one colour each: crop 5 is the upper left quarter of the second image."""
-    for name, first in (("a", 10), ("b", 110)):
-        quarters = np.array([[first, first + 20], [first + 40, first + 60]], np.uint8)
-        Image.fromarray(quarters.repeat(40, 0).repeat(40, 1)).convert("RGB").save(tmp_path / f"{name}.png")
-    of = torch.arange(2).repeat_interleave(5)  # (10,)
-    neighbors = torch.tensor([[1, 5]] * 10)  # one of image 0, one of image 1
-    record = stego.FitRecord([tmp_path / "a.png", tmp_path / "b.png"], of, neighbors, [], {})
-    shown = [report._crop_picture(record, crop, "five").getpixel((3, 3))[0] for crop in (0, 1, 5, 8)]
-    assert shown == [10, 30, 110, 170]
-    assert report._crop_picture(record, 7, "whole").getpixel((3, 3))[0] == 110
-    assert report.neighbor_line(record).startswith("Of a crop's 2 nearest neighbours, 1.0 are")
-    mixed = record._replace(neighbors=torch.tensor([[1, 5]] * 5 + [[6, 7]] * 3 + [[1, 2]] * 2))
-    assert report.neighbor_line(mixed).endswith("2 such: 20%, 50%, 30%.")
-
-
 # ---- predict ---------------------------------------------------------------------------------------------------
 
 
@@ -671,93 +463,12 @@ def test_a_mirrored_image_gets_the_mirrored_mask(model):
     assert (mask == mirrored[:, ::-1]).mean() > 0.99
 
 
-def test_upsampled_argmax_equals_upsampling_everything(monkeypatch):
-    monkeypatch.setattr(maps, "BLOCK_VALUES", 300)  # strips of a few rows
-    scores = torch.randn(5, 6, 7)
-    want = F.interpolate(scores[None], size=(33, 47), mode="bilinear", align_corners=False)[0].argmax(0)
-    assert (upsampled_argmax(scores, 33, 47) == want.numpy()).mean() > 0.999
-
-
-def test_labels_are_those_of_upsampled_codes(model):
-    """Upsampling cosine numerators and taking the argmax is upsampling codes and then comparing with centres."""
-    image = np.random.default_rng(1).integers(0, 256, (96, 128, 3), np.uint8)
-    x = features.to_tensor(Image.fromarray(image).resize((256, 192), Image.Resampling.BILINEAR))[None]
-    centers = model.image_centers(model.codes(x))
-    codes = F.interpolate(model.codes(x), size=(96, 128), mode="bilinear", align_corners=False)
-    want = torch.einsum("bdhw,kd->bkhw", F.normalize(codes, dim=1), centers).argmax(1)[0]
-    assert (model.predict(image, crf=False, resolution=192) == want.numpy()).mean() > 0.999
-
-
 def test_too_small_an_image(model):
     with pytest.raises(ValueError, match="4 x 30 pixels, smaller than one patch"):
         model.predict(np.zeros((30, 4, 3), np.uint8))
 
 
 # ---- save and load ---------------------------------------------------------------------------------------------
-
-
-def test_a_loaded_model_is_the_saved_one(model, tmp_path):
-    model.save(tmp_path / "a.pt")
-    loaded = Stego.load(tmp_path / "a.pt")
-    image = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
-    assert np.array_equal(*(each.predict(image, resolution=64) for each in (model, loaded)))
-    assert loaded.config == model.config and np.array_equal(loaded.palette, model.palette)
-    assert torch.equal(loaded.centers, model.centers) and torch.equal(loaded.share, model.share)
-    loaded.save(tmp_path / "b.pt")
-    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
-
-
-def test_the_file_is_small_and_plain(model, tmp_path):
-    model.save(tmp_path / "a.pt")
-    state = torch.load(tmp_path / "a.pt", weights_only=True)
-    saved = state["config"]
-    assert saved["classes"] == 3 and saved["preset"] == "default" and saved["backbone"] == "tiny"
-    large = Stego(
-        model.config, Head(768, 100), unit(torch.randn(255, 100)), torch.ones(255) / 255, backbone_sha256=""
-    )
-    large.save(tmp_path / "large.pt")
-    assert (tmp_path / "large.pt").stat().st_size < 2e6
-
-
-def test_other_backbone_weights_are_refused(model, tmp_path):
-    model.save(tmp_path / "a.pt")
-    state = torch.load(tmp_path / "a.pt", weights_only=True)
-    torch.save(state | {"backbone_sha256": "f" * 64}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="fitted on tiny weights ffff"):
-        Stego.load(tmp_path / "other.pt").predict(np.zeros((64, 64, 3), np.uint8))
-
-
-def test_missing_and_foreign_models(model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="stego fit"):
-        Stego.load(tmp_path / "none.pt")
-    model.save(tmp_path / "a.pt")
-    state = torch.load(tmp_path / "a.pt", weights_only=True)
-    (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "half.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:2000])
-    torch.save({"weights": 1}, tmp_path / "foreign.pt")
-    torch.save(state | {"version": 99}, tmp_path / "future.pt")
-    for name, message in {
-        "text": "not a stego model",
-        "half": "not a stego model",
-        "foreign": "not a stego model",
-        "future": "version 99",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            Stego.load(tmp_path / f"{name}.pt")
-
-
-def test_saving_replaces_only_when_complete(model, tmp_path, monkeypatch):
-    model.save(tmp_path / "a.pt")
-    before = (tmp_path / "a.pt").read_bytes()
-
-    def broken(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError):
-        model.save(tmp_path / "a.pt")
-    assert (tmp_path / "a.pt").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_the_library_prints_nothing(tmp_path, scenes):
@@ -768,5 +479,40 @@ def test_the_library_prints_nothing(tmp_path, scenes):
     assert (result.stdout, result.stderr) == ("", "")
 
 
-def test_device_auto_is_there():
-    assert pick_device("auto").type in ("cpu", "cuda") and pick_device("cpu").type == "cpu"
+def test_from_python(scenes, model):
+    other = Stego.fit(scenes / "sub", from_model=model, classes=2, adaptation=0.0)
+    assert len(other.centers) == 2 and other.head is model.head and other.backbone is model.backbone
+    assert (other.config.adaptation, other.config.steps, other.config.crops) == (0.0, 60, 20)
+    with pytest.raises(ValueError, match="Got batch_size, steps for"):
+        Stego.fit(scenes, from_model=model, steps=5, batch_size=3)
+
+
+def test_one_name_for_two_clusters(saved):
+    model = Stego.load(saved)
+    model.rename({0: "ground", 2: "ground"})
+    assert model.select(["Ground"]) == model.select([2]) == [0, 2]
+    assert model.select(["1", "ground"]) == [0, 1, 2]
+
+
+def test_the_same_data_fitted_anew_keeps_numbers_names_and_colours(scenes, tmp_path):
+    two = [scenes / "scene00.png", scenes / "scene01.png"]
+    options = dict(classes=3, backbone="tiny", steps=20, batch_size=8)
+    earlier = Stego.fit(two, **options)
+    inherit_ids(earlier, earlier, {0: 2, 1: 0, 2: 1})  # another order than by share
+    earlier.rename({0: "a", 1: "b", 2: "c"})
+    earlier.palette = np.array([[9, 0, 0], [0, 9, 0], [0, 0, 9]], np.uint8)
+    earlier.save(tmp_path / "earlier.pt")
+    again = Stego.fit(two, match=tmp_path / "earlier.pt", **options)
+    assert again.names == ["a", "b", "c"] and np.array_equal(again.palette, earlier.palette)
+    image = np.asarray(Image.open(scenes / "scene00.png").convert("RGB"))
+    before, after = (model.predict(image, crf=False, resolution=160) for model in (earlier, again))
+    assert (before == after).mean() > 0.99
+
+
+def test_probabilities_of_a_large_photo_are_bounded(model):
+    q = model.probabilities(np.zeros((600, 900, 3), np.uint8), crf_size=0.05, resolution=64, crf=False)
+    assert (
+        q.dtype == np.float32
+        and q[0].size <= 50_500
+        and q.shape[2] / q.shape[1] == pytest.approx(1.5, abs=0.02)
+    )

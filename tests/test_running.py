@@ -1,4 +1,4 @@
-"""One fit by two processes, as torchrun starts them, with gloo on the CPU."""
+"""Devices, batches, and one fit by several processes, as torchrun starts them, with gloo on the CPU."""
 
 import os
 import signal
@@ -16,14 +16,15 @@ from conftest import draw_scene
 from PIL import Image
 
 from stego import Stego
-from stego_parts import running as distributed
+from stego_parts import running
 from stego_parts.checkpoint import crops_a_step
 from stego_parts.config import Config
+from stego_parts.running import pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["-k", "3", "--backbone", "tiny", "--set", "batch_size=4", "--set", "cache_size=0.003"]
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or sys.platform != "linux", reason="needs gloo")
+needs_gloo = pytest.mark.skipif(not dist.is_available() or sys.platform != "linux", reason="needs gloo")
 
 
 def start_two(images, output, *options, steps=30):
@@ -54,6 +55,7 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
+@needs_gloo
 def test_two_processes_fit_one_model(images, tmp_path):
     run = start_two(images, tmp_path / "two.pt", "-v")
     stdout, stderr = run.communicate(timeout=240)
@@ -69,6 +71,7 @@ def test_two_processes_fit_one_model(images, tmp_path):
     assert counts.max(0).values.sum() > 0.6 * counts.sum()  # clusters are regions of the scene
 
 
+@needs_gloo
 def test_a_killed_peer_ends_the_others_in_a_sentence(images, tmp_path):
     run = start_two(images, tmp_path / "two.pt", steps=100_000)
     kept = tmp_path / "two.pt.scratch"
@@ -83,6 +86,7 @@ def test_a_killed_peer_ends_the_others_in_a_sentence(images, tmp_path):
     assert run.returncode != 0 and not (tmp_path / "two.pt").exists()
 
 
+@needs_gloo
 def test_nothing_readable_ends_both(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(2):
@@ -99,6 +103,7 @@ def test_a_batch_is_shared_out(monkeypatch):
     assert crops_a_step(Config(batch_size=16), 100) == 5 and crops_a_step(Config(batch_size=16), 7) == 2
 
 
+@needs_gloo
 def test_a_process_whose_torchrun_is_gone_ends(monkeypatch):
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -106,6 +111,26 @@ def test_a_process_whose_torchrun_is_gone_ends(monkeypatch):
     launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for name, value in (launched | {"TORCHELASTIC_RUN_ID": "none"}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=1))
-    with pytest.raises(ValueError, match="has ended; start all of them again"), distributed.process_group():
+    monkeypatch.setattr(running, "MEETING", timedelta(seconds=1))
+    with pytest.raises(ValueError, match="has ended; start all of them again"), running.process_group():
         raise AssertionError("joined nobody")
+
+
+def test_batches_are_of_one_shape_in_order():
+    items = [
+        (i, None if size is None else torch.empty(size))
+        for i, size in enumerate([2, 2, 2, 3, None, None, 3, 2])
+    ]
+    assert [[i for i, _ in batch] for batch in running.same_shape_batches(items, 2)] == [
+        [0, 1],
+        [2],
+        [3],
+        [4, 5],
+        [6],
+        [7],
+    ]
+    assert [len(batch) for batch in running.same_shape_batches(items, 1)] == [1] * 8
+
+
+def test_device_auto_is_there():
+    assert pick_device("auto").type in ("cpu", "cuda") and pick_device("cpu").type == "cpu"

@@ -15,8 +15,7 @@ from PIL import Image
 
 from cli import main
 from stego import Stego
-from stego_parts import checkpoint
-from stego_parts import features as tokens
+from stego_parts import checkpoint, features
 from stego_parts.checkpoint import FitCheckpoint
 from stego_parts.config import Config
 
@@ -195,7 +194,7 @@ def test_command(images, expected, monkeypatch):
     assert result.exit_code == 0, result.output
     assert same(Stego.load("stego.pt"), expected)
     assert sorted(os.listdir("stego.pt.scratch")) == ["features.pt", "lock", "tokens"]
-    monkeypatch.setattr(tokens, "image_views", None)  # no image is looked at again
+    monkeypatch.setattr(features, "image_views", None)  # no image is looked at again
     assert CliRunner().invoke(main, [*COMMAND, "--steps", "2"]).exit_code == 0
     assert sorted(os.listdir()) == ["images", "stego-fit.png", "stego.pt"]  # and the scratch is gone
 

@@ -1,8 +1,9 @@
-"""Checkpoints of the reference implementation: read without executing anything, and the same codes as its network."""
+"""Model files: save and load, and checkpoints of the reference implementation, read without executing anything."""
 
 import os
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from PIL import Image
 from torch import nn
 
 from cli import main
-from stego import Stego
+from cli_parts.sheets import description
+from stego import Head, Stego, unit
 from stego_parts.backbones import BACKBONES
 from stego_parts.weights import read_checkpoint
 
@@ -208,3 +210,75 @@ def test_a_torchscript_program_is_refused(tmp_path):
         Stego.load(tmp_path / "program.pt")
     with pytest.raises(ValueError, match="safely"):
         read_checkpoint(tmp_path / "program.pt")
+
+
+def test_models_of_the_reference_implementation(here, saved):
+    model = Stego.load(saved)
+    model.config = replace(model.config, preset="released")
+    assert any("a checkpoint of the reference implementation" in line for line in description(model))
+    with pytest.raises(ValueError, match="cannot be written again"):
+        model.save("released.pt")
+
+
+def test_a_loaded_model_is_the_saved_one(model, tmp_path):
+    model.save(tmp_path / "a.pt")
+    loaded = Stego.load(tmp_path / "a.pt")
+    image = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
+    assert np.array_equal(*(each.predict(image, resolution=64) for each in (model, loaded)))
+    assert loaded.config == model.config and np.array_equal(loaded.palette, model.palette)
+    assert torch.equal(loaded.centers, model.centers) and torch.equal(loaded.share, model.share)
+    loaded.save(tmp_path / "b.pt")
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_the_file_is_small_and_plain(model, tmp_path):
+    model.save(tmp_path / "a.pt")
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    saved = state["config"]
+    assert saved["classes"] == 3 and saved["preset"] == "default" and saved["backbone"] == "tiny"
+    large = Stego(
+        model.config, Head(768, 100), unit(torch.randn(255, 100)), torch.ones(255) / 255, backbone_sha256=""
+    )
+    large.save(tmp_path / "large.pt")
+    assert (tmp_path / "large.pt").stat().st_size < 2e6
+
+
+def test_other_backbone_weights_are_refused(model, tmp_path):
+    model.save(tmp_path / "a.pt")
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save(state | {"backbone_sha256": "f" * 64}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="fitted on tiny weights ffff"):
+        Stego.load(tmp_path / "other.pt").predict(np.zeros((64, 64, 3), np.uint8))
+
+
+def test_missing_and_foreign_models(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="stego fit"):
+        Stego.load(tmp_path / "none.pt")
+    model.save(tmp_path / "a.pt")
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:2000])
+    torch.save({"weights": 1}, tmp_path / "foreign.pt")
+    torch.save(state | {"version": 99}, tmp_path / "future.pt")
+    for name, message in {
+        "text": "not a stego model",
+        "half": "not a stego model",
+        "foreign": "not a stego model",
+        "future": "version 99",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            Stego.load(tmp_path / f"{name}.pt")
+
+
+def test_saving_replaces_only_when_complete(model, tmp_path, monkeypatch):
+    model.save(tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+
+    def broken(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError):
+        model.save(tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]

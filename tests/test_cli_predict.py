@@ -1,0 +1,292 @@
+"""`stego predict`: what it writes where, pipes, dry runs, options that exclude each other, `--smooth`."""
+
+import io
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import FAST, LABELLED, QUICK, draw_scene, mask_of, run
+from PIL import Image
+
+from stego import Stego
+from stego_parts.images import IGNORE
+
+SMALL = ("--no-crf", "--resolution", 160)
+
+
+def test_predict_mirrors_the_tree(here, scenes, saved):
+    result = run("predict", scenes, "-m", saved, "-o", "out", "--overlay", *FAST)
+    assert "12 of 12 images" in result.stdout
+    for source in scenes.rglob("*.png"):
+        place = Path("out") / source.relative_to(scenes)
+        assert place.is_file() and place.with_suffix(".overlay.jpg").is_file()
+    assert len(list(Path("out").rglob("*.*"))) == 24
+
+
+def test_predict_uses_the_options(here, scenes, saved):
+    masks = []
+    for name, options in {"a": [], "b": ["--no-crf"], "c": ["--resolution", 96, "--no-crf"]}.items():
+        run("predict", scenes / "scene00.png", "-m", saved, "-o", f"{name}.png", *options)
+        masks.append(np.asarray(Image.open(f"{name}.png")))
+    assert (masks[0] != masks[1]).any() and (masks[1] != masks[2]).any()
+
+
+def test_skip_existing_asks_for_every_output_and_what_it_was_made_with(here, scenes, saved):
+    shutil.copy(saved, "stego.pt")
+
+    def predicted(*options):
+        args = ("-o", "out", *FAST, "--skip-existing", *options)
+        said = run("predict", scenes / "sub", *args).stdout
+        return re.search(r"(\d+) of \d+ images, (\d+) skipped", said).groups()
+
+    assert predicted() == ("4", "0") and predicted() == ("0", "4")
+    assert predicted("--overlay") == ("4", "0") and predicted("--overlay") == ("0", "4")
+    Path("out/scene08.overlay.jpg").unlink()
+    assert predicted("--overlay") == ("1", "3")
+    assert predicted("--only", "1") == ("4", "0") and set(np.unique(mask_of("out/scene09.png"))) <= {1, 255}
+    assert predicted() == ("4", "0") and predicted("--resolution", 64) == ("4", "0")
+    run("name", "0=sky")
+    assert predicted("--resolution", 64) == ("4", "0")
+    Path("out/scene10.png").write_bytes(b"cut short")
+    assert predicted("--resolution", 64) == ("1", "3")
+    os.utime("out/scene11.png", (1, 1))  # the image has changed since
+    assert predicted("--resolution", 64) == ("1", "3")
+    assert predicted("--format", "npz") == ("4", "0") and predicted("--format", "npz") == ("0", "4")
+
+
+def test_the_folder_of_the_images_can_hold_the_outputs(here, scenes, saved):
+    """cd images; stego fit .; stego predict .: again and again."""
+    for i in range(2):
+        shutil.copy(scenes / f"scene0{i}.png", here)
+    for name in ("stego.pt", "stego.pt", "other.pt"):
+        fitted = run("fit", ".", "-k", 2, *QUICK, "-o", name)
+        predicted = run("predict", ".", "--overlay", *FAST)
+        assert "2 images" in fitted.stdout and "2 of 2 images" in predicted.stdout
+    assert "2 images" in run("show", ".", "--sheet", "s.png").stdout
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["fit", "photos", "-o", "photos/i.jpg"], "overwrite an input"),
+        (["fit", "photos", "-o", "new.jpg"], "has the name of an image"),
+        (["fit", "photos", "-o", "photos/x.pt"], "x-fit.png would overwrite an input"),
+        (["fit", "photos", "-o", "photos"], "is a folder"),
+        (["fit", "photos", "-o", "/dev/null"], "is a device or a pipe"),
+        (["fit", "photos", "-o", "photos/i.jpg/m.pt"], "is not a folder"),
+        (["fit", "photos", "-o", "/proc/m.pt"], "Cannot write into /proc"),
+        (["fit", "photos", "--report", "photos"], "has inputs in it"),
+        (["fit", "photos", "--report", "text"], "is not a folder"),
+        (["fit", "photos", "--weights", "w.pth", "-o", "w.pth"], "overwrite an input"),
+        (["fit", "photos", "-o", "text"], "is not a stego model"),
+        (["predict", "photos", "-m", "MODEL", "-o", "text"], "is not a folder"),
+        (["predict", "photos/i.jpg", "-m", "MODEL", "-o", "/dev/null"], "is not a folder"),
+        (["predict", "photos", "-m", "MODEL", "-o", "/proc/x"], "Cannot write into /proc"),
+        (["show", "MODEL", "photos", "--sheet", "s.txt"], "is not a .png"),
+        (["show", "MODEL", "photos", "--sheet", "photos/x-fit.png"], "overwrite an input"),
+        (["show", "photos/i.jpg", "--at", "3,3", "-m", "MODEL", "-o", "photos/i.jpg"], "overwrite an input"),
+        (["eval", *LABELLED, "-m", "MODEL", "--json", "s.txt"], "is not a .json"),
+        (["eval", *LABELLED, "-m", "MODEL", "--figures", "photos"], "has inputs in it"),
+        (["demo", "-o", "photos"], "no demo made it"),
+    ],
+)
+def test_outputs_are_checked_before_any_work(here, scenes, saved, monkeypatch, args, message):
+    for place in ("photos/i.jpg", "photos/x-fit.png", "labels/i.png", "labels/x-fit.png"):
+        Path(place).parent.mkdir(exist_ok=True)
+        picture = Image.open(scenes / "scene00.png")
+        picture.convert("L" if "labels" in place else "RGB").save(place)
+    Path("text").write_text("words")
+    Path("w.pth").write_text("weights")
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    monkeypatch.setattr("cli.Progress.__call__", None)  # the work has begun
+    result = run(*[saved if arg == "MODEL" else arg for arg in args], code=2)
+    assert message in result.stderr
+    assert before == {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+
+
+def test_what_does_not_fit_into_memory_is_refused(here, scenes, saved, monkeypatch):
+    monkeypatch.setattr("stego_parts.features.available_memory", lambda device: 1e9)
+    args = ("predict", scenes / "scene00.png", "-m", saved, "-o", "mask.png", "--no-crf", "--resolution")
+    refused = run(*args, 5000, code=2).stderr  # 2 x 625 x 625 positions of 256 values
+    assert "27.2 GB" in refused and "1.0 GB are available" in refused
+    largest = int(re.search(r"at most (\d+)", refused)[1])
+    assert 900 < largest < 1000 and not Path("mask.png").exists()
+    Stego.load(saved).working_size(Image.new("RGB", (500, 500)), largest)
+    with pytest.raises(ValueError, match="available"):
+        Stego.load(saved).working_size(Image.new("RGB", (500, 500)), largest + 8)
+    with pytest.raises(ValueError, match="available"):  # twice as long, twice as much
+        Stego.load(saved).working_size(Image.new("RGB", (1000, 500)), largest)
+
+
+def test_one_bad_image_among_good_ones(here, scenes, saved):
+    Path("in").mkdir()
+    for i in range(2):
+        Image.open(scenes / f"scene0{i}.png").save(f"in/{i}.png")
+    Path("in/broken.jpg").write_bytes(b"no picture")
+    result = run("predict", "in", "-m", saved, "-o", "out", *FAST, code=1)
+    assert "2 of 3 images" in result.stdout and "Cannot read in/broken.jpg" in result.stderr
+    assert sorted(p.name for p in Path("out").iterdir()) == ["0.png", "1.png"]
+    result = run("fit", "in", "-k", 2, *QUICK)
+    assert "Skipped: Cannot read in/broken.jpg" in result.stderr and Path("stego.pt").is_file()
+
+
+def test_a_picture_through_the_pipe_is_exactly_a_png(here, scenes, saved):
+    source = scenes / "scene00.png"
+    seen = run("predict", "-", "-m", saved, "-o", "-", *FAST, input=source.read_bytes())
+    assert "1 of 1 images" in seen.stderr
+    run("predict", source, "-m", saved, "-o", "mask.png", *FAST)
+    assert seen.stdout_bytes == (here / "mask.png").read_bytes()
+
+
+def test_stdin_into_a_file_and_a_file_onto_stdout(here, scenes, saved):
+    data = (scenes / "scene00.png").read_bytes()
+    run("predict", "-", "-m", saved, "-o", "out", *FAST, input=data)
+    seen = run("predict", scenes / "scene00.png", "-m", saved, "-o", "-", "--format", "overlay", *FAST)
+    assert mask_of("out/stdin.png").shape == (96, 128)
+    with Image.open(io.BytesIO(seen.stdout_bytes)) as picture:
+        assert picture.format == "PNG" and picture.mode == "RGB"
+
+
+def test_what_is_no_picture_on_stdin(here, saved):
+    result = run("predict", "-", "-m", saved, "-o", "-", input=b"hello", code=1)
+    assert (
+        result.stdout_bytes == b"" and "no known format" in result.stderr and "BytesIO" not in result.stderr
+    )
+
+
+def test_only_some_clusters(here, scenes, named):
+    source = scenes / "scene00.png"
+    only = {"all": [], "two": ["--only", "SKY, 2"], "each": ["--only", "sky", "--only", "Block"]}
+    for name, options in only.items():
+        run("predict", source, "-o", f"{name}.png", *FAST, *options)
+    whole, two = mask_of("all.png"), mask_of("two.png")
+    assert np.array_equal(two, mask_of("each.png"))
+    assert (two == np.where(whole == 1, IGNORE, whole)).all() and (two == IGNORE).any()
+    result = run("predict", source, "--only", "moon", code=2)
+    assert "no cluster 'moon'" in result.stderr and "block, sky" in result.stderr
+
+
+def test_the_first_images_only(here, scenes, saved):
+    said = run("predict", scenes, "-m", saved, "-o", "out", "--limit", 3, *FAST).stdout
+    assert "3 of 3 images" in said and len(os.listdir("out")) == 3
+    run("predict", scenes, "-m", saved, "-o", "one.png", "--limit", 1, *FAST)
+    run("predict", scenes, "-m", saved, "-o", "s.json", "--format", "json", "--limit", 2, *FAST)
+    assert len(json.loads((here / "s.json").read_text())["images"]) == 2
+    (here / "in").mkdir()
+    for name in ("a.gif", "a.png"):
+        Image.open(scenes / "scene00.png").save(here / "in" / name)
+    run("predict", "in", "-m", saved, "-o", "named", "--limit", 1, *FAST)
+    assert os.listdir("named") == ["a.gif.png"]  # the name that it has without a limit
+
+
+def test_a_dry_run_writes_nothing(here, scenes, saved, monkeypatch):
+    run("predict", scenes / "sub", "-m", saved, "-o", "out", "--limit", 1, *FAST)
+    monkeypatch.setattr("stego.load_backbone", None)  # nobody needs it
+    args = ("predict", scenes / "sub", "-m", saved, "--dry-run", *FAST)
+    listed = run(*args, "-o", "out", "--overlay")
+    names = [f"out/scene{i:02d}{end}" for i in range(8, 12) for end in (".png", ".overlay.jpg")]
+    assert listed.stdout.splitlines() == names and "4 images" in listed.stderr
+    assert run(*args, "-o", "out", "--skip-existing").stdout.splitlines() == names[2::2]
+    assert run(*args, "--format", "csv").stdout == "stego-out/shares.csv\n"
+    assert "no cluster 'moon'" in run(*args, "--only", "moon", code=2).stderr
+    assert [path.as_posix() for path in sorted(here.rglob("*"))] == [
+        str(here / "out"),
+        str(here / "out/scene08.png"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["-o", "x.png", "--format", "npz"], "not a .npz"),
+        (["-o", "x.png", "--format", "coco"], "not a .json"),
+        (["-o", "x.png", "--format", "json"], "not a .json"),
+        (["-o", "x.tif", "--format", "overlay"], "not a .png or .jpg or .jpeg"),
+        (["--format", "json", "--overlay"], "--overlay goes with masks"),
+        (["-o", "-", "--overlay"], "one stdout"),
+        (["-o", "-", "--skip-existing"], "--skip-existing is for"),
+        (["--format", "coco", "--skip-existing"], "--skip-existing is for"),
+        (["--format", "npz", "--only", "1"], "leave --only out"),
+        (["--format", "xml"], "xml"),
+        (["-o", "x.jpg", "--format", "tif"], "not a .tif or .tiff"),
+        (["-o", "x.txt", "--format", "csv"], "not a .csv"),
+        (["-o", "x.jpg", "--format", "cutout", "--only", "1"], "not a .png"),
+        (["--format", "labelme", "-o", "x.png"], "not a .json"),
+        (["--format", "cutout"], "needs --only"),
+        (["--format", "cutout", "--only", "1", "--no-crf"], "and the CRF"),
+        (["--format", "cutout", "--only", "1", "--overlay"], "--overlay goes with masks"),
+        (["--format", "csv", "--skip-existing"], "--skip-existing is for"),
+        (["--format", "json", "--min-area", "9"], "--min-area is for"),
+        (["--min-area", "-1"], "--min-area"),
+        (["--limit", "0"], "--limit"),
+        (["-o", "-", "scene01.png"], "2 images do not go"),
+    ],
+)
+def test_what_does_not_go_together(here, scenes, saved, args, message):
+    for name in ("scene00.png", "scene01.png"):
+        (here / name).write_bytes((scenes / name).read_bytes())
+    assert message in run("predict", "scene00.png", "-m", saved, *args, code=2).stderr
+    assert sorted(path.name for path in here.iterdir()) == ["scene00.png", "scene01.png"]
+
+
+def test_one_bad_image_is_not_in_the_document(here, scenes, saved):
+    (here / "in").mkdir()
+    (here / "in/a.png").write_bytes((scenes / "scene00.png").read_bytes())
+    (here / "in/bad.jpg").write_bytes(b"no picture")
+    result = run("predict", "in", "-m", saved, "--format", "coco", *FAST, code=1)
+    assert [
+        each["file_name"] for each in json.loads((here / "stego-out/coco.json").read_text())["images"]
+    ] == ["a.png"]
+    assert "Error: Cannot read in/bad.jpg" in result.stderr and "1 of 2 images" in result.stdout
+
+
+def write_video(folder, scenes) -> Path:
+    """A frame of each drawn scene, with noise of its own."""
+    Path(folder).mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for t, seed in enumerate(scenes):
+        frame = draw_scene(seed)[0] + random.normal(0, 8, (96, 128, 3))
+        Image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(Path(folder) / f"{t:04}.png")
+    return Path(folder)
+
+
+def predicted(model, *args) -> list[np.ndarray]:
+    """The masks of a run of predict."""
+    run("predict", *args, "-m", model, "-o", "out", *SMALL)
+    masks = [np.array(Image.open(path)) for path in sorted(Path("out").rglob("*.png"))]
+    shutil.rmtree("out")
+    return masks
+
+
+def flicker(masks) -> float:
+    """The share of pixels that change their cluster from a frame to the next."""
+    return np.mean([(a != b).mean() for a, b in zip(masks, masks[1:])])
+
+
+def test_a_still_scene_flickers_less(here, saved):
+    video = write_video("video", [3] * 6)
+    alone, smooth = predicted(saved, video), predicted(saved, video, "--smooth")
+    assert np.array_equal(alone[0], smooth[0])
+    assert 0 < flicker(smooth) < flicker(alone) / 2
+    assert np.mean([(a == b).mean() for a, b in zip(alone, smooth)]) > 0.95  # and nothing else changes
+
+
+def test_a_cut_and_another_folder_begin_anew(here, saved):
+    write_video("videos/a", [3, 3, 3, 7])
+    write_video("videos/b", [7])
+    alone, smooth = predicted(saved, "videos"), predicted(saved, "videos", "--smooth")
+    assert (alone[3] == smooth[3]).mean() > 0.9 and (alone[3] == alone[2]).mean() < 0.9
+    assert np.array_equal(alone[4], smooth[4])
+
+
+def test_only_all_frames_in_order(here, saved):
+    video = write_video("video", [3])
+    for args in ((video, "--skip-existing"), ("-",)):
+        assert "all frames in their order" in run("predict", *args, "--smooth", "-m", saved, code=2).stderr
+    run("predict", video, "-m", saved, "-o", "out", *SMALL, "--smooth")
+    again = run("predict", video, "-m", saved, "-o", "out", *SMALL, "--skip-existing")
+    assert "1 of 1 images, 0 skipped" in again.stdout  # made with other options

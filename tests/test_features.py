@@ -1,0 +1,131 @@
+"""What the backbone sees and what is kept of it: crops, windows, the token file."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Mean
+from PIL import Image
+
+from stego import Stego
+from stego_parts import features, images
+from stego_parts.config import Config
+from stego_parts.features import TokenCache, encode, five_crops, to_tensor
+from stego_parts.images import square
+
+
+def test_to_tensor_is_normalised():
+    x = to_tensor(Image.new("RGB", (3, 2), (255, 0, 128)))
+    assert x.shape == (3, 2, 3)
+    assert x[:, 0, 0].tolist() == pytest.approx(
+        [(1 - 0.485) / 0.229, -0.456 / 0.224, (128 / 255 - 0.406) / 0.225]
+    )
+
+
+def test_five_crops_cover_the_corners_and_the_centre():
+    image = Image.fromarray(np.arange(10 * 8 * 3, dtype=np.uint8).reshape(10, 8, 3))
+    array, crops = np.asarray(image), [np.asarray(crop) for crop in five_crops(image)]
+    for crop, (y, x) in zip(crops, ((0, 0), (0, 4), (5, 0), (5, 4), (2, 2))):
+        assert np.array_equal(crop, array[y : y + 5, x : x + 4])
+    assert square(image, 4).size == (4, 4)
+
+
+def test_a_gpu_computes_in_float16_unless_exact(monkeypatch):
+    """Named backbones in float16, evaluation and callables in float32; no GPU here, so the context is recorded."""
+    seen = []
+
+    class Recorded(torch.autocast):
+        def __init__(self, device_type, dtype=None, enabled=True):
+            seen.append((device_type, dtype, enabled))
+            super().__init__("cpu", enabled=False)
+
+    monkeypatch.setattr(torch, "autocast", Recorded)
+    monkeypatch.setattr(features, "to_device", lambda x, device: x)
+    network, x = Mean(), torch.zeros(1, 3, 16, 16)
+    features.dense_features(network, x, "cuda")  # a callable of the user's: float32
+    network.name = "dino_vits8"
+    features.dense_features(network, x, "cuda")
+    features.dense_features(network, x, "cuda", exact=True)
+    assert [enabled for *_, enabled in seen] == [False, True, False] and seen[1][1] == torch.float16
+
+
+def test_encode_is_the_backbone_on_every_crop(scenes):
+    paths = sorted(scenes.glob("*.png"))
+    cache = encode(Mean(), paths, Config())
+    assert len(cache) == 5 * len(paths) and cache.tokens.shape == (40, 28 * 28, 3)
+    crop = features.to_tensor(images.square(features.five_crops(Image.open(paths[2]))[3], 224))
+    want = F.avg_pool2d(crop, 8).flatten(1).T  # (784, 3)
+    assert np.allclose(cache.tokens[2 * 5 + 3], want, atol=2e-3)
+    assert torch.allclose(cache.means[13], F.normalize(want.mean(0), dim=0), atol=1e-4)
+
+
+def test_windows_are_parts_of_one_look_at_the_image(scenes):
+    """Shorter side 320, half the height and half the width each; P random positions where a window has more."""
+    path = sorted(scenes.glob("*.png"))[0]
+    cache, image = encode(Mean(), [path], Config(views="windows")), Image.open(path).convert("RGB")
+    size = features.backbone_size(image, 8)
+    whole = F.avg_pool2d(features.to_tensor(image.resize(size, features.BILINEAR))[None], 8)
+    h, w = whole.shape[2:]
+    assert min(h, w) == 40 and cache.tokens.shape == (5, 400, 3)
+    lower_right = whole[0, :, h - h // 2 :, w - w // 2 :].flatten(1).T  # (positions, 3)
+    assert torch.allclose(cache.means[3], F.normalize(lower_right.mean(0), dim=0), atol=1e-4)
+    rows = {tuple(row) for row in lower_right.half().tolist()}
+    assert all(tuple(row) in rows for row in cache.tokens[3].tolist())
+
+
+def test_windows_of_a_strip_are_filled(tmp_path):
+    """A strip of one row of patches has fewer positions than a window keeps: they are repeated."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 900, 3), np.uint8)).save(
+        tmp_path / "strip.png"
+    )
+    cache = encode(Mean(), [tmp_path / "strip.png"], Config(views="windows"))
+    assert cache.tokens.shape == (5, 400, 3) and cache.tokens.isfinite().all()
+    assert (
+        len(np.unique(cache.tokens[0], axis=0))
+        == features.backbone_size(Image.new("RGB", (900, 8)), 8)[0] // 8 // 2
+    )
+
+
+def test_cache_above_its_bound_keeps_random_positions(scenes, caplog):
+    paths = sorted(scenes.glob("*.png"))
+    bound = 40 * 3 * 2 * 10.5 / 1e9  # ten positions of each crop
+    cache = encode(Mean(), paths, Config(cache_size=bound))
+    whole = encode(Mean(), paths, Config())
+    assert cache.tokens.shape == (40, 10, 3) and "10 random positions of 784" in caplog.text
+    for crop in (0, 17, 39):
+        rows = {tuple(row) for row in whole.tokens[crop].tolist()}
+        assert all(tuple(row) in rows for row in cache.tokens[crop].tolist())
+    assert torch.allclose(cache.means, whole.means)
+    with pytest.raises(ValueError, match="larger --set cache_size=GB"):
+        encode(Mean(), paths, Config(cache_size=1e-9))
+
+
+def test_sample_takes_tokens_of_the_crops_asked_for():
+    cache = TokenCache(4, 1, 9, 2)
+    for i in range(4):
+        cache.add(i, torch.full((1, 2, 3, 3), float(i)))
+    cache.finalize()
+    got = cache.sample(torch.tensor([2, 0, 3]), 5)
+    assert got.shape == (3, 5, 2) and got[:, :, 0].tolist() == [[2.0] * 5, [0.0] * 5, [3.0] * 5]
+
+
+def test_features_beyond_float16_are_one_sentence(scenes):
+    """They are kept in float16; infinite ones would become NaN in the loss, long after."""
+
+    class Large(Mean):
+        def forward(self, x):
+            return 1e6 * super().forward(x)
+
+    with pytest.raises(
+        ValueError, match=r"features reach [\d.e+]+; they are kept in float16, which holds 65504"
+    ):
+        Stego.fit(scenes, classes=2, backbone=Large(), steps=1)
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features.os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match="No room for .* --set cache_size=GB"):
+        TokenCache(10, 1, 10, 10)
