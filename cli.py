@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from cli_parts.console import (
     sentence,
     split_names,
     verbosity_options,
+    versions,
 )
 from stego_parts.config import NOTICE, PRESETS, parse_settings
 
@@ -41,9 +43,13 @@ WRITTEN |= dict(json="shares", csv="shares", coco="segments", labelme="outlines"
 MODEL_SUFFIXES = (".pt", ".pth", ".ckpt")
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="stego", prog_name="stego")
-def main() -> None:
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(cls=Commands, context_settings=SETTINGS, invoke_without_command=True, no_args_is_help=True)
+@click.option("--version", is_flag=True, help="Say the version; with -v also of all that it uses.")
+@click.option("-v", "verbose", is_flag=True, hidden=True)
+def main(version: bool, verbose: bool) -> None:
     """Segment images without labels: find what recurs in a folder, then find it in any image.
 
     \b
@@ -52,6 +58,11 @@ def main() -> None:
       stego fit ./images                 find what recurs in them: ./stego.pt
       stego predict img.jpg -o mask.png  segment with ./stego.pt
     """
+    if version:
+        click.echo(f"stego, version {metadata.version('stego')}")
+        if verbose:
+            click.echo(versions())
+        click.get_current_context().exit()
     keep_memory()
     log.handlers, log.propagate = [StderrHandler()], False
     log.setLevel(NOTICE)
@@ -77,7 +88,6 @@ def main() -> None:
 @option("--from", "from_model", type=PATH, metavar="MODEL", help="Cluster it anew.  [default: none, train]")
 @option("--overwrite", is_flag=True, hidden=True, help="Replace a model whose clusters have names.")
 @option("--report", type=PATH, help="A folder for charts of the fit.  [default: none]")
-@option("--resume", is_flag=True, help="Go on with an interrupted fit of the same images and options.")
 @option("--keep-features", is_flag=True, help=f"Keep the features in {FEATURES}/ for other fits.")
 @network_options
 @verbosity_options
@@ -93,7 +103,6 @@ def fit(
     from_model: Path | None,
     overwrite: bool,
     report: Path | None,
-    resume: bool,
     keep_features: bool,
     **options: Any,
 ) -> None:
@@ -109,8 +118,8 @@ def fit(
       stego fit --from stego.pt -k 8,12,20 -o other.pt
       stego fit mosaic.tif -k 8 --set tile=640
     """
-    if from_model and (dataset or report or resume):
-        raise click.UsageError("With --from nothing is trained; leave --dataset, --report and --resume out.")
+    if from_model and (dataset or report):
+        raise click.UsageError("With --from nothing is trained; leave --dataset and --report out.")
     if bool(images) == bool(dataset) and not from_model:
         raise click.UsageError("Give images to fit on, or a --dataset, one of the two.")
     from cli_parts import fitting
@@ -123,7 +132,7 @@ def fit(
     if from_model:
         models = fitting.recluster(progress, images, plan, from_model, options)
     else:
-        models = fitting.train(progress, images, plan, resume, options)
+        models = fitting.train(progress, images, plan, options)
     if models:
         fitting.write_pictures(progress, models, plan)
 

@@ -10,7 +10,6 @@ matter of minutes: the backbone is frozen and nothing is augmented, so every cro
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -356,10 +355,9 @@ class Stego:
         backbone: Any = None,
         weights: str | Path | None = None,
         device: str | torch.device = "auto",
-        match: "str | Path | Stego | None" = None,
+        match: "Stego | None" = None,
         progress: Progress = no_progress,
         checkpoint: str | Path | None = None,
-        resume: bool = False,
         sources: Sequence = (),
         **settings: Any,
     ) -> "Stego":
@@ -371,36 +369,26 @@ class Stego:
         device: "auto" (CUDA where there is one), "cpu", "cuda", "mps".
         match: an earlier model over the same backbone; clusters that recur keep their numbers, names, colours.
         progress: called as progress(stage, done, total).
-        checkpoint: a folder for features, not computed again, and the state of the fit; resume: go on from that.
+        checkpoint: a folder for features and the state of the fit, from which the same fit goes on.
         sources: what the model notes as its images, if not `images`.
 
         Raises ValueError or FileNotFoundError with what was got, what is needed and what to do next.
         """
         named = None if callable(backbone) else backbone
         config = fit_config(preset, backbone=named, **settings)  # what is wrong shows before the work begins
-        given = source_list(images)
-        paths = fit_paths(given, config)
+        paths = fit_paths(images, config)
         device = pick_device(device)
-        network = load_backbone(
-            backbone or config.backbone,
-            weights=weights,
-            stride=config.stride,
-            device=device,
-            progress=progress is not no_progress,
-        )
-        config = config.on_backbone(network.name, stride=network.patch, images=source_names(sources or given))
-        earlier = model_of(match, device=device)
-        if earlier:
-            clusters.check_same_features(earlier, network)
-        model = fit_stages(config, paths, network, device, progress, checkpoint, resume, earlier)
-        model.weights = weights
-        return model
+        options = dict(weights=weights, stride=config.stride, device=device)
+        network = load_backbone(backbone or config.backbone, **options, progress=progress is not no_progress)
+        known = dict(stride=network.patch, images=source_names(sources or images))
+        config = config.on_backbone(network.name, **known)
+        return fit_stages(config, paths, network, device, match, progress, checkpoint)
 
     def recluster(
         self,
         images: Sources = (),
         *,
-        match: "str | Path | Stego | None" = None,
+        match: "Stego | None" = None,
         progress: Progress = no_progress,
         checkpoint: str | Path | None = None,
         sources: Sequence = (),
@@ -412,17 +400,12 @@ class Stego:
         evenness, adaptation, the rest stays. The other arguments are those of `fit`.
         """
         config = recluster_config(self.config, settings)
-        given = source_list(images) or list(self.config.images)
+        given = images or self.config.images
         if not given:
             raise ValueError("The model does not name the images of its fit; give images to cluster it on.")
         paths = fit_paths(given, config)
         config = replace(config, images=source_names(sources or given))
-        earlier = model_of(match, device=self.device)
-        if earlier:
-            clusters.check_same_features(earlier, self.backbone)
-        return fit_stages(
-            config, paths, self.backbone, self.device, progress, checkpoint, False, earlier, head=self.head
-        )
+        return fit_stages(config, paths, self.backbone, self.device, match, progress, checkpoint, self.head)
 
     @property
     def backbone(self) -> Any:
@@ -608,19 +591,9 @@ class Stego:
 # ---- the stages of a fit ---------------------------------------------------------------------------------------
 
 
-def source_list(images: Sources) -> list:
-    """One source or several, as a list."""
-    return [images] if isinstance(images, (str, os.PathLike)) else list(images)
-
-
-def fit_paths(sources: Sequence, config: Config) -> list:
+def fit_paths(images: Sources, config: Config) -> list:
     """The images that a fit sees, large ones in tiles."""
-    return tiles_of([path for path, _ in find_images(sources)], config.tile)
-
-
-def model_of(model: Any, **options: Any) -> Stego | None:
-    """A model, or the one in a file."""
-    return Stego.load(model, **options) if isinstance(model, (str, os.PathLike)) else model
+    return tiles_of([path for path, _ in find_images(images)], config.tile)
 
 
 def fit_stages(
@@ -628,21 +601,21 @@ def fit_stages(
     paths: Sequence,
     network: Any,
     device: torch.device,
+    earlier: Stego | None,
     progress: Progress,
     checkpoint: str | Path | None,
-    resume: bool,
-    earlier: Stego | None,
-    *,
     head: Head | None = None,
 ) -> Stego:
     """A fit in the paper's order: features, neighbours, balance, head, clusters; with a head, only its clusters."""
+    if earlier:
+        clusters.check_same_features(earlier, network)
     if running.process_count() > 1 and not checkpoint:
         raise ValueError("Several processes share one file of features: give a folder as `checkpoint`.")
     kept = FitCheckpoint(checkpoint, paths, network.sha256, config) if checkpoint else None
     devices = [device] if device.type == "cuda" else []  # whose random generators are left as they are
     with closing(kept) if kept else nullcontext(), torch.random.fork_rng(devices):
         if kept and not head:
-            from_first(lambda: kept.begin(resume=resume))
+            from_first(kept.begin)
         torch.manual_seed(config.seed)
         cache = encode(network, paths, config, device=device, progress=progress, checkpoint=kept)
         neighbors = torch.empty(len(cache), 0, dtype=torch.int64)
@@ -658,8 +631,7 @@ def fit_stages(
     model._backbone = network
     if earlier:
         clusters.inherit_ids(model, earlier, clusters.match_clusters_to(earlier, model, cache))
-    warning = training_warning(history)
-    if warning:
+    if warning := training_warning(history):
         log.warning(warning)
     return model
 

@@ -24,7 +24,8 @@ MODEL = Path("stego.pt")  # where a model is, if nothing else is said
 OUTPUTS = "stego-out"  # folder of what predict writes, which fit leaves out
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 FEATURES = "stego-features"  # folder, beside the model, of features that are kept for other fits
-REFRESH = 0.2  # seconds between two updates of the progress line
+REFRESH = 0.2  # seconds between two updates of the progress line on a terminal
+REPORT = 60.0  # seconds between two lines of progress where stderr is none
 
 PATH = click.Path(path_type=Path)
 POSITIVE = click.FloatRange(0, min_open=True)
@@ -37,9 +38,10 @@ log = logging.getLogger("stego")
 
 
 class Progress:
-    """progress(stage, done, total) as one line on stderr with the time left; silent where it is no terminal.
+    """progress(stage, done, total) on stderr, with the time left: one line that changes, if it is a terminal.
 
-    stage: None before the work begins; go_on: what to do after an interruption.
+    Else a line at the start of each stage, and at most one a minute. stage: None before the work begins; go_on: what to
+    do after an interruption.
     """
 
     def __init__(self) -> None:
@@ -53,18 +55,27 @@ class Progress:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if stage != self.stage:
+        begins = stage != self.stage
+        if begins:
             self.began = now
-            self.shown = 0.0
         self.stage = stage
         self.done = done
         self.total = total
-        if not sys.stderr.isatty() or is_quiet() or (now - self.shown < REFRESH and done < total):
+        terminal = sys.stderr.isatty()
+        due = now - self.shown >= (REFRESH if terminal else REPORT) or (terminal and done == total)
+        if is_quiet() or not (begins or due):
             return
         self.shown = now
-        left = (now - self.began) * (total - done) / max(done, 1)
-        clock = f"{int(left // 60)}:{int(left % 60):02d} left " if done else ""
-        click.echo(f"\r{stage:>9} {done}/{total}  {clock:10}" + "\n" * (done == total), err=True, nl=False)
+        if terminal:
+            ending = "\n" if done == total else ""
+            click.echo(f"\r{stage:>9} {done}/{total}  {self.clock(now):12}{ending}", err=True, nl=False)
+        else:
+            click.echo(f"{stage} {done}/{total}  {self.clock(now)}".rstrip(), err=True)
+
+    def clock(self, now: float) -> str:
+        """How long the rest of the stage will take, as far as it can be told."""
+        seconds = (now - self.began) * (self.total - self.done) / max(self.done, 1)
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d} left" if seconds >= 1 and self.done else ""
 
     def summary(self, what: str, outputs: str = "", *, err: bool = False) -> None:
         """The last line of a command: what was done, how long it took, where the outputs are."""
@@ -123,17 +134,15 @@ def print_model(model: Any, lines: Iterable[str]) -> None:
 
 
 def verbosity_options(command: Callable) -> Callable:
-    """-q and -v: how much is said."""
+    """-v and -q: how much is said."""
 
-    def set_level(context: click.Context, parameter: click.Parameter, given: bool) -> None:
-        if given and log.level in (logging.ERROR, logging.INFO):
-            raise click.UsageError("-q and -v are opposites; give one of them.")
-        if given:
-            log.setLevel(logging.ERROR if parameter.name == "quiet" else logging.INFO)
+    def set_level(context: click.Context, parameter: click.Parameter, verbose: bool | None) -> None:
+        if verbose is not None:
+            log.setLevel(logging.INFO if verbose else logging.ERROR)
 
-    flag = functools.partial(option, is_flag=True, expose_value=False, callback=set_level)
-    command = flag("-v", "--verbose", help="Also say what was chosen, and each file written.")(command)
-    return flag("-q", "--quiet", help="Errors only.")(command)
+    text = "Also say what was chosen and each file written; or errors only."
+    flags = ("-v/-q", "--verbose/--quiet")
+    return option(*flags, default=None, expose_value=False, callback=set_level, help=text)(command)
 
 
 def limit_pixels(context: click.Context, parameter: click.Parameter, megapixels: float | None) -> None:
@@ -214,3 +223,18 @@ def keep_memory() -> None:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 512 << 20)
         libc.mallopt(M_TOP_PAD, 64 << 20)
+
+
+def versions() -> str:
+    """The versions of what this program stands on, and what it runs on: for a report of a fault."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    packages = ("torch", "torchvision", "numpy", "pillow", "scipy", "click")
+    lines = [f"{name} {version(name)}" for name in packages]
+    lines.append(f"Python {platform.python_version()}, {platform.platform()}")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    lines.append(f"{device}, {torch.get_num_threads()} threads")
+    return "\n".join(lines)

@@ -2,8 +2,7 @@
 
 from logging import INFO
 from pathlib import Path
-
-import click
+from typing import Any
 
 from cli_parts import datasets, outputs, sheets
 from cli_parts.console import FEATURES, Progress, log, made_in, print_model
@@ -68,30 +67,32 @@ class FitPlan:
         return f"model {' '.join(map(str, self.models))}"
 
 
-def train(progress: Progress, images: tuple, plan: FitPlan, resume: bool, options: dict) -> dict:
+def train(progress: Progress, images: tuple, plan: FitPlan, options: dict) -> dict:
     """{file: model}: the first trained, alone or among torchrun's processes, the others its codes clustered anew.
 
     Empty in all of torchrun's processes but the first. options: of `Stego.fit`.
     """
     paths = plan.find_images(images, [options["weights"]])
     plan.check(paths, [options["weights"]], options["match"])
-    keep = plan.keep_features and not (resume and plan.scratch.exists())
+    match = earlier_model(options.pop("match"), options["device"])
+    keep = (
+        plan.keep_features and not plan.scratch.exists()
+    )  # what an interrupted fit has left is gone on with
     scratch = plan.features if keep else plan.scratch
     with process_group() as (rank, count):
-        if resume and count > 1:
-            raise click.UsageError("--resume is for one process; leave it out.")
         if count == 1:
-            progress.go_on = "the same command with --resume goes on"
+            progress.go_on = "the same command goes on"
         if rank:  # the first process says the rest
             log.addFilter(lambda record: record.msg.startswith("Skipped"))
-        shared = dict(progress=no_progress if rank else progress, checkpoint=scratch, sources=images)
+        shared: dict = dict(match=match, checkpoint=scratch, sources=images)
+        shared["progress"] = no_progress if rank else progress
         models: dict[Path, Stego] = {}
         trained: Stego | None = None
         for file, clusters in plan.models.items():
             if trained is None:
-                model = trained = Stego.fit(paths, clusters=clusters, resume=resume, **options, **shared)
+                model = trained = Stego.fit(paths, clusters=clusters, **options, **shared)
             else:
-                model = trained.recluster(paths, clusters=clusters, match=options["match"], **shared)
+                model = trained.recluster(paths, clusters=clusters, **shared)
             models[file] = model
             if not rank:
                 model.save(file)
@@ -110,18 +111,24 @@ def recluster(progress: Progress, images: tuple, plan: FitPlan, from_model: Path
         raise ValueError(f"{from_model} does not name the images of its fit; give some beside --from.")
     paths = plan.find_images(sources, [from_model])
     plan.check(paths, [base.weights, from_model], options["match"])
+    match = earlier_model(options.pop("match"), base.device)
     kept = kept_features(from_model.with_name(FEATURES), paths, base)
     scratch = plan.features if plan.keep_features else plan.scratch
     progress.go_on = "the same command goes on"
     models = {}
     for file, clusters in plan.models.items():
-        shared = dict(sources=sources, progress=progress, checkpoint=kept or scratch)
+        shared: dict = dict(match=match, sources=sources, progress=progress, checkpoint=kept or scratch)
         models[file] = base.recluster(paths, clusters=clusters, **shared, **options)
         models[file].save(file)
     progress.go_on = f"the {plan.written()} is written already"
     if not kept:
         end_fit(scratch, keep_features=plan.keep_features)
     return models
+
+
+def earlier_model(path: Path | None, device: Any) -> Stego | None:
+    """The model to match, if there is one."""
+    return Stego.load(path, device=device) if path else None
 
 
 def write_pictures(progress: Progress, models: dict, plan: FitPlan) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -39,13 +40,14 @@ class FitCheckpoint:
     Survives the process, however that ends. Each state is written under a temporary name and renamed.
     """
 
-    def __init__(self, folder, paths, backbone_sha256: str, config: Config):
+    def __init__(self, folder: str | Path, paths: Sequence, backbone_sha256: str, config: Config) -> None:
         features = features_key(paths, backbone_sha256, config)
         if features != from_first(lambda: features):
             raise ValueError("The processes see other images or options than each other; give each the same.")
         fit = {"features": features, "config": asdict(config)}
         self.keys = {"features": features, "fit": fit, "training": fit}  # what each state depends on
-        self.folder, self.cache = Path(folder), None
+        self.folder = Path(folder)
+        self.cache: TokenCache | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "w")
         try:
@@ -60,7 +62,7 @@ class FitCheckpoint:
         """The cache in this folder: with what it has of these images, or an empty one."""
         path = self.folder / "tokens"
 
-        def prepare():
+        def prepare() -> None:
             if self.load("features") is None:
                 path.unlink(missing_ok=True)
             TokenCache(*shape, path=path)
@@ -70,19 +72,12 @@ class FitCheckpoint:
         self.cache = TokenCache(*shape, path=path)
         return self.cache
 
-    def begin(self, *, resume: bool):
-        """Forget the training of an earlier fit, or make sure that it is the one to go on with."""
-        known, training = (self.folder / "fit.pt").exists(), self.folder / "training.pt"
-        if resume and known and self.load("fit") is None:
-            raise ValueError(
-                f"The fit in {self.folder} was of other images or options, or one has changed since; give the same "
-                "ones, or start afresh without --resume."
-            )
-        if resume and not known:
-            log.warning("There is nothing to go on with in %s; starting afresh.", self.folder)
-        if not resume and training.exists():
+    def begin(self) -> None:
+        """Go on with the fit that is here if it is this one; forget how far another has come."""
+        training = self.folder / "training.pt"
+        if self.load("fit") is None and training.exists():
             log.warning(
-                "Starting afresh, though a fit was interrupted in %s; --resume would go on.", self.folder
+                "The interrupted fit in %s was of other images or options; starting afresh.", self.folder
             )
             training.unlink()
         self.save("fit", {})
@@ -91,12 +86,12 @@ class FitCheckpoint:
         """The state saved under a name, if it is of this fit; None if there is none or a damaged one."""
         return read_state(self.folder / f"{name}.pt", self.keys[name])
 
-    def save(self, name: str, state: dict):
+    def save(self, name: str, state: dict) -> None:
         """Keep a state and the random generator's under a name."""
         state |= {"key": self.keys[name], "random": torch.get_rng_state()}
         write_state(state, self.folder / f"{name}.pt")
 
-    def close(self):
+    def close(self) -> None:
         """Give the folder back; it is removed if there is nothing in it to go on from."""
         tokens = self.folder / "tokens"  # of an earlier fit, if this one never came to them
         begun = tokens.exists() if self.cache is None else bool((self.cache.state == USED).any())
@@ -105,7 +100,7 @@ class FitCheckpoint:
         self.lock.close()
 
 
-def end_fit(folder, *, keep_features: bool):
+def end_fit(folder: str | Path, *, keep_features: bool) -> None:
     """The model is written: forget how far its fit had come, and unless they are kept, its features too."""
     for name in ("fit.pt", "training.pt"):
         (Path(folder) / name).unlink(missing_ok=True)
@@ -113,7 +108,7 @@ def end_fit(folder, *, keep_features: bool):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_state(path, key: dict) -> dict | None:
+def read_state(path: Path, key: dict) -> dict | None:
     """The state in a file, if it belongs to this key; None if there is none or a damaged one."""
     try:
         state = torch.load(path, weights_only=True)
@@ -122,7 +117,7 @@ def read_state(path, key: dict) -> dict | None:
         return None
 
 
-def write_state(state: dict, path):
+def write_state(state: dict, path: str | Path) -> None:
     """torch.save, whole or not at all."""
     packed = io.BytesIO()  # bytes free of the file's name,
     torch.save(state, packed)  # and a full disk is an OSError
@@ -130,16 +125,18 @@ def write_state(state: dict, path):
         part.write_bytes(packed.getvalue())
 
 
-def kept_features(folder: Path, paths, model) -> Path | None:
+def kept_features(folder: Path, paths: Sequence, model: Any) -> Path | None:
     """A folder, if a fit has left in it what the model's backbone sees of these images."""
     key = features_key(tiles_of(paths, model.config.tile), model.backbone_sha256, model.config)
     return folder if read_state(folder / "features.pt", key) else None
 
 
-def features_key(paths, backbone_sha256: str, config) -> dict:
+def features_key(paths: Sequence, backbone_sha256: str, config: Config) -> dict:
     """What cached features depend on: each image's path, size and time, the backbone, how images are cut up."""
-    stats = [(os.path.abspath(path), str(path), os.stat(path)) for path in paths]
-    listed = [(*names, status.st_size, status.st_mtime_ns) for *names, status in stats]
+    listed = []
+    for path in paths:
+        status = os.stat(path)
+        listed.append((os.path.abspath(path), str(path), status.st_size, status.st_mtime_ns))
     images = hashlib.sha256("\n".join(map(repr, listed)).encode()).hexdigest()
     known = backbone_sha256 or os.urandom(16).hex()  # a callable may have changed since
     key = dict(version=5, images=images, backbone=known, stride=config.stride)
@@ -147,33 +144,56 @@ def features_key(paths, backbone_sha256: str, config) -> dict:
 
 
 class Training:
-    """Where a training stands, everything that going on with it needs: at its start, or where a checkpoint left it."""
+    """Where a training stands, everything that going on with it needs: at its start, or where a checkpoint left it.
+
+    head, optimizer: what is trained; crops: how many there are; step: the next one; order: crops that are left of this
+    epoch; history: see `train_head`. Of several processes none goes on: each has its own order.
+    """
 
     def __init__(
-        self, head: nn.Module, optimizer, config: Config, crops: int, checkpoint: FitCheckpoint | None
-    ):
-        self.head, self.optimizer, self.steps, self.checkpoint = head, optimizer, config.steps, checkpoint
-        self.crops, self.batch = crops, crops_a_step(config, crops)
-        self.order, self.step, self.saved = torch.empty(0, dtype=torch.int64), 0, time.monotonic()
+        self,
+        head: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        crops: int,
+        checkpoint: FitCheckpoint | None,
+    ) -> None:
+        self.head = head
+        self.optimizer = optimizer
+        self.steps = config.steps
+        self.checkpoint = checkpoint if process_count() == 1 else None
+        self.crops = crops
+        self.batch = crops_a_step(config, crops)
+        self.order = torch.empty(0, dtype=torch.int64)
+        self.step = 0
         self.history: list[dict] = []
-        if checkpoint and (state := checkpoint.load("training")):
-            head.load_state_dict(state["head"])
-            optimizer.load_state_dict(state["optimizer"])
-            self.order, self.step, self.history = state["order"], state["step"], state["history"]
-            torch.set_rng_state(state["random"])
-            log.log(NOTICE, "Going on with the training from step %d.", self.step)
+        self.saved = time.monotonic()
+        state = self.checkpoint.load("training") if self.checkpoint else None
+        if state:
+            self.restore(state)
+
+    def restore(self, state: dict) -> None:
+        """Stand where a saved state says."""
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.order = state["order"]
+        self.step = state["step"]
+        self.history = state["history"]
+        torch.set_rng_state(state["random"])
+        log.log(NOTICE, "Going on with the training from step %d.", self.step)
 
     def next_crops(self) -> Tensor:
         """The crops of the next step (batch,): each once an epoch."""
         if len(self.order) < self.batch:
             self.order = torch.randperm(self.crops)
-        crops, self.order = self.order[: self.batch], self.order[self.batch :]
+        crops = self.order[: self.batch]
+        self.order = self.order[self.batch :]
         return crops
 
-    def save(self):
+    def save(self) -> None:
         """Note in the checkpoint, now and then and at the end, how far it has come."""
         due = time.monotonic() - self.saved >= SAVE_EVERY or self.step == self.steps
-        if self.checkpoint and rank() == 0 and due:
+        if self.checkpoint and due:
             state = dict(step=self.step, order=self.order.clone(), history=self.history)
             state |= dict(head=self.head.state_dict(), optimizer=self.optimizer.state_dict())
             self.checkpoint.save("training", state)
@@ -182,7 +202,8 @@ class Training:
 
 def crops_a_step(config: Config, crops: int) -> int:
     """This process's share of a batch, of at most all crops there are; ValueError if that is none."""
-    if not (share := min(config.batch_size, crops) // process_count()):
+    share = min(config.batch_size, crops) // process_count()
+    if not share:
         raise ValueError(
             f"A batch of {config.batch_size} of {crops} crops cannot be divided among {process_count()} processes; "
             "use a larger --set batch_size=N, more images or fewer processes."

@@ -164,9 +164,9 @@ def recluster_config(config: Config, settings: dict) -> Config:
     return replace(config, **given)
 
 
-def source_names(sources: Iterable) -> tuple[str, ...]:
+def source_names(sources: Any) -> tuple[str, ...]:
     """What a fit was given, for whoever looks for its images later; no absolute paths: they tell of a person's disk."""
-    names = tuple(map(str, sources))
+    names = (str(sources),) if isinstance(sources, (str, os.PathLike)) else tuple(map(str, sources))
     return () if len(names) > NOTED_SOURCES or any(map(os.path.isabs, names)) else names
 
 
