@@ -309,11 +309,11 @@ def evaluate(
       stego eval --dataset cityscapes --root ~/data/cityscapes
       stego eval --images val/ --labels val_labels/ --names classes.txt --json scores.json --figures figures/
     """
-    from cli_parts import datasets, evaluation, outputs
+    from cli_parts import evaluation, labels, outputs
     from cli_parts.sheets import write_figures
     from stego import Stego
 
-    labelled, train = datasets.sets_to_score(**data)
+    labelled, train = labels.sets_to_score(**data)
     inputs = [model, *labelled.paths, *(train.paths if train else [])]
     outputs.check_outputs([(json_file, outputs.JSON)], inputs=inputs, folders=[figures])
     fitted = Stego.load(model, device=device, weights=weights)

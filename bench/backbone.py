@@ -27,7 +27,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from pretrain import IMAGE_SIDE, find_images, learn_dictionary
 from pretrain import square as square_tensor
 
-from cli_parts.datasets import SIDE, folder_pairs, read_pair
 from cli_parts.evaluation import (
     PROBE_ROWS,
     Probe,
@@ -38,6 +37,7 @@ from cli_parts.evaluation import (
     match_clusters,
     scores,
 )
+from cli_parts.labels import SIDE, folder_pairs, read_pair
 from kmeans import CosineKMeans
 from stego_parts.backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone
 from stego_parts.clusters import unmirror

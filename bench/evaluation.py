@@ -19,8 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cli_parts import evaluation as protocol
-from cli_parts.datasets import folder_set
 from cli_parts.evaluation import Probe, class_maps, confusions
+from cli_parts.labels import folder_set
 from stego import Head, Stego, fit_config, unit
 from stego_parts.backbones import load_backbone
 from stego_parts.features import to_tensor

@@ -24,8 +24,8 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from backbone import dictionary_backbone
 
-from cli_parts.datasets import folder_pairs, read_pair
 from cli_parts.evaluation import Probe, class_maps, confusion_matrix, match_clusters, scores
+from cli_parts.labels import folder_pairs, read_pair
 from stego import cluster_codes, nearest_neighbors, shifts_from_data, train_head, unit
 from stego_parts.backbones import load_backbone
 from stego_parts.clusters import pixels, unmirror

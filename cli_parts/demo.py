@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from cli_parts import evaluation as protocol
 from cli_parts import sheets as report
-from cli_parts.datasets import folder_set
 from cli_parts.drawing import with_legend
+from cli_parts.labels import folder_set
 from cli_parts.outputs import check_folder
 from stego import Stego
 from stego_parts.files import write_bytes

@@ -18,7 +18,8 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from cli_parts.datasets import PUBLISHED, SIDE, LabelledSet
+from cli_parts.datasets import PUBLISHED
+from cli_parts.labels import SIDE, LabelledSet
 from kmeans import CosineKMeans
 from stego import CLUSTER_STARTS, Stego
 from stego_parts.clusters import Probe, mirror_averaged, segment

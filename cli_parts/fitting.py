@@ -4,7 +4,7 @@ from logging import INFO
 from pathlib import Path
 from typing import Any
 
-from cli_parts import datasets, outputs, sheets
+from cli_parts import datasets, labels, outputs, sheets
 from cli_parts.console import FEATURES, Progress, log, made_in, print_model
 from stego import Stego
 from stego_parts.checkpoint import end_fit, kept_features
@@ -17,7 +17,7 @@ from stego_parts.running import no_progress, process_group
 def published_train(dataset: str, root: Path | None, options: dict) -> tuple[tuple, int]:
     """The train images of a published dataset and its number of classes; its preset joins the options."""
 
-    train = datasets.labelled_set(dataset, datasets.dataset_root(dataset, root), "train")
+    train = labels.labelled_set(dataset, datasets.dataset_root(dataset, root), "train")
     options["preset"] = options["preset"] or datasets.PRESET_OF[dataset]
     config = fit_config(options["preset"], backbone=options["backbone"])
     log.log(NOTICE, datasets.published_line(dataset, preset=config.preset, backbone=config.backbone))

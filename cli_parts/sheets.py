@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from cli_parts import drawing
-from cli_parts.datasets import LabelledSet
 from cli_parts.drawing import image_rows, line_chart, matrix_picture
 from cli_parts.evaluation import both_features, headline, masks_of, protocol_side
+from cli_parts.labels import LabelledSet
 from stego import FitRecord, Stego, unit
 from stego_parts import images
 from stego_parts.checkpoint import training_warning

@@ -11,8 +11,8 @@ from PIL import Image
 
 from cli import main
 from cli_parts import evaluation
-from cli_parts.datasets import folder_set
 from cli_parts.demo import draw_scene as draw_demo_scene
+from cli_parts.labels import folder_set
 from cli_parts.sheets import HEATMAP_HEIGHT
 from stego import Stego
 from stego_parts.backbones import BACKBONES

@@ -8,16 +8,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from cli_parts.datasets import (
-    LAYOUTS,
-    PRESET_OF,
-    PUBLISHED,
-    folder_set,
-    image_set,
-    labelled_set,
-    published_line,
-    read_pair,
-)
+from cli_parts.datasets import LAYOUTS, PRESET_OF, PUBLISHED, published_line
+from cli_parts.labels import folder_set, image_set, labelled_set, read_pair
 from stego_parts.config import PRESETS
 from stego_parts.images import IGNORE, read_image
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from conftest import draw_scene
 from PIL import Image
 
-from cli_parts.datasets import folder_set
+from cli_parts.labels import folder_set
 
 SCRIPT = Path(__file__).parents[1] / "bench/paper/diagnostics.py"
 if not SCRIPT.exists():

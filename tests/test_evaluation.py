@@ -13,7 +13,6 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli_parts import evaluation
-from cli_parts.datasets import image_set
 from cli_parts.evaluation import (
     class_shares,
     confusion_matrix,
@@ -24,6 +23,7 @@ from cli_parts.evaluation import (
     scores,
     table,
 )
+from cli_parts.labels import image_set
 from cli_parts.sheets import write_figures
 from crf import dense_crf
 from stego import Stego, pixels

@@ -17,7 +17,7 @@ from PIL import Image
 from tiffs import DEFLATE, tiff_of
 
 from cli import main
-from cli_parts.datasets import read_label
+from cli_parts.labels import read_label
 from stego import Stego
 from stego_parts.images import read_image
 from stego_parts.weights import read_checkpoint

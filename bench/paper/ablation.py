@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-from cli_parts.datasets import folder_set
 from cli_parts.evaluation import (
     Probe,
     class_maps,
@@ -33,6 +32,7 @@ from cli_parts.evaluation import (
     probe_rows,
     scores,
 )
+from cli_parts.labels import folder_set
 from stego import cluster_codes, nearest_neighbors, shifts_from_data, train_head, unit
 from stego_parts.backbones import load_backbone
 from stego_parts.clusters import pixels, unmirror

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from cli_parts.datasets import LabelledSet, folder_set
 from cli_parts.drawing import line_chart, matrix_picture
 from cli_parts.evaluation import both_features, protocol_side
+from cli_parts.labels import LabelledSet, folder_set
 from crf import COMPAT, SMOOTH_COMPAT, SMOOTH_SXY, SRGB, SXY
 from stego import Stego, correspondence, nearest_neighbors, unit
 from stego_parts.clusters import pixels
