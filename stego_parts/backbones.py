@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stego_parts import focus
+from stego_parts.config import NOTICE
 from stego_parts.layouts import kind, sizes, to_native
 from stego_parts.tiny import Tiny
 from stego_parts.vit import ViT
@@ -25,7 +27,8 @@ from stego_parts.weights import download, fill, fingerprint, misfit, read_weight
 TINY_FILE = Path(__file__).with_name("tiny.pt")
 TINY_SHA256 = "1a2178c4823fa67f838845a58b2a094c0c2f05c2886d25947e368bba4c21ec7c"
 AUTO = "dinov2_vits14"  # plain k-means on CocoStuff-27 reaches 22.9 mIoU, 9.5 on dino_vits8 at 4 x the time
-AUTO_CACHED = (AUTO, "dino_vits8")  # what `auto` takes from the cache, the best first
+AUTO_CACHED = (AUTO, "dino_vits8", "focus_vits14")  # what `auto` takes from the cache, the best first
+AUTO_FETCHED = (AUTO, "focus_vits14")  # what it fetches if none of them is there
 
 log = logging.getLogger("stego")
 
@@ -36,7 +39,7 @@ log = logging.getLogger("stego")
 class Spec(NamedTuple):
     """A published vision transformer, or a ResNet-50, which has no heads."""
 
-    url: str
+    url: str  # "": made from a package, see focus.py
     channels: int
     heads: int
     patch: int  # pixels; a ResNet's stride
@@ -44,6 +47,7 @@ class Spec(NamedTuple):
     registers: int = 0
     depth: int = 12  # blocks
     sha256: str = ""  # of the file, or its first digits, where several sources agree on it
+    tensors: str = ""  # their fingerprint, where the file is made here
 
 
 DINOV2_SHA256 = {  # several sources agree on them
@@ -77,6 +81,7 @@ BACKBONES = {
     "dinov2_vitl14": _dinov2("vitl14", *LARGE, depth=24),
     "dinov2_vits14_reg": _dinov2("vits14", *SMALL, registers=4),
     "dinov2_vitb14_reg": _dinov2("vitb14", *BASE, registers=4),
+    "focus_vits14": Spec("", *SMALL, 14, 37, depth=focus.BLOCKS, tensors=focus.TENSORS_SHA256),
     "dino_resnet50": _dino("dino_resnet50", *RESNET50),
     "mocov2": Spec(f"{META}moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", *RESNET50),
     "resnet50": Spec(
@@ -101,8 +106,8 @@ def load_backbone(
 ):
     """A frozen backbone in eval mode, with `.name`, `.patch` (pixels), `.channels` and `.sha256` (of its tensors).
 
-    name: one of NAMES; or "auto": the first of AUTO_CACHED that is in the cache, else AUTO downloaded, else the
-    bundled tiny; or any callable, see Custom.
+    name: one of NAMES; or "auto": the first of AUTO_CACHED that is in the cache, else the first of AUTO_FETCHED that
+    can be fetched, else the bundled tiny; or any callable, see Custom.
     weights: a local file to take the weights from instead of the torch cache, in any of the layouts of layouts.py, or
     a folder of Hugging Face's with one.
     stride: of a ResNet, 32 as trained, or 16 or 8 by dilation; the others have their patch only.
@@ -126,6 +131,11 @@ def load_backbone(
     fill(module, state, source=source)
     module.name = name
     module.sha256 = fingerprint(module.state_dict())
+    if name in BACKBONES and BACKBONES[name].tensors not in ("", module.sha256):
+        raise ValueError(
+            f"{weights or checkpoint_path(name)} does not have the tensors of {name}: their SHA-256 is "
+            f"{module.sha256[:12]}…, it should be {BACKBONES[name].tensors[:12]}…; remove it, and it is fetched again."
+        )
     return module.requires_grad_(False).eval().to(device)
 
 
@@ -190,30 +200,43 @@ def _load_auto(weights, **options):
     if weights:
         return load_backbone(AUTO, weights=weights, **options)
     cached = [name for name in AUTO_CACHED if checkpoint_path(name).exists()]
-    try:
-        return load_backbone(cached[0] if cached else AUTO, **options)
-    except FileNotFoundError:
-        log.warning(
-            f"{AUTO} is not in the cache and cannot be downloaded; using the bundled backbone tiny, which knows "
-            f"colours and textures but hardly any objects. For better segments get {BACKBONES[AUTO].url} and pass it: "
-            f"--backbone {AUTO} --weights FILE."
-        )
-        return load_backbone("tiny", device=options["device"])
+    for name in cached[:1] or AUTO_FETCHED:
+        try:
+            network = load_backbone(name, **options)
+        except FileNotFoundError as error:
+            log.info(error)
+            continue
+        if name == "focus_vits14":
+            log.log(NOTICE, focus.CHOSEN)
+        return network
+    log.warning(
+        f"{AUTO} is not in the cache and cannot be downloaded, nor can focus_vits14 from a package index; using the "
+        "bundled backbone tiny, which knows colours and textures but hardly any objects. For better segments get "
+        f"{BACKBONES[AUTO].url} and pass it: --backbone {AUTO} --weights FILE."
+    )
+    return load_backbone("tiny", device=options["device"])
 
 
 def checkpoint_path(name: str) -> Path:
     """Where the torch cache has the weight file of a published backbone."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[name].url.rsplit("/", 1)[1]
+    file = BACKBONES[name].url.rsplit("/", 1)[-1] or f"{name}.pth"
+    return Path(torch.hub.get_dir()) / "checkpoints" / file
 
 
 def _read_published(name: str, weights, progress: bool) -> dict:
     """The state dict of a published backbone, from a file, the torch cache, or fetched into that."""
     if weights:
-        return to_native(read_weights(weight_file(Path(weights))))
+        path = weight_file(Path(weights))
+        if path.suffix.lower() in focus.SUFFIXES:
+            return focus.read_focus(path)
+        return to_native(read_weights(path))
     spec = BACKBONES[name]
     path = checkpoint_path(name)
     if not path.exists():
-        download(name, spec.url, path, sha256=spec.sha256, progress=progress)
+        if spec.url:
+            download(name, spec.url, path, sha256=spec.sha256, progress=progress)
+        else:
+            focus.fetch_focus(path, spec.tensors)
     return to_native(read_weights(path, spec.sha256))
 
 
@@ -247,6 +270,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m stego_parts.backbones", description=main.__doc__)
     parser.add_argument("name", choices=BACKBONES)
     name = parser.parse_args(arguments).name
+    logging.basicConfig(format="%(message)s", level=NOTICE)
     try:
         load_backbone(name, progress=True)
     except (ValueError, FileNotFoundError) as error:

@@ -1,6 +1,7 @@
 """Data the tests draw themselves: the scenes of `stego demo`, small, with their label maps in three classes."""
 
 import logging
+import os
 import shutil
 
 import numpy as np
@@ -25,6 +26,8 @@ LINE, GAP = 18, 8  # pixels: a line of text, what is between pictures
 TOP = GAP + LINE + GAP + LINE + GAP  # margin, headings, the first caption
 ROW = LINE + GAP + HEATMAP_HEIGHT + GAP  # caption and pictures
 
+ENVIRONMENT = dict(os.environ)  # as the user has it
+
 torch.set_num_threads(1)  # small problems: more threads only wait for each other
 
 
@@ -40,6 +43,17 @@ def library_logging():
     logger = logging.getLogger("stego")
     logger.handlers, logger.propagate = [], True
     logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_package_index():
+    """pip finds nothing here or in commands that tests start, whatever the user has set up."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("PIP_")]:
+            patch.delenv(name)
+        patch.setenv("PIP_CONFIG_FILE", os.devnull)
+        patch.setenv("PIP_NO_INDEX", "1")
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -88,7 +102,8 @@ def small_backbones(monkeypatch, tmp_path):
     """Published names with a small width, and an empty torch cache."""
     for name, spec in BACKBONES.items():
         if spec.heads:
-            monkeypatch.setitem(BACKBONES, name, spec._replace(channels=24, heads=3, grid=5, sha256=""))
+            made = spec._replace(channels=24, heads=3, grid=5, sha256="", tensors="")
+            monkeypatch.setitem(BACKBONES, name, made)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path
 

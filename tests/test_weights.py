@@ -6,52 +6,11 @@ import struct
 
 import pytest
 import torch
-from networks import dino_state
+from networks import dino_state, hugging_face
 
 from stego_parts.backbones import BACKBONES, load_backbone
 
 # ---- layouts ---------------------------------------------------------------------------------------------------
-
-# A block's entries beside the attention's: the name at DINO, at Hugging Face's ViT (DINO) and its DINOv2
-BLOCK_NAMES = (
-    ("norm1", "layernorm_before", "norm1"),
-    ("norm2", "layernorm_after", "norm2"),
-    ("attn.proj", "attention.output.dense", "attention.output.dense"),
-    ("mlp.fc1", "intermediate.dense", "mlp.fc1"),
-    ("mlp.fc2", "output.dense", "mlp.fc2"),
-)
-
-
-def hugging_face(state: dict, depth: int) -> dict:
-    """A state dict of DINO or DINOv2 as the transformers library saves it."""
-    v2 = "mask_token" in state
-    made = {
-        "embeddings.cls_token": state["cls_token"],
-        "embeddings.position_embeddings": state["pos_embed"],
-        "embeddings.patch_embeddings.projection.weight": state["patch_embed.proj.weight"],
-        "embeddings.patch_embeddings.projection.bias": state["patch_embed.proj.bias"],
-        "layernorm.weight": state["norm.weight"],
-        "layernorm.bias": state["norm.bias"],
-    }
-    if v2:
-        made["embeddings.mask_token"] = state["mask_token"]
-    else:
-        made["pooler.dense.bias"] = torch.zeros(3)
-    if "register_tokens" in state:
-        made["embeddings.register_tokens"] = state["register_tokens"]
-    for i in range(depth):
-        theirs = f"encoder.layer.{i}"
-        for part in ("weight", "bias"):
-            query, key, value = state[f"blocks.{i}.attn.qkv.{part}"].chunk(3)
-            made[f"{theirs}.attention.attention.query.{part}"] = query.clone()
-            made[f"{theirs}.attention.attention.key.{part}"] = key.clone()
-            made[f"{theirs}.attention.attention.value.{part}"] = value.clone()
-            for published, vit, dinov2 in BLOCK_NAMES:
-                made[f"{theirs}.{dinov2 if v2 else vit}.{part}"] = state[f"blocks.{i}.{published}.{part}"]
-        if v2:
-            made[f"{theirs}.layer_scale1.lambda1"] = state[f"blocks.{i}.ls1.gamma"]
-            made[f"{theirs}.layer_scale2.lambda1"] = state[f"blocks.{i}.ls2.gamma"]
-    return made
 
 
 def prefixed(prefix: str, state: dict) -> dict:
