@@ -17,9 +17,9 @@ from typing import Any
 
 import click
 
+from cli_parts.datasets import DATASETS
 from stego_parts.config import MAX_CLUSTERS
 
-DATASET_NAMES = ("cityscapes", "cocostuff27", "potsdam3")  # known here without importing torch
 MODEL = Path("stego.pt")  # where a model is, if nothing else is said
 OUTPUTS = "stego-out"  # folder of what predict writes, which fit leaves out
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
@@ -178,7 +178,7 @@ def model_and_rest(model: Path | None, arguments: tuple, *, first: bool) -> tupl
 def dataset_options(command: Callable) -> Callable:
     root = "Its folder.  [default: $STEGO_DATA/DATASET, or ./data/DATASET]"
     command = option("--root", type=PATH, help=root)(command)
-    return option("--dataset", type=click.Choice(DATASET_NAMES), help="A published dataset.")(command)
+    return option("--dataset", type=click.Choice(list(DATASETS)), help="A published dataset.")(command)
 
 
 def made_in(*folders: Path) -> list[Path]:

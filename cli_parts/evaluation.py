@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from cli_parts.datasets import PUBLISHED
+from cli_parts.datasets import DATASETS
 from cli_parts.labels import SIDE, LabelledSet
 from kmeans import CosineKMeans
 from stego import CLUSTER_STARTS, Stego
@@ -309,6 +309,7 @@ def evaluate(
         dict(features=features, probe=probe, crf=sharp, **_result(each, probes[features, probe], spare))
         for (features, probe, sharp), each in counts.items()
     ]
+    published = DATASETS[labelled.name].published if labelled.name in DATASETS else ()
     told = ("backbone", "clusters", "preset") + (() if model.config.preset == RELEASED else ("steps", "seed"))
     return dict(
         dataset=labelled.name,
@@ -318,7 +319,7 @@ def evaluate(
         seed=seed,
         model={key: getattr(model.config, key) for key in told},
         protocol=_protocol(model, labelled, train, probes, crf),
-        published=[row._asdict() for row in PUBLISHED.get(labelled.name, [])],
+        published=[row._asdict() for row in published],
         results=results,
     )
 

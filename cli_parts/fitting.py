@@ -16,11 +16,11 @@ from stego_parts.running import no_progress, process_group
 
 def published_train(dataset: str, root: Path | None, options: dict) -> tuple[tuple, int]:
     """The train images of a published dataset and its number of classes; its preset joins the options."""
-
     train = labels.labelled_set(dataset, datasets.dataset_root(dataset, root), "train")
-    options["preset"] = options["preset"] or datasets.PRESET_OF[dataset]
+    published = datasets.by_name(dataset)
+    options["preset"] = options["preset"] or published.preset
     config = fit_config(options["preset"], backbone=options["backbone"])
-    log.log(NOTICE, datasets.published_line(dataset, preset=config.preset, backbone=config.backbone))
+    log.log(NOTICE, datasets.published_line(published, preset=config.preset, backbone=config.backbone))
     return tuple(image for image, _ in train.pairs), len(train.classes)
 
 

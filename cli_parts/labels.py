@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from cli_parts.datasets import CLASSES, COARSE_IDS, LAYOUTS, _cityscapes, _cocostuff, _potsdam, dataset_root
+from cli_parts.datasets import by_name, dataset_root
 from stego_parts.files import find_images
 from stego_parts.images import IGNORE, open_image, read_image, read_mat, square
 
@@ -47,11 +47,10 @@ def image_set(source) -> LabelledSet:
     return LabelledSet(str(source), [], pairs, None, f"all of {source}, without labels")
 
 
-def _lookup(classes, first: int = 0) -> np.ndarray:
-    """classes[i] is the class of id first + i; ids before them and 255 are ignored, all others unknown."""
+def _lookup(classes) -> np.ndarray:
+    """classes[i] is the class of id i; 255 is ignored, all others are unknown."""
     lookup = np.full(256, UNKNOWN, np.int16)
-    lookup[:first] = IGNORE
-    lookup[first : first + len(classes)] = classes
+    lookup[: len(classes)] = classes
     lookup[IGNORE] = IGNORE
     return lookup
 
@@ -61,24 +60,15 @@ def labelled_set(name: str, root: str | os.PathLike, split: str) -> LabelledSet:
 
     Raises ValueError for an unknown name, FileNotFoundError with the first missing path and the expected tree.
     """
-    finders = {"cityscapes": _cityscapes, "cocostuff27": _cocostuff, "potsdam3": _potsdam}
-    if name not in finders:
-        raise ValueError(
-            f"Unknown dataset {name!r}; choose one of {', '.join(finders)}, or give --images and --labels."
-        )
-    needed, pairs, source = finders[name](Path(root), split)
-    for path in [*needed, *(path for pair in pairs for path in pair)]:
+    dataset = by_name(name)
+    files = dataset.find(Path(root), split)
+    for path in [*files.needed, *(path for pair in files.pairs for path in pair)]:
         if not path.exists():
             raise FileNotFoundError(
-                f"{path} is missing. {name} under {root} should look like\n{LAYOUTS[name]}"
+                f"{path} is missing. {name} under {root} should look like\n{dataset.layout}"
             )
-    lookups = {
-        "cityscapes": _lookup(range(27), first=7),
-        "cocostuff27": _lookup(list(map(int, COARSE_IDS.split()))),
-        "potsdam3": _lookup([0, 1, 2, 2, 0, 1]),
-    }
-    classes = [each.strip() for each in CLASSES[name].split(",")]
-    return LabelledSet(name, classes, pairs, lookups[name], source)
+    lookup = _lookup([IGNORE if number is None else number for number in dataset.class_of_id])
+    return LabelledSet(name, list(dataset.classes), files.pairs, lookup, files.source)
 
 
 def folder_set(images, labels, *, names=None) -> LabelledSet:

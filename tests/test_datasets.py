@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from cli_parts.datasets import LAYOUTS, PRESET_OF, PUBLISHED, published_line
+from cli_parts.datasets import COCOSTUFF, DATASETS, POTSDAM, published_line
 from cli_parts.labels import folder_set, image_set, labelled_set, read_pair
 from stego_parts.config import PRESETS
 from stego_parts.images import IGNORE, read_image
@@ -156,7 +156,7 @@ def test_first_missing_path_and_the_expected_tree(name, missing, request):
     (root / missing).rename(root / "elsewhere")
     with pytest.raises(FileNotFoundError) as caught:
         labelled_set(name, root, "val")
-    assert missing in str(caught.value) and LAYOUTS[name] in str(caught.value)
+    assert missing in str(caught.value) and DATASETS[name].layout in str(caught.value)
 
 
 def test_unknown_dataset(tmp_path):
@@ -259,19 +259,19 @@ def test_images_without_labels(own):
 
 def test_published_rows():
     """Table 2's MoCo v2, not Table 5's; each row that a preset repeats has that preset's backbone."""
-    rows = {row.name: row[3:] for row in PUBLISHED["cocostuff27"]}
+    rows = {row.name: row[3:] for row in COCOSTUFF.published}
     assert rows["STEGO, MoCoV2"] == (48.4, 20.8, 70.7, 26.5)
-    assert any("released" in row.name and row.miou == 62.6 for row in PUBLISHED["potsdam3"])
-    repeated = [row for rows in PUBLISHED.values() for row in rows if row.preset]
+    assert any("released" in row.name and row.miou == 62.6 for row in POTSDAM.published)
+    repeated = [row for each in DATASETS.values() for row in each.published if row.preset]
     assert len(repeated) == 4 and all(PRESETS[row.preset]["backbone"] == row.backbone for row in repeated)
-    for dataset, preset in PRESET_OF.items():  # what `fit --dataset` alone repeats
-        backbone = PRESETS[preset]["backbone"]
-        assert "the published row" in published_line(dataset, preset=preset, backbone=backbone)
-        assert "no published row" in published_line(dataset, preset=preset, backbone="tiny")
+    for dataset in DATASETS.values():  # what `fit --dataset` alone repeats
+        backbone = PRESETS[dataset.preset]["backbone"]
+        assert "the published row" in published_line(dataset, preset=dataset.preset, backbone=backbone)
+        assert "no published row" in published_line(dataset, preset=dataset.preset, backbone="tiny")
 
 
 def test_published_line():
-    line = published_line("cityscapes", preset="cityscapes", backbone="dino_vitb8")
+    line = published_line(DATASETS["cityscapes"], preset="cityscapes", backbone="dino_vitb8")
     assert "dino_vitb8" in line and "'STEGO, DINO ViT-B/8', accuracy 73.2, mIoU 21.0" in line
-    line = published_line("cocostuff27", preset="cocostuff", backbone="tiny")
+    line = published_line(COCOSTUFF, preset="cocostuff", backbone="tiny")
     assert "no published row" in line and "dino_vits8_300ep with cocostuff-small" in line
