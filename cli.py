@@ -279,8 +279,9 @@ def name(names: tuple, model: Path | None) -> None:
 @main.command("eval", short_help="Score a model against ground truth.")
 @dataset_options
 @option("--images", type=PATH, help="In place of --dataset: a folder of your own images,")
-@option("--labels", type=PATH, help="and one of their label maps, paired by stem; 255 is ignored.")
+@option("--labels", type=PATH, help="and one of their label maps, paired by path or stem.")
 @option("--names", type=PATH, help="Text file, the name of a class a line.  [default: class 0, ...]")
+@option("--ignore", type=click.IntRange(0, 255), help="The label of pixels of no class.  [default: 255]")
 @option("--train-images", type=PATH, help="Train images, for the baseline,  [default: those of the fit]")
 @option("--train-labels", type=PATH, help="and their label maps, for the linear probe.  [default: none]")
 @model_option

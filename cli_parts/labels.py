@@ -1,7 +1,13 @@
-"""Labelled sets, published or your own: which label belongs to which image, and how both are read."""
+"""Labelled sets, published or your own: which label belongs to which image, and how both are read.
+
+A *label id* is a value in a label map; a *class* is what it stands for, a number from 0. In what `read` returns, pixels
+of no class are IGNORE.
+"""
 
 import logging
 import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +19,18 @@ from stego_parts.files import find_images
 from stego_parts.images import IGNORE, open_image, read_image, read_mat, square
 
 SIDE = 320  # pixels (Sec. 4); rounded up to whole patches: 322 for patches of 14
+IDS = 256  # label ids are 0..255
 UNKNOWN = -1  # in a lookup: a label id that the set does not know
+MOSTLY = 0.5  # share of ignored pixels from which it is said
+# What to do about a picture of another mode than an 8-bit one, before its name
+CONVERT = {
+    "I;16": "if its values are 0..255, store them in 8 bits: `Image.fromarray(np.array(label).astype(np.uint8))`",
+    "RGB": "if it is grey, keep one channel: `label.getchannel(0)`; if its colours stand for classes, "
+    "write the number of the class in place of each colour",
+}
 
 log = logging.getLogger("stego")
+Pair = tuple[Path, Path | None]  # an image and its label map, if it has one
 
 
 @dataclass
@@ -28,31 +43,60 @@ class LabelledSet:
 
     name: str
     classes: list[str]
-    pairs: list[tuple]
+    pairs: list[Pair]
     lookup: np.ndarray | None
     source: str
 
     @property
-    def paths(self) -> list:
+    def paths(self) -> list[Path]:
         """All files of the set."""
         return [path for pair in self.pairs for path in pair if path]
 
-    def read(self, index: int, *, side: int = SIDE):
-        return read_pair(*self.pairs[index], lookup=self.lookup, side=side)
+    def read(self, index: int, *, side: int = SIDE) -> tuple[Image.Image, np.ndarray | None]:
+        """Image and label of a pair, as `read_pair`."""
+        image, label = self.pairs[index]
+        return read_pair(image, label, lookup=self.lookup, side=side)
 
 
-def image_set(source) -> LabelledSet:
+def sets_to_score(
+    *,
+    dataset: str | None = None,
+    root: Path | None = None,
+    images: Path | None = None,
+    labels: Path | None = None,
+    names: Path | None = None,
+    train_images: Path | None = None,
+    train_labels: Path | None = None,
+    ignore: int | None = None,
+) -> tuple[LabelledSet, LabelledSet | None]:
+    """The set to score on, published or of one's own, and the train images or None; arguments as the options."""
+    if bool(dataset) == bool(images):
+        raise ValueError("Give a --dataset, or your own --images and --labels.")
+    if dataset and (labels or names or train_images or train_labels or ignore is not None):
+        raise ValueError(
+            "A --dataset brings its own labels, names, ignored label and train images; leave them out."
+        )
+    if bool(images) != bool(labels) or (train_labels and not train_images):
+        raise ValueError("Images and labels belong together: give both folders.")
+    if dataset:
+        root = dataset_root(dataset, root)
+        return labelled_set(dataset, root, "val"), train_split(dataset, root)
+    folders = [(images, labels)]
+    if train_labels:
+        folders.append((train_images, train_labels))
+    labelled, *train = folder_sets(folders, names=names, ignore=IGNORE if ignore is None else ignore)
+    if train_images and not train_labels:
+        train = [image_set(train_images)]
+    return labelled, train[0] if train else None
+
+
+def image_set(source: Path | str) -> LabelledSet:
     """Images without labels: a file, folder or pattern."""
-    pairs = [(path, None) for path, _ in find_images(source)]
+    pairs: list[Pair] = [(path, None) for path, _ in find_images(source)]
     return LabelledSet(str(source), [], pairs, None, f"all of {source}, without labels")
 
 
-def _lookup(classes) -> np.ndarray:
-    """classes[i] is the class of id i; 255 is ignored, all others are unknown."""
-    lookup = np.full(256, UNKNOWN, np.int16)
-    lookup[: len(classes)] = classes
-    lookup[IGNORE] = IGNORE
-    return lookup
+# ---- published datasets --------------------------------------------------------------------------------------
 
 
 def labelled_set(name: str, root: str | os.PathLike, split: str) -> LabelledSet:
@@ -62,74 +106,19 @@ def labelled_set(name: str, root: str | os.PathLike, split: str) -> LabelledSet:
     """
     dataset = by_name(name)
     files = dataset.find(Path(root), split)
-    for path in [*files.needed, *(path for pair in files.pairs for path in pair)]:
+    paired = [path for pair in files.pairs for path in pair]
+    for path in [*files.needed, *paired]:
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} is missing. {name} under {root} should look like\n{dataset.layout}"
             )
-    lookup = _lookup([IGNORE if number is None else number for number in dataset.class_of_id])
-    return LabelledSet(name, list(dataset.classes), files.pairs, lookup, files.source)
+    lookup = _empty_lookup(IGNORE)
+    for label_id, number in enumerate(dataset.class_of_id):
+        lookup[label_id] = IGNORE if number is None else number
+    return LabelledSet(name, list(dataset.classes), list(files.pairs), lookup, files.source)
 
 
-def folder_set(images, labels, *, names=None) -> LabelledSet:
-    """Your own images and labels: two folders, paired by file stem.
-
-    names: a text file, one class a line in the order of the label values; without it the labels are searched
-    for their largest value. 255 is ignored.
-    """
-    pairs = folder_pairs(images, labels)
-    if names is not None:
-        classes = [line.strip() for line in Path(names).read_text().splitlines() if line.strip()]
-    else:
-        labelled = (read_label(label) for _, label in pairs)
-        largest = max(ids[ids != IGNORE].astype(int).max(initial=-1) for ids in labelled)
-        classes = [f"class {i}" for i in range(largest + 1)]
-    if not 1 <= len(classes) <= IGNORE:
-        raise ValueError(f"Got {len(classes)} classes in {names or labels}; there must be 1 to {IGNORE}.")
-    return LabelledSet(str(images), classes, pairs, _lookup(range(len(classes))), f"all of {images}")
-
-
-def folder_pairs(images, labels) -> list[tuple[Path, Path]]:
-    """Images and label maps of two folders, paired by file stem, in the order of the images.
-
-    Raises ValueError naming the first image without a label, or two labels of one stem.
-    """
-    by_stem = {}
-    for path, _ in find_images(labels):
-        if path.stem in by_stem:
-            raise ValueError(f"Two labels for one image: {by_stem[path.stem]} and {path}; keep one.")
-        by_stem[path.stem] = path
-    pairs = [(path, by_stem.get(path.stem)) for path, _ in find_images(images)]
-    if missing := [path for path, label in pairs if label is None]:
-        raise ValueError(
-            f"{len(missing)} of {len(pairs)} images have no label of the same stem in {labels}: "
-            f"the first is {missing[0]}."
-        )
-    return pairs
-
-
-def sets_to_score(dataset, root, images, labels, names, train_images, train_labels):
-    """The set to score on, published or of one's own, and the train split or None."""
-    if bool(dataset) == bool(images):
-        raise ValueError("Give a --dataset, or your own --images and --labels.")
-    if dataset and (labels or names or train_images or train_labels):
-        raise ValueError("A --dataset brings its own labels, names and train images; leave them out.")
-    if bool(images) != bool(labels) or (train_labels and not train_images):
-        raise ValueError("Images and labels belong together: give both folders.")
-    if dataset:
-        root = dataset_root(dataset, root)
-        return labelled_set(dataset, root, "val"), train_split(dataset, root)
-    labelled = folder_set(images, labels, names=names)
-    if not train_labels:
-        return labelled, image_set(train_images) if train_images else None
-    train = folder_set(train_images, train_labels, names=names)
-    larger = max(labelled, train, key=lambda each: len(each.classes))  # a class may occur in one only
-    for each in (labelled, train):
-        each.classes, each.lookup = larger.classes, larger.lookup
-    return labelled, train
-
-
-def train_split(dataset, root):
+def train_split(dataset: str, root: Path) -> LabelledSet | None:
     """The train split, for the linear probe and the baseline; None, with a warning, where only val is there."""
     try:
         return labelled_set(dataset, root, "train")
@@ -138,40 +127,204 @@ def train_split(dataset, root):
         return None
 
 
-def read_label(path) -> np.ndarray:
-    """Label ids of a picture of mode L or P, or of a MATLAB file under the key gt: (H, W) uint8."""
+def _empty_lookup(ignore: int) -> np.ndarray:
+    """(256,) int16: one label id is ignored, all others are unknown."""
+    lookup = np.full(IDS, UNKNOWN, np.int16)
+    lookup[ignore] = IGNORE
+    return lookup
+
+
+# ---- your own ------------------------------------------------------------------------------------------------
+
+
+def folder_set(images: Path, labels: Path, *, names: Path | None = None, ignore: int = IGNORE) -> LabelledSet:
+    """Your own images and labels, two folders: `folder_sets` of one."""
+    return folder_sets([(images, labels)], names=names, ignore=ignore)[0]
+
+
+def folder_sets(
+    folders: Sequence[tuple], *, names: Path | None = None, ignore: int = IGNORE
+) -> list[LabelledSet]:
+    """Your own sets, each a folder of images and one of label maps (see `folder_pairs`), all with the same classes.
+
+    names: a text file, one class a line in the order of the label ids; without it the classes are those up to the
+    largest label id. ignore: the label id of pixels of no class. Says where the labels of the first set, which is
+    the one to score, look as if another one were meant.
+    """
+    paired = [folder_pairs(images, labels) for images, labels in folders]
+    counts = [count_ids(label for _, label in pairs) for pairs in paired]
+    listed = None
+    if names is not None:
+        lines = [line.strip() for line in Path(names).read_text(encoding="utf-8-sig").splitlines()]
+        listed = [line for line in lines if line]
+    ids = class_ids(sum(counts), ignore=ignore, count=None if listed is None else len(listed))
+    if not 1 <= len(ids) <= IGNORE:
+        raise ValueError(
+            f"Got {len(ids)} classes in {names or folders[0][1]}; there must be 1 to {IGNORE}, "
+            f"beside the label {ignore}, which is ignored."
+        )
+    _say_what_is_ignored(counts[0], ignore)
+    lookup = _empty_lookup(ignore)
+    lookup[ids] = np.arange(len(ids))
+    classes = listed or [f"class {label_id}" for label_id in ids]
+    note = "" if ignore == IGNORE else f", label {ignore} ignored"
+    return [
+        LabelledSet(str(images), classes, list(pairs), lookup, f"all of {images}{note}")
+        for (images, _), pairs in zip(folders, paired)
+    ]
+
+
+def class_ids(counts: np.ndarray, *, ignore: int, count: int | None) -> list[int]:
+    """The label ids of the classes, in their order: those from 0 on without the ignored one.
+
+    counts: (256,) pixels of each label id; count: of classes, None: up to the largest label id. 255 is far from all
+    others, so where it is not ignored and occurs, it is the last class.
+    """
+    ids = [label_id for label_id in range(IDS - 1) if label_id != ignore]
+    last = [IDS - 1] if ignore != IDS - 1 and counts[IDS - 1] else []
+    if count is not None:
+        return [*ids[: max(count - len(last), 0)], *last]
+    used = np.flatnonzero(counts[ids])
+    return [*ids[: int(used.max(initial=-1)) + 1], *last]
+
+
+def count_ids(labels: Iterable[Path]) -> np.ndarray:
+    """Pixels of each label id in label maps: (256,) int64."""
+    counts = np.zeros(IDS, np.int64)
+    for path in labels:
+        counts += np.bincount(read_label(path).ravel(), minlength=IDS)
+    return counts
+
+
+def _say_what_is_ignored(counts: np.ndarray, ignore: int) -> None:
+    """Warn of labels that leave nothing to tell apart, or little: masks of 0 and 255, say. counts: see `class_ids`."""
+    used = [label_id for label_id in np.flatnonzero(counts) if label_id != ignore]
+    advice = "If it is a class too, give another value with --ignore: 254, say, or 0 where 0 is no class."
+    share = counts[ignore] / counts.sum()
+    if len(used) == 1 and counts[ignore]:
+        log.warning(
+            "Beside %d, which is ignored (%.0f%% of the pixels), the labels have the one value %d: one class is always "
+            "right. %s",
+            ignore,
+            100 * share,
+            used[0],
+            advice,
+        )
+    elif share > MOSTLY:
+        log.warning(
+            "%.0f%% of the pixels have the label %d, which is ignored. %s", 100 * share, ignore, advice
+        )
+
+
+def folder_pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
+    """Images and label maps of two folders, in the order of the images.
+
+    Paired by the path below the folders, without suffix; images that find none in this way, by the stem where no other
+    image and no other label has it. Raises ValueError naming the first image without a label, or what is ambiguous.
+    """
+    found = find_images(images)
+    labels_found = find_images(labels)
+    images_at = _grouped(found, _key)
+    labels_at = _grouped(labels_found, _key)
+    images_of_stem = _grouped(found, _stem)
+    labels_of_stem = _grouped(labels_found, _stem)
+    pairs = []
+    missing = []
+    for path, place in found:
+        key = _key(place)
+        stem = _stem(place)
+        if key in labels_at:
+            pairs.append((path, _only_one(images_at[key], labels_at[key])))
+        elif stem in labels_of_stem:
+            pairs.append((path, _only_one(images_of_stem[stem], labels_of_stem[stem])))
+        else:
+            missing.append(path)
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(found)} images have no label of the same path or stem in {labels}: "
+            f"the first is {missing[0]}."
+        )
+    return pairs
+
+
+def _key(place: Path) -> str:
+    return str(place.with_suffix(""))
+
+
+def _stem(place: Path) -> str:
+    return place.stem
+
+
+def _grouped(found: Iterable[tuple[Path, Path]], name: Callable[[Path], str]) -> dict[str, list[Path]]:
+    """Files (path, place below its folder) by a name of their places."""
+    groups = defaultdict(list)
+    for path, place in found:
+        groups[name(place)].append(path)
+    return dict(groups)
+
+
+def _only_one(images: list[Path], labels: list[Path]) -> Path:
+    """The label of the images of one name; ValueError unless there is one of both."""
+    if len(labels) > 1:
+        raise ValueError(
+            f"Two labels for one image: {labels[0]} and {labels[1]} for {images[0]}; keep one, or give both folders "
+            "the same tree."
+        )
+    if len(images) > 1:
+        raise ValueError(
+            f"Two images for one label: {images[0]} and {images[1]} for {labels[0]}; keep one, or give both folders "
+            "the same tree."
+        )
+    return labels[0]
+
+
+# ---- reading -------------------------------------------------------------------------------------------------
+
+
+def read_label(path: Path | str) -> np.ndarray:
+    """Label ids of a picture of 1, 2, 4 or 8 bits, or of a MATLAB file under the key gt: (H, W) uint8."""
     if Path(path).suffix.lower() == ".mat":
         return read_mat(path, "gt")
     with open_image(path, "a label map") as file:
-        if file.mode not in ("L", "P"):
-            raise ValueError(f"it has mode {file.mode}; a label map has one 8-bit value a pixel")
-        return np.array(file)
+        if file.mode not in ("1", "L", "P"):
+            advice = CONVERT["I;16" if file.mode.startswith(("I", "F")) else "RGB"]
+            raise ValueError(
+                f"it has mode {file.mode}; a label map has one value of 0..255 a pixel: {advice}"
+            )
+        return np.array(file).astype(np.uint8)
 
 
 def read_pair(
-    image_path, label_path, *, lookup=None, side: int = SIDE
+    image_path: Path, label_path: Path | None, *, lookup: np.ndarray | None = None, side: int = SIDE
 ) -> tuple[Image.Image, np.ndarray | None]:
     """The central square of an image (side x side RGB) and of its label map: (side, side) uint8, or None.
 
-    lookup: see LabelledSet. Raises ValueError for two sizes or an unknown id.
+    lookup: see LabelledSet. Raises ValueError for two sizes or an unknown label id.
     """
     image = read_image(image_path)
     if label_path is None:
         return square(image, side), None
     ids = read_label(label_path)
-    if ids.shape != image.size[::-1]:
+    if ids.shape != (image.height, image.width):
         raise ValueError(
             f"{label_path} is {ids.shape[1]} x {ids.shape[0]} pixels and its image {image.width} x "
             f"{image.height}; they must have one size."
         )
     if lookup is not None:
-        unknown = np.flatnonzero((np.bincount(ids.ravel(), minlength=256) > 0) & (lookup == UNKNOWN))
-        if len(unknown):
-            known = np.flatnonzero(lookup != UNKNOWN)[:-1]
-            raise ValueError(
-                f"{label_path} has the label {unknown[0]}; labels lie in {known[0]}..{known[-1]}, "
-                f"or are {IGNORE} to be ignored. Check --names, or the kind of label file."
-            )
-        ids = lookup[ids].astype(np.uint8)
+        ids = _classes_of(ids, lookup, label_path)
     label = ImageOps.fit(Image.fromarray(ids), (side, side), method=Image.Resampling.NEAREST)
     return square(image, side), np.asarray(label)
+
+
+def _classes_of(ids: np.ndarray, lookup: np.ndarray, path: Path) -> np.ndarray:
+    """Label ids (H, W) -> classes (H, W) uint8; ValueError for an id that the lookup does not know."""
+    used = np.bincount(ids.ravel(), minlength=IDS) > 0
+    unknown = np.flatnonzero(used & (lookup == UNKNOWN))
+    if len(unknown):
+        known = np.flatnonzero((lookup != UNKNOWN) & (lookup != IGNORE))
+        ignored = np.flatnonzero(lookup == IGNORE)
+        raise ValueError(
+            f"{path} has the label {unknown[0]}; labels lie in {known[0]}..{known[-1]}, "
+            f"or are {ignored[-1]} to be ignored. Check --names, or the kind of label file."
+        )
+    return lookup[ids].astype(np.uint8)

@@ -9,7 +9,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from cli_parts.datasets import COCOSTUFF, DATASETS, POTSDAM, published_line
-from cli_parts.labels import folder_set, image_set, labelled_set, read_pair
+from cli_parts.labels import labelled_set
 from stego_parts.config import PRESETS
 from stego_parts.images import IGNORE, read_image
 
@@ -164,66 +164,6 @@ def test_unknown_dataset(tmp_path):
         labelled_set("ade20k", tmp_path, "val")
 
 
-@pytest.fixture
-def own(tmp_path):
-    for i, stem in enumerate("ab"):
-        label = np.full((40, 60), i, np.uint8)
-        label[:5] = IGNORE
-        picture(tmp_path / f"images/{stem}.jpg", rgb(label))
-        picture(tmp_path / f"labels/{stem}.png", label)
-    return tmp_path
-
-
-def test_own_folders(own):
-    labelled = folder_set(own / "images", own / "labels")
-    assert labelled.classes == ["class 0", "class 1"] and [p.stem for p, _ in labelled.pairs] == ["a", "b"]
-    assert np.unique(labelled.read(1)[1]).tolist() == [1, IGNORE]
-    (own / "names.txt").write_text("wall\nfloor plan\ndoor\n")
-    assert folder_set(own / "images", own / "labels", names=own / "names.txt").classes == [
-        "wall",
-        "floor plan",
-        "door",
-    ]
-
-
-def test_pairs_go_by_stem_not_by_order(own):
-    (own / "labels/a.png").rename(own / "labels/z.png")
-    with pytest.raises(ValueError, match="1 of 2 images have no label of the same stem.*a.jpg"):
-        folder_set(own / "images", own / "labels")
-
-
-def test_two_labels_for_one_image(own):
-    picture(own / "labels/a.bmp", every_id(2))
-    with pytest.raises(ValueError, match="Two labels for one image"):
-        folder_set(own / "images", own / "labels")
-
-
-def test_labels_of_another_size_value_or_kind(own):
-    labelled = folder_set(own / "images", own / "labels")
-    picture(own / "labels/a.png", np.full((40, 60), 7, np.uint8))
-    with pytest.raises(ValueError, match=r"a.png has the label 7; labels lie in 0..1, or are 255"):
-        labelled.read(0)
-    picture(own / "labels/a.png", np.zeros((40, 61), np.uint8))
-    with pytest.raises(ValueError, match="61 x 40 pixels and its image 60 x 40"):
-        labelled.read(0)
-    picture(own / "labels/a.png", rgb(np.zeros((40, 60))))
-    with pytest.raises(ValueError, match="a.png as a label map .*mode RGB"):
-        labelled.read(0)
-    (own / "labels/a.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="Cannot read .*a.png as a label map"):
-        labelled.read(0)
-
-
-def test_pair_is_the_central_square_with_untouched_label_values(own):
-    label = np.zeros((40, 80), np.uint8)
-    label[:, 30:50], label[:, :20] = 9, 200  # 200 lies outside the central square
-    picture(own / "labels/a.png", label)
-    picture(own / "images/a.jpg", rgb(label))
-    image, ids = read_pair(own / "images/a.jpg", own / "labels/a.png", side=320)
-    assert image.size == (320, 320) and ids.shape == (320, 320)
-    assert np.unique(ids).tolist() == [0, 9] and (ids[:, 80:240] == 9).all() and (ids == 9).mean() == 0.5
-
-
 def test_broken_matlab_file(potsdam):
     (potsdam / "imgs/2_10_0_1.mat").write_bytes(b"MATLAB 5.0" + bytes(300))
     with pytest.raises(ValueError, match="2_10_0_1.mat"):
@@ -248,13 +188,6 @@ def test_matlab_labels_that_are_none(potsdam, value, message):
     savemat(potsdam / "gt/2_10_0_1.mat", {"gt": label})
     with pytest.raises(ValueError, match=f"2_10_0_1.mat has {message}"):
         labelled_set("potsdam3", potsdam, "val").read(0)
-
-
-def test_images_without_labels(own):
-    unlabelled = image_set(own / "images")
-    picture, label = unlabelled.read(0)
-    assert picture.size == (320, 320) and label is None and unlabelled.classes == []
-    assert len(unlabelled.pairs) == 2 and str(own / "images") in unlabelled.source
 
 
 def test_published_rows():
