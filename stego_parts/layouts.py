@@ -8,6 +8,7 @@ vit.py and resnet.py.
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,14 +56,7 @@ def to_native(state: dict) -> dict:
     state = {key: value for key, value in state.items() if not UNUSED.match(key)}
     _join_attention(state)
     _fold_layer_scale(state)
-    positions = state.get("pos_embed")
-    if (
-        is_plain(positions)
-        and positions.ndim == 3
-        and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]
-    ):
-        none = torch.zeros_like(positions[:, :1])  # timm, with registers: cls_token has its position in it
-        state["pos_embed"] = torch.cat([none, positions], 1)  # (1, 1 + grid * grid, C)
+    _complete_positions(state)
     for key in [key for key in state if key.endswith("running_mean")]:
         # counters of batches say nothing about features, and older files lack them
         state[key.replace("running_mean", "num_batches_tracked")] = torch.tensor(0)
@@ -109,13 +103,25 @@ def _rename(state: dict) -> dict:
     return named
 
 
-def _join_attention(state: dict):
+def _complete_positions(state: dict) -> None:
+    """Put a position of zero before those of patches alone: timm, with registers, adds the class token's to that."""
+    positions: Any = state.get("pos_embed")
+    if (
+        is_plain(positions)
+        and positions.ndim == 3
+        and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]
+    ):
+        none = torch.zeros_like(positions[:, :1])
+        state["pos_embed"] = torch.cat([none, positions], 1)  # (1, 1 + grid * grid, C)
+
+
+def _join_attention(state: dict) -> None:
     """Three layers for queries, keys and values in one, where they come apart."""
     suffix = ".attn.query."
     for key in [key for key in state if suffix in key]:
         block, part = key.split(suffix, 1)
         names = [f"{block}.attn.{name}.{part}" for name in QKV]
-        tensors = [state.get(name) for name in names]
+        tensors: list[Any] = [state.get(name) for name in names]
         if all(is_plain(tensor) and tensor.ndim for tensor in tensors) and _stackable(tensors):
             for name in names:
                 del state[name]
@@ -126,23 +132,24 @@ def _stackable(tensors: list[Tensor]) -> bool:
     return len({(tensor.shape, tensor.dtype) for tensor in tensors}) == 1
 
 
-def _fold_layer_scale(state: dict):
+def _fold_layer_scale(state: dict) -> None:
     """LayerScale multiplies what a layer gives: the same as multiplying its weights."""
     for key in [key for key in state if re.search(r"\.ls[12]\.gamma$", key)]:
         block, scale, _ = key.rsplit(".", 2)
-        gamma = state[key]
         names = [f"{block}.{SCALED[scale]}.{part}" for part in ("weight", "bias")]
-        layer = [state.get(name) for name in names]
-        if all(
-            is_plain(value) and value.shape[:1] == (gamma.shape if is_plain(gamma) else None)
-            for value in layer
-        ):
-            for name, value in zip(names, layer):
-                state[name] = value.float() * gamma.float().view(-1, *[1] * (value.ndim - 1))
+        gamma = state[key]
+        if all(_can_scale(state.get(name), gamma) for name in names):
             del state[key]
+            for name in names:
+                value = state[name].float()
+                state[name] = value * gamma.float().view(-1, *[1] * (value.ndim - 1))
 
 
-def is_plain(value) -> bool:
+def _can_scale(value: Any, gamma: Any) -> bool:
+    return is_plain(value) and is_plain(gamma) and gamma.ndim == 1 and value.shape[:1] == gamma.shape
+
+
+def is_plain(value: Any) -> bool:
     """Whether this is a dense tensor in memory, no larger than what the file has for it: a few bytes can claim more."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return False

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIDE, STRIDE = 8, 4  # pixels: side of a dictionary patch, and the step from one patch to the next
+SIDE = 8  # pixels: of a dictionary patch
+STRIDE = 4  # pixels: from one patch to the next
 SCALES = (1, 3, 7, 15)  # sides, in positions of 8 pixels, of the windows over which activations are averaged
 
 
@@ -22,6 +23,11 @@ class Dictionary(nn.Module):
     """
 
     patch = 8  # pixels
+    whiten: Tensor
+    whiten_bias: Tensor
+    atom: Tensor
+    mean: Tensor
+    project: Tensor
 
     def __init__(self, atoms: int = 256, channels: int = 128, *, dims: int = 3 * SIDE * SIDE):
         super().__init__()
@@ -71,7 +77,8 @@ class Block(nn.Module):
         super().__init__()
         self.look = nn.Conv2d(width, width, 7, padding=3, groups=width)
         self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
         self.scale = nn.Parameter(torch.full((width,), 0.3))  # near identity: trains steadily
 
     def forward(self, x: Tensor) -> Tensor:

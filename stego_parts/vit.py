@@ -3,6 +3,8 @@
 Parameters have the names of the published state dicts, LayerScale is part of the layers before it (layouts.py).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,8 +19,9 @@ class Block(nn.Module):
     def __init__(self, channels: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(channels, EPS), nn.LayerNorm(channels, EPS)
         c = channels
+        self.norm1 = nn.LayerNorm(c, EPS)
+        self.norm2 = nn.LayerNorm(c, EPS)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(c, 3 * c), "proj": nn.Linear(c, c)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(c, 4 * c), "fc2": nn.Linear(4 * c, c)})
 
@@ -37,9 +40,11 @@ class ViT(nn.Module):
     spec: what BACKBONES says of it: channels, heads, patch, grid, registers, depth.
     """
 
-    def __init__(self, spec):
+    def __init__(self, spec: Any) -> None:
         super().__init__()
-        self.patch, self.channels, self.grid = spec.patch, spec.channels, spec.grid
+        self.patch = spec.patch
+        self.channels = spec.channels
+        self.grid = spec.grid
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, spec.channels, spec.patch, spec.patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.channels))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + spec.grid**2, spec.channels))
@@ -52,7 +57,8 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed["proj"](x)  # (B, C, h, w)
         batch, _, h, w = x.shape
-        first, positions = self.cls_token + self.pos_embed[:, :1], self.positions(h, w)
+        first = self.cls_token + self.pos_embed[:, :1]
+        positions = self.positions(h, w)
         if self.prefix > 1:
             first = torch.cat([first, self.register_tokens], 1)  # (1, 1 + registers, C)
         x = torch.cat([first.expand(batch, -1, -1), x.flatten(2).transpose(1, 2) + positions], 1)
@@ -69,10 +75,10 @@ class ViT(nn.Module):
         trained = self.pos_embed[:, 1:]
         if h == w == self.grid:
             return trained
+        square = trained.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (1, C, grid, grid)
         if self.prefix > 1:
-            how = {"size": (h, w), "antialias": True}
+            square = F.interpolate(square, (h, w), mode="bicubic", antialias=True)  # (1, C, h, w)
         else:
-            how = {"scale_factor": ((h + OFFSET) / self.grid, (w + OFFSET) / self.grid)}
-        square = trained.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        square = F.interpolate(square, mode="bicubic", **how)  # (1, C, h, w)
+            ratios = ((h + OFFSET) / self.grid, (w + OFFSET) / self.grid)
+            square = F.interpolate(square, scale_factor=ratios, mode="bicubic")  # (1, C, h, w)
         return square.flatten(2).transpose(1, 2)

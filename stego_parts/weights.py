@@ -10,6 +10,7 @@ import socket
 import sys
 import zipfile
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ SAFE_TYPES = {
 }
 
 
-def download(name: str, url: str, path: Path, *, sha256: str, progress: bool):
+def download(name: str, url: str, path: Path, *, sha256: str, progress: bool) -> None:
     """Fetch a published weight file, whole or not at all; FileNotFoundError if it cannot be had."""
     by_hand = (
         f"put the file at {path} by hand, pass it as --weights FILE, or use --backbone tiny (no download)."
@@ -150,7 +151,7 @@ def _tensor(data: memoryview, entry: dict) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype).view(entry["shape"])
 
 
-def read_checkpoint(path: Path):
+def read_checkpoint(path: Path) -> Any:
     """What torch.save wrote, nothing executed: tensors and plain values, an Inert for any other object.
 
     weights_only=True refuses files that name unknown classes, as Lightning checkpoints do (their omegaconf
@@ -173,10 +174,10 @@ def read_checkpoint(path: Path):
 class Inert:
     """Stands for an object of a stranger's pickle: takes whatever it is given and does nothing."""
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
         return object.__new__(cls)
 
-    def nothing(self, *args, **kwargs):
+    def nothing(self, *args: Any, **kwargs: Any) -> None:
         return None
 
     __setstate__ = __setitem__ = append = extend = add = nothing
@@ -185,7 +186,7 @@ class Inert:
 class _InertUnpickler(pickle._Unpickler):  # in Python: the one in C lets a few bytes ask for 16 GB of memo
     """Builds tensors and ordered dicts; whatever else a pickle names becomes Inert, never the thing named."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         rebuilds = module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter")
         storage = module == "torch" and re.fullmatch(r"[A-Z][A-Za-z0-9]*Storage", name)
         if rebuilds or storage or (module, name) == ("collections", "OrderedDict"):
@@ -199,7 +200,7 @@ class _InertPickle:
     Unpickler = _InertUnpickler
 
     @staticmethod
-    def load(file, **options):
+    def load(file: IO[bytes], **options: Any) -> Any:
         return _InertUnpickler(file, **options).load()
 
 
@@ -218,7 +219,7 @@ def misfit(module: nn.Module, state: dict) -> str:
     return ""
 
 
-def fill(module: nn.Module, state: dict, *, source):
+def fill(module: nn.Module, state: dict, *, source: str | Path) -> None:
     """Load a state dict that fits; ValueError for values that no training leaves behind."""
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
@@ -227,7 +228,7 @@ def fill(module: nn.Module, state: dict, *, source):
     module.load_state_dict({key: state[key].to(want.dtype) for key, want in needed.items()}, assign=True)
 
 
-def shape_of(value) -> tuple | str:
+def shape_of(value: Any) -> tuple | str:
     """What tells a tensor that is needed from what came in its place."""
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 

@@ -210,7 +210,7 @@ def test_a_file_in_the_cache_that_is_not_it(state, monkeypatch):
     torch.save(dino_state(BACKBONES["focus_vits14"], v2=True), path)
     monkeypatch.setitem(BACKBONES, "focus_vits14", BACKBONES["focus_vits14"]._replace(tensors="ab" * 32))
     with pytest.raises(
-        ValueError, match="focus_vits14.pth does not have the tensors of focus_vits14.*remove it"
+        ValueError, match="focus_vits14.pth, which can be removed.* does not have the tensors of focus_vits14"
     ):
         load_backbone("focus_vits14")
 
