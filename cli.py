@@ -64,7 +64,8 @@ def main(version: bool, verbose: bool) -> None:
             click.echo(versions())
         click.get_current_context().exit()
     keep_memory()
-    log.handlers, log.propagate = [StderrHandler()], False
+    log.handlers = [StderrHandler()]
+    log.propagate = False
     log.setLevel(NOTICE)
     if os.environ.get("NO_COLOR"):
         click.get_current_context().color = False

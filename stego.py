@@ -1,6 +1,6 @@
 """STEGO: unsupervised semantic segmentation by distilling feature correspondences (Hamilton et al., ICLR 2022).
 
-    model = Stego.fit("images", classes=27)      # no labels needed
+    model = Stego.fit("images", clusters=27)     # no labels needed
     mask = model.predict("img.jpg")              # (H, W) uint8, the cluster of each pixel
     model.save("stego.pt"); model = Stego.load("stego.pt")
 

@@ -22,7 +22,9 @@ from stego_parts.config import MAX_CLUSTERS
 
 MODEL = Path("stego.pt")  # where a model is, if nothing else is said
 OUTPUTS = "stego-out"  # folder of what predict writes, which fit leaves out
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
+M_TRIM_THRESHOLD = -1  # this and the next two: of malloc.h
+M_TOP_PAD = -2
+M_MMAP_MAX = -4
 FEATURES = "stego-features"  # folder, beside the model, of features that are kept for other fits
 REFRESH = 0.2  # seconds between two updates of the progress line on a terminal
 REPORT = 60.0  # seconds between two lines of progress where stderr is none

@@ -93,11 +93,18 @@ class Config:
             )
 
 
+def in_words(name: str, kind: Any) -> str:
+    """What an option's value may be."""
+    return KINDS.get(kind, "another value") + (
+        ", or data: taken from the data" if name.startswith("b_") else ""
+    )
+
+
 def check_kind(name: str, kind: Any, value: object) -> None:
     """ValueError for an option's value that is not of its type, or not finite."""
     number = kind in (float, float | None)
     if not isinstance(value, kind | int if number else kind):
-        raise ValueError(f"Got {name} {value!r}; {KINDS.get(kind, 'another value')} is needed.")
+        raise ValueError(f"Got {name} {value!r}; {in_words(name, kind)} is needed.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"Got {name} {value}; a finite number is needed.")
 
@@ -178,7 +185,7 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
         try:
             settings[name] = parse_value(name, value.strip().lower())
         except (KeyError, TypeError, ValueError) as error:
-            known = ", ".join(f"{name} ({KINDS[kind]})" for name, kind in SETTINGS.items())
+            known = ", ".join(f"{name} ({in_words(name, kind)})" for name, kind in SETTINGS.items())
             raise ValueError(f"Got the setting {text!r}; give NAME=VALUE with one of: {known}.") from error
     return settings
 

@@ -14,7 +14,8 @@ from stego_parts.config import MAX_CLUSTERS, RELEASED, Config
 from stego_parts.images import distinct_colors
 from stego_parts.weights import first_line, read_checkpoint
 
-FORMAT, VERSION = "stego", 1
+FORMAT = "stego"
+VERSION = 1
 # ours: the reference's
 RELEASED_HEAD = {"linear": "cluster1.0", "mlp.0": "cluster2.0", "mlp.2": "cluster2.2"}
 RELEASED_PATCH = "net.model.patch_embed.proj.weight"

@@ -87,7 +87,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def model(scenes):
     """A model fitted on the drawn scenes with the bundled backbone, in a second or two."""
-    return Stego.fit(scenes, classes=3, backbone="tiny", steps=60, batch_size=8)
+    return Stego.fit(scenes, clusters=3, backbone="tiny", steps=60, batch_size=8)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from stego_parts.checkpoint import FitCheckpoint
 from stego_parts.config import Config
 
 # one small view an image, of which the cache keeps random positions
-OPTIONS = dict(classes=3, backbone="tiny", steps=40, batch_size=4, views="whole", cache_size=0.001)
+OPTIONS = dict(clusters=3, backbone="tiny", steps=40, batch_size=4, views="whole", cache_size=0.001)
 
 
 def draw_into(folder) -> Path:
@@ -79,7 +79,7 @@ def fit_in_a_child():
         def progress(stage, done, total):
             os.write(write, f"{stage} {done}\n".encode())
 
-        Stego.fit("images", checkpoint="kept", resume=True, progress=progress, **OPTIONS).save("stego.pt")
+        Stego.fit("images", checkpoint="kept", progress=progress, **OPTIONS).save("stego.pt")
     finally:
         os._exit(0)  # nothing of pytest runs in the child
 
@@ -101,9 +101,7 @@ def test_resumed_is_the_same(images, expected, stage, at):
     with pytest.raises(Interruption):
         Stego.fit("images", checkpoint="kept", progress=interrupted(stage, at), **OPTIONS)
     calls = []
-    model = Stego.fit(
-        "images", checkpoint="kept", resume=True, progress=lambda *now: calls.append(now[:2]), **OPTIONS
-    )
+    model = Stego.fit("images", checkpoint="kept", progress=lambda *now: calls.append(now[:2]), **OPTIONS)
     assert same(model, expected)
     assert ("features", 1) not in calls and (stage != "training" or ("training", at) not in calls)
     assert len(model.record.history) == len(expected.record.history)
@@ -133,15 +131,13 @@ def test_features_are_reused_and_changes_noticed(images, expected):
 
 
 @pytest.mark.parametrize("stage, at", [("features", 2), ("training", 5)])
-def test_resuming_something_else_is_refused(images, stage, at):
+def test_another_fit_starts_afresh(images, expected, stage, at, caplog):
     with pytest.raises(Interruption):
         Stego.fit("images", checkpoint="kept", progress=interrupted(stage, at), **OPTIONS)
-    with pytest.raises(ValueError, match="other images or options"):
-        Stego.fit("images", checkpoint="kept", resume=True, **OPTIONS | {"classes": 4})
-    os.utime(images / "0.png", (1, 1))
-    with pytest.raises(ValueError, match="other images or options"):
-        Stego.fit("images", checkpoint="kept", resume=True, **OPTIONS)
-    Stego.fit("images", checkpoint="kept", **OPTIONS)  # afresh is always possible
+    other = Stego.fit("images", checkpoint="kept", **OPTIONS | {"clusters": 4})
+    assert len(other.record.history) == len(expected.record.history) and len(other.centers) == 4
+    assert ("other images or options; starting afresh" in caplog.text) == (stage == "training")
+    assert same(Stego.fit("images", checkpoint="kept", **OPTIONS), expected)
 
 
 def test_resume_says_what_it_goes_on_from(images, caplog):
@@ -149,12 +145,9 @@ def test_resume_says_what_it_goes_on_from(images, caplog):
     with pytest.raises(Interruption):
         Stego.fit("images", checkpoint="kept", progress=interrupted("training", 7), **OPTIONS)
     caplog.clear()
-    Stego.fit("images", checkpoint="kept", resume=True, **OPTIONS)
+    Stego.fit("images", checkpoint="kept", **OPTIONS)
     assert "Reusing the features of 4 images." in caplog.text
     assert "Going on with the training from step 7." in caplog.text
-    caplog.clear()
-    Stego.fit("images", checkpoint="other", resume=True, **OPTIONS)
-    assert "nothing to go on with in other" in caplog.text
 
 
 def test_a_damaged_state_means_starting_afresh(images, expected):
@@ -186,11 +179,11 @@ def test_command(images, expected, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cli.Progress.__call__", stop)
+        patch.setattr("cli_parts.console.Progress.__call__", stop)
         result = CliRunner().invoke(main, COMMAND)
-    assert result.exit_code == 130 and "the same command with --resume goes on" in result.output
+    assert result.exit_code == 130 and "the same command goes on" in result.output
     assert sorted(os.listdir()) == ["images", "stego.pt.scratch"]
-    result = CliRunner().invoke(main, [*COMMAND, "--resume", "--keep-features"])
+    result = CliRunner().invoke(main, [*COMMAND, "--keep-features"])
     assert result.exit_code == 0, result.output
     assert same(Stego.load("stego.pt"), expected)
     assert sorted(os.listdir("stego.pt.scratch")) == ["features.pt", "lock", "tokens"]

@@ -1,4 +1,4 @@
-"""`stego fit`: what it writes, says and returns; `--from`, several numbers, `--resume`, `--match`."""
+"""`stego fit`: what it writes, says and returns; `--from`, several numbers, going on, `--match`."""
 
 import os
 import re
@@ -31,7 +31,17 @@ def test_fit_options_are_those_of_the_library():
     known = {name: each.default for name, each in inspect.signature(Stego.fit).parameters.items()}
     known |= vars(Config())
     defaults = main.commands["fit"].make_context("fit", ["images"]).params
-    own = {"images", "output", "overwrite", "report", "dataset", "root", "keep_features", "settings"}
+    own = {
+        "images",
+        "output",
+        "overwrite",
+        "report",
+        "dataset",
+        "root",
+        "keep_features",
+        "settings",
+        "from_model",
+    }
     for name, default in defaults.items():
         assert name in own or name in known, name
         assert name in own or default in (None, known[name])  # None: the preset decides
@@ -86,28 +96,25 @@ def test_a_sweep_runs_the_backbone_once(here, pair, monkeypatch):
     assert [len(Stego.load(f"{name}.pt").centers) for name in ("two", "three")] == [2, 3]
 
 
-def test_resume_is_for_the_same_fit(here, pair, monkeypatch):
+def test_the_same_command_goes_on(here, pair, monkeypatch):
     args = ("fit", pair, "--backbone", "tiny", "--steps", 20, "-k", 2)
     stopped = interrupt(monkeypatch, "training", 10, *args)
-    assert "Interrupted at training 10/20; the same command with --resume goes on." in stopped.stderr
-    refused = run(*args[:-1], 3, "--resume", code=2)
-    assert "other images or options" in refused.stderr
-    resumed = run(*args, "--resume").stderr
+    assert "Interrupted at training 10/20; the same command goes on." in stopped.stderr
+    resumed = run(*args).stderr
     assert "features of 2 images" in resumed and re.search(r"training from step \d", resumed)
 
 
-def test_a_refused_resume_leaves_the_features(here, pair, monkeypatch):
+def test_another_number_of_clusters_reuses_the_features(here, pair, monkeypatch):
     args = ("fit", pair, *QUICK, "-k", 2)
     interrupt(monkeypatch, "features", 1, *args)
-    run(*args[:-1], 3, "--resume", code=2)
-    assert "Reusing the features of 1 images" in run(*args, "--resume").stderr
+    assert "Reusing the features of 1 images" in run(*args[:-1], 3).stderr
 
 
 def interrupt(monkeypatch, stage, done, *args):
     """A command that Ctrl-C ends at some progress."""
-    import cli
+    from cli_parts.console import Progress
 
-    told = cli.Progress.__call__
+    told = Progress.__call__
 
     def call(self, *now):
         told(self, *now)
@@ -116,7 +123,7 @@ def interrupt(monkeypatch, stage, done, *args):
 
     with monkeypatch.context() as patch:
         patch.setattr("stego_parts.checkpoint.SAVE_EVERY", 0)
-        patch.setattr("cli.Progress.__call__", call)
+        patch.setattr("cli_parts.console.Progress.__call__", call)
         return run(*args, code=130)
 
 
@@ -130,7 +137,7 @@ def test_ctrl_c_says_how_to_go_on(here, scenes, saved, monkeypatch):
 
 def test_stages_after_the_training_are_shown(here, scenes, monkeypatch):
     stages = []
-    monkeypatch.setattr("cli.Progress.__call__", lambda self, stage, *now: stages.append(stage))
+    monkeypatch.setattr("cli_parts.console.Progress.__call__", lambda self, stage, *now: stages.append(stage))
     run("fit", scenes / "scene00.png", *QUICK, "-k", 2)
     assert [*dict.fromkeys(stages)][-3:] == ["training", "clusters", "picture"]
 
@@ -177,7 +184,7 @@ def test_another_k_is_what_a_fit_with_it_gives(images, monkeypatch):
     assert same("five.pt", "fitted.pt") and Path("five-fit.png").is_file()
     run("fit", "--from", "stego.pt", "--seed", 4, "--set", "evenness=0.5", "-o", "other.pt")
     config = Stego.load("other.pt").config
-    assert (config.classes, config.seed, config.evenness, config.steps) == (3, 4, 0.5, 3)
+    assert (config.clusters, config.seed, config.evenness, config.steps) == (3, 4, 0.5, 3)
     assert Path("stego-features/tokens").is_file() and not list(Path().glob("*.scratch"))
 
 
@@ -220,9 +227,9 @@ def test_an_interrupted_sweep_goes_on(images, monkeypatch):
     args = ("fit", images, *FIT, "-k", "2,3")
     with monkeypatch.context() as patch:
         patch.setattr("stego.cluster_codes", stop)
-        assert "with --resume goes on" in run(*args, code=130).stderr
+        assert "the same command goes on" in run(*args, code=130).stderr
     trained = count_calls(monkeypatch, stego, "training_loss")
-    run(*args, "--resume")
+    run(*args)
     assert not trained and Path("stego-2.pt").is_file() and Path("stego-3.pt").is_file()
 
 
@@ -245,10 +252,9 @@ def test_named_models_are_not_replaced(images):
         (("--steps", 5), "Got steps for a model that is clustered anew"),
         (("--backbone", "tiny"), "Got backbone for"),
         (("--preset", "default"), "Got preset for"),
-        (("--set", "b_rand=0.3"), "only classes, seed, evenness, adaptation can be given"),
+        (("--set", "b_rand=0.3"), "only clusters, seed, evenness, adaptation can be given"),
         (("--set", "code_size=9"), "Got code_size for"),
         (("--set", "evenness=2"), "between 0 and 1"),
-        (("--resume",), "nothing is trained"),
         (("--report", "charts"), "nothing is trained"),
         (("--dataset", "potsdam3"), "nothing is trained"),
     ],

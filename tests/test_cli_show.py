@@ -44,7 +44,7 @@ def test_show_at(here, scenes, monkeypatch):
     Path("pictures").mkdir()
     for i in range(3):
         Path(f"pictures/{i}.png").symlink_to(scenes / f"scene0{i}.png")
-    Stego.fit("pictures", classes=2, backbone="tiny", steps=1, batch_size=8).save("model.pt")
+    Stego.fit("pictures", clusters=2, backbone="tiny", steps=1, batch_size=8).save("model.pt")
     assert Stego.load("model.pt").config.images == ("pictures",)
     said = run("show", "pictures/0.png", "--at", "100,60", "--at", "5,5", "-m", "model.pt").stdout
     assert "2 points, 2 other images" in said and "correspondences.png" in said

@@ -173,7 +173,7 @@ def test_class_scores_are_cosines_of_upsampled_codes(monkeypatch):
         F.interpolate(codes[None], size=(33, 47), mode="bilinear", align_corners=False)[0], dim=0
     )
     want = clusters.LOGIT_SCALE * torch.einsum("dhw,kd->khw", wide, centers)
-    assert torch.allclose(clusters.class_scores(codes, centers, (33, 47)), want, atol=1e-5)
+    assert torch.allclose(clusters.Probe(centers).logits(codes[None], (33, 47)), want, atol=1e-5)
 
 
 def test_upsampled_argmax_equals_upsampling_everything(monkeypatch):
@@ -187,7 +187,7 @@ def test_labels_are_those_of_upsampled_codes(model):
     """Upsampling cosine numerators and taking the argmax is upsampling codes and then comparing with centres."""
     image = np.random.default_rng(1).integers(0, 256, (96, 128, 3), np.uint8)
     x = features.to_tensor(Image.fromarray(image).resize((256, 192), Image.Resampling.BILINEAR))[None]
-    centers = model.image_centers(model.codes(x))
+    centers = model.probe.adapted(model.codes(x)).weight
     codes = F.interpolate(model.codes(x), size=(96, 128), mode="bilinear", align_corners=False)
     want = torch.einsum("bdhw,kd->bkhw", F.normalize(codes, dim=1), centers).argmax(1)[0]
     assert (model.predict(image, crf=False, resolution=192) == want.numpy()).mean() > 0.999

@@ -52,7 +52,7 @@ def direct_clusters(model, image, size, crf):
         sum(flip(model.head.on_map(model.backbone(flip(x)))) for flip in (lambda t: t, lambda t: t.flip(-1)))
         / 2
     )
-    centers = model.image_centers(codes)
+    centers = model.probe.adapted(codes).weight
     codes = F.normalize(F.interpolate(codes, size=size, mode="bilinear", align_corners=False), dim=1)[0]
     cosine = torch.einsum("dhw,kd->khw", codes, centers)
     return (dense_crf(pixels(image), (2 * cosine).log_softmax(0)) if crf else cosine).argmax(0).numpy()
@@ -249,7 +249,7 @@ def test_codes_with_features_beside_them(scenes, drawn, monkeypatch):
     val, train = sets(drawn)
     val.pairs, train.pairs = val.pairs[:1], train.pairs[:2]
     image = scenes / "scene00.png"
-    fitted = Stego.fit(image, classes=3, backbone="tiny", steps=2, batch_size=4, feature_weight=0.5)
+    fitted = Stego.fit(image, clusters=3, backbone="tiny", steps=2, batch_size=4, feature_weight=0.5)
     probes = fit_probes(fitted, val, train=train)
     assert probes["stego", "linear"].weight.shape == (3, fitted.centers.shape[1])
     counts = evaluation.confusions(fitted, val, probes, crf=False)["stego", "linear", False].sum(0)

@@ -51,7 +51,7 @@ def test_a_gpu_computes_in_float16_unless_exact(monkeypatch):
 
 def test_encode_is_the_backbone_on_every_crop(scenes):
     paths = sorted(scenes.glob("*.png"))
-    cache = encode(Mean(), paths, Config())
+    cache = encode(Mean(), paths, Config(views="five"))
     assert len(cache) == 5 * len(paths) and cache.tokens.shape == (40, 28 * 28, 3)
     crop = features.to_tensor(images.square(features.five_crops(Image.open(paths[2]))[3], 224))
     want = F.avg_pool2d(crop, 8).flatten(1).T  # (784, 3)
@@ -63,8 +63,7 @@ def test_windows_are_parts_of_one_look_at_the_image(scenes):
     """Shorter side 320, half the height and half the width each; P random positions where a window has more."""
     path = sorted(scenes.glob("*.png"))[0]
     cache, image = encode(Mean(), [path], Config(views="windows")), Image.open(path).convert("RGB")
-    size = features.backbone_size(image, 8)
-    whole = F.avg_pool2d(features.to_tensor(image.resize(size, features.BILINEAR))[None], 8)
+    whole = F.avg_pool2d(features.to_tensor(features.input_image(image, 8))[None], 8)
     h, w = whole.shape[2:]
     assert min(h, w) == 40 and cache.tokens.shape == (5, 400, 3)
     lower_right = whole[0, :, h - h // 2 :, w - w // 2 :].flatten(1).T  # (positions, 3)
@@ -80,24 +79,21 @@ def test_windows_of_a_strip_are_filled(tmp_path):
     )
     cache = encode(Mean(), [tmp_path / "strip.png"], Config(views="windows"))
     assert cache.tokens.shape == (5, 400, 3) and cache.tokens.isfinite().all()
-    assert (
-        len(np.unique(cache.tokens[0], axis=0))
-        == features.backbone_size(Image.new("RGB", (900, 8)), 8)[0] // 8 // 2
-    )
+    assert len(np.unique(cache.tokens[0], axis=0)) == features.input_size((8, 900), 8)[1] // 8 // 2
 
 
 def test_cache_above_its_bound_keeps_random_positions(scenes, caplog):
     paths = sorted(scenes.glob("*.png"))
     bound = 40 * 3 * 2 * 10.5 / 1e9  # ten positions of each crop
-    cache = encode(Mean(), paths, Config(cache_size=bound))
-    whole = encode(Mean(), paths, Config())
+    cache = encode(Mean(), paths, Config(views="five", cache_size=bound))
+    whole = encode(Mean(), paths, Config(views="five"))
     assert cache.tokens.shape == (40, 10, 3) and "10 random positions of 784" in caplog.text
     for crop in (0, 17, 39):
         rows = {tuple(row) for row in whole.tokens[crop].tolist()}
         assert all(tuple(row) in rows for row in cache.tokens[crop].tolist())
     assert torch.allclose(cache.means, whole.means)
     with pytest.raises(ValueError, match="larger --set cache_size=GB"):
-        encode(Mean(), paths, Config(cache_size=1e-9))
+        encode(Mean(), paths, Config(views="five", cache_size=1e-9))
 
 
 def test_sample_takes_tokens_of_the_crops_asked_for():
@@ -119,7 +115,7 @@ def test_features_beyond_float16_are_one_sentence(scenes):
     with pytest.raises(
         ValueError, match=r"features reach [\d.e+]+; they are kept in float16, which holds 65504"
     ):
-        Stego.fit(scenes, classes=2, backbone=Large(), steps=1)
+        Stego.fit(scenes, clusters=2, backbone=Large(), steps=1)
 
 
 def test_a_full_disk_is_one_sentence(monkeypatch):

@@ -235,7 +235,7 @@ def test_the_file_is_small_and_plain(model, tmp_path):
     model.save(tmp_path / "a.pt")
     state = torch.load(tmp_path / "a.pt", weights_only=True)
     saved = state["config"]
-    assert saved["classes"] == 3 and saved["preset"] == "default" and saved["backbone"] == "tiny"
+    assert saved["clusters"] == 3 and saved["preset"] == "default" and saved["backbone"] == "tiny"
     large = Stego(
         model.config, Head(768, 100), unit(torch.randn(255, 100)), torch.ones(255) / 255, backbone_sha256=""
     )

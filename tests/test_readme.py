@@ -138,7 +138,7 @@ def test_python_snippets_run_as_printed(place, monkeypatch):
     assert len(blocks("python")) >= 2
     code = "\n".join(blocks("python"))
     exec(
-        code.replace('Stego.fit("images", classes=27)', 'Stego.fit("images", backbone="tiny", steps=5)'),
+        code.replace('Stego.fit("images", clusters=27)', 'Stego.fit("images", backbone="tiny", steps=5)'),
         given,
     )
 

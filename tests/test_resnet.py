@@ -150,7 +150,7 @@ def test_stride_survives_saving(reference, scenes, here, monkeypatch):
     monkeypatch.setattr(features, "RESOLUTION", 64)
     torch.save(layout("dino_resnet50", reference), "w.pth")
     image, known = scenes / "scene00.png", dict(backbone="dino_resnet50", weights="w.pth")
-    Stego.fit(image, classes=2, stride=16, steps=1, batch_size=2, code_size=4, **known).save("m.pt")
+    Stego.fit(image, clusters=2, stride=16, steps=1, batch_size=2, code_size=4, **known).save("m.pt")
     model = Stego.load("m.pt", weights="w.pth")
     assert (model.config.backbone, model.config.stride, model.backbone.patch) == ("dino_resnet50", 16, 16)
     assert model.predict(image, crf=False, resolution=64).shape == (96, 128)
@@ -182,7 +182,7 @@ class Strided(torch.nn.Module):
 def test_any_callable_is_a_backbone(function, patch, channels, scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(stego, "CLUSTER_ROWS", 2000)
     path = scenes / "scene00.png"
-    model = Stego.fit(path, classes=2, backbone=function, steps=2)
+    model = Stego.fit(path, clusters=2, backbone=function, steps=2)
     assert (model.backbone.patch, model.backbone.channels, model.config.stride) == (patch, channels, patch)
     mask = model.predict(path, crf=False)
     model.save(tmp_path / "m.pt")

@@ -117,7 +117,7 @@ def test_clusters_of_one_name_are_one_row_of_the_sheet(model, scenes, monkeypatc
 
 def test_report_draws_the_history(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(stego, "load_backbone", lambda *args, **options: Mean())
-    model = Stego.fit(scenes, classes=2, steps=12)
+    model = Stego.fit(scenes, clusters=2, steps=12)
     sheets.write_report(model, tmp_path)
     names = ["loss", "neighbors", "report", "similarity"]
     assert sorted(path.stem for path in tmp_path.iterdir()) == names

@@ -14,7 +14,6 @@ from networks import Mean
 from PIL import Image
 
 import stego
-from cli_parts import sheets
 from stego import (
     Head,
     Stego,
@@ -25,8 +24,9 @@ from stego import (
     training_loss,
     unit,
 )
-from stego_parts import backbones, diagnostics
-from stego_parts.clusters import inherit_ids
+from stego_parts import backbones
+from stego_parts.checkpoint import training_warning
+from stego_parts.clusters import inherit_ids, resample_by_density
 from stego_parts.config import Config, fit_config
 from stego_parts.features import TokenCache, encode
 
@@ -96,7 +96,7 @@ def test_loss_is_the_energy_of_a_potts_model():
 def test_full_loss_is_the_weighted_sum():
     """Eq. 5 without dropout; with two crops there is only one derangement, so the random term is known."""
     torch.manual_seed(0)
-    head, config = Head(8, 4).eval(), fit_config(classes=2, preset="small")
+    head, config = Head(8, 4).eval(), fit_config(clusters=2, preset="small")
     f, g, k = torch.randn(3, 2, 5, 8).unbind()
     terms = (("self", f, f, slice(None)), ("knn", f, k, slice(None)), ("rand", f, g, [1, 0]))
     want = sum(
@@ -115,7 +115,7 @@ def test_a_lambda_of_zero_switches_its_term_off(monkeypatch, off):
     torch.manual_seed(0)
     head, config = (
         Head(8, 4).eval(),
-        fit_config(classes=2, preset="small", **{f"lambda_{name}": 0.0 for name in off}),
+        fit_config(clusters=2, preset="small", **{f"lambda_{name}": 0.0 for name in off}),
     )
     f, g, k = torch.randn(3, 2, 5, 8).unbind()
     compared, asked, compare = [], [], stego.correlation_loss
@@ -206,7 +206,7 @@ def test_fit_finds_the_parts_of_drawn_scenes(model):
 def test_same_seed_same_model(scenes):
     before = torch.random.get_rng_state()
     two = [scenes / "scene00.png", scenes / "scene01.png"]
-    one, same, other = (Stego.fit(two, classes=3, backbone="tiny", steps=5, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (Stego.fit(two, clusters=3, backbone="tiny", steps=5, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), before)  # the caller's generator is left alone
     assert torch.equal(one.centers, same.centers) and not torch.equal(one.centers, other.centers)
     for key, value in one.head.state_dict().items():
@@ -215,11 +215,11 @@ def test_same_seed_same_model(scenes):
 
 def test_training_moves_the_loss(scenes):
     paths = sorted(scenes.rglob("*.png"))[:2]
-    cache = encode(backbones.load_backbone("tiny"), paths, Config())
+    cache = encode(backbones.load_backbone("tiny"), paths, Config(views="five"))
     losses = []
     for steps in (1, 40):
         torch.manual_seed(0)
-        config = fit_config("small", classes=2, steps=steps)
+        config = fit_config("small", clusters=2, steps=steps)
         neighbors = nearest_neighbors(cache.means)
         head, _ = stego.train_head(cache, neighbors, config)
         crops, partner = torch.arange(len(cache)), neighbors[:, 0]
@@ -233,10 +233,10 @@ def test_training_moves_the_loss(scenes):
 
 def test_one_image_is_enough(tmp_path, scenes):
     Image.open(scenes / "scene00.png").save(tmp_path / "only.png")
-    mask = Stego.fit(tmp_path, classes=2, backbone="tiny", steps=3).predict(tmp_path / "only.png", crf=False)
+    mask = Stego.fit(tmp_path, clusters=2, backbone="tiny", steps=3).predict(tmp_path / "only.png", crf=False)
     assert set(np.unique(mask)) <= {0, 1}
     Stego.fit(
-        tmp_path, classes=2, backbone="tiny", steps=2, views="whole", lambda_self=0, lambda_knn=0
+        tmp_path, clusters=2, backbone="tiny", steps=2, views="whole", lambda_self=0, lambda_knn=0
     )  # nothing left
 
 
@@ -246,7 +246,7 @@ def test_unreadable_images_are_named_and_left_out(tmp_path, scenes, caplog):
     with pytest.raises(ValueError, match="None of the 2 images"):
         Stego.fit(tmp_path, backbone="tiny")
     Image.open(scenes / "scene00.png").save(tmp_path / "good.png")
-    model = Stego.fit(tmp_path, classes=2, backbone="tiny", steps=2)
+    model = Stego.fit(tmp_path, clusters=2, backbone="tiny", steps=2)
     assert model.config.crops == 5
     assert "broken.jpg" in caplog.text and "5 x 5 pixels, smaller than one patch" in caplog.text
 
@@ -254,8 +254,8 @@ def test_unreadable_images_are_named_and_left_out(tmp_path, scenes, caplog):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(classes=256), "1 to 255"),
-        (dict(classes=0), "1 to 255"),
+        (dict(clusters=256), "1 to 255"),
+        (dict(clusters=0), "1 to 255"),
         (dict(preset="moon"), "Unknown preset 'moon'"),
         (dict(b_self="yes"), "Got b_self 'yes'; a number, or data: taken"),
         (dict(steps=2.5), "Got steps 2.5; a whole number"),
@@ -281,7 +281,7 @@ def test_bad_options(scenes, options, message):
 def test_more_classes_than_positions(tmp_path, scenes):
     Image.open(scenes / "scene00.png").save(tmp_path / "only.png")
     with pytest.raises(ValueError, match="more than there are positions"):
-        Stego.fit(tmp_path, classes=200, backbone="tiny", steps=1, cache_size=5 * 2 * 600 * 10 / 1e9)
+        Stego.fit(tmp_path, clusters=200, backbone="tiny", steps=1, cache_size=5 * 2 * 600 * 10 / 1e9)
 
 
 def test_shifts_follow_the_features():
@@ -299,18 +299,19 @@ def test_shifts_follow_the_features():
 
 def test_what_is_given_is_kept_and_the_rest_from_the_data(scenes):
     image = scenes / "scene00.png"
-    one = Stego.fit(image, classes=2, backbone="tiny", steps=1, b_rand=0.7).config
+    one = Stego.fit(image, clusters=2, backbone="tiny", steps=1, b_rand=0.7).config
     assert one.preset == "default" and one.b_rand == 0.7 and None not in (one.b_self, one.b_knn)
-    fixed = Stego.fit(image, classes=2, backbone="tiny", steps=1, preset="small").config
+    fixed = Stego.fit(image, clusters=2, backbone="tiny", steps=1, preset="small").config
     assert (fixed.preset, fixed.b_self, fixed.b_rand, fixed.views) == ("small", 0.18, 0.46, "five")
 
 
 def test_defaults_go_with_the_backbone(scenes, monkeypatch):
     """The published way where features were learned from millions of images, what was measured for it with tiny."""
     monkeypatch.setattr(stego, "load_backbone", lambda *args, **options: Mean())
-    other = Stego.fit(scenes / "sub", classes=2, backbone="dinov2_vits14", steps=1).config
-    assert (other.views, other.evenness, fit_config(backbone="mean").steps) == ("five", 0.0, 2000)
-    tiny = fit_config(backbone="tiny")
+    other = Stego.fit(scenes / "sub", clusters=2, backbone="dinov2_vits14", steps=1).config
+    assert (other.views, other.evenness) == ("five", 0.0)
+    assert fit_config().on_backbone("mean").steps == 2000
+    tiny = fit_config().on_backbone("tiny")
     assert (tiny.views, tiny.steps, tiny.b_self, tiny.preset) == ("windows", 300, None, "default")
 
 
@@ -321,7 +322,7 @@ def test_evened_rows_give_rare_directions_a_chance():
         4000, 16
     )
     share = [
-        (unit(stego.resample_by_density(codes, evenness)) @ direction[1] > 0.7).float().mean().item()
+        (unit(resample_by_density(codes, evenness)) @ direction[1] > 0.7).float().mean().item()
         for evenness in (0, 0.5, 1)
     ]
     assert share == pytest.approx([0.05, 0.19, 0.5], abs=0.1)  # 1 : 19, its root, as many
@@ -348,21 +349,14 @@ def test_bad_runs_are_named_in_words(b, word, monkeypatch):
     )  # two of four in each crop
     parts = torch.randn(4, 16)[kinds].permute(0, 3, 1, 2)  # (crops, C, h, w)
     cache = filled_cache(parts + 0.5 * torch.randn(parts.shape))
-    neighbors, options = nearest_neighbors(cache.means), fit_config(classes=2, steps=60, batch_size=8)
+    neighbors, options = nearest_neighbors(cache.means), fit_config(clusters=2, steps=60, batch_size=8)
     shifts = (
         stego.shifts_from_data(cache, neighbors, options) if b is None else dict(b_self=b, b_knn=b, b_rand=b)
     )
     _, history = stego.train_head(cache, neighbors, replace(options, **shifts))
-    said = diagnostics.training_warning(history)
+    said = training_warning(history)
     assert word in said if word else said is None
-    assert diagnostics.training_warning(history[:3]) is None  # too short to tell
-
-
-def directions_cache(kinds: int, *, noise: float, images: int = 20) -> TokenCache:
-    """A cache of positions that are `kinds` directions in 16 dimensions, with noise."""
-    torch.manual_seed(1)
-    parts = torch.eye(16)[torch.randint(kinds, (images, 12, 12))].permute(0, 3, 1, 2)  # (images, C, h, w)
-    return filled_cache([features + noise * torch.randn(features.shape) for features in parts])
+    assert training_warning(history[:3]) is None  # too short to tell
 
 
 def filled_cache(features) -> TokenCache:
@@ -375,58 +369,10 @@ def filled_cache(features) -> TokenCache:
     return cache
 
 
-@pytest.fixture
-def brief_agreement(monkeypatch):
-    monkeypatch.setattr(stego, "AGREEMENT_ROWS", 600)
-    monkeypatch.setattr(diagnostics, "COUNTS", (2, 3, 4, 5, 6, 7, 10))
-    monkeypatch.setattr(diagnostics, "SPLITS", 2)
-
-
-def agreement_in(cache: TokenCache) -> dict:
-    return diagnostics.cluster_agreement(lambda: stego.sample_halves(unit, cache))
-
-
-@pytest.mark.parametrize("kinds", [3, 6])
-def test_halves_of_the_images_agree_on_the_clusters_that_are_there(kinds, brief_agreement):
-    torch.manual_seed(0)
-    agreement = agreement_in(directions_cache(kinds, noise=0.15))
-    assert diagnostics.plausible_counts(agreement)[0] == kinds
-    assert np.mean(agreement[kinds]) > 0.95 > np.mean(agreement[kinds + 1])
-
-
-def test_noise_agrees_on_nothing(brief_agreement):
-    torch.manual_seed(0)
-    agreement = agreement_in(directions_cache(1, noise=5.0))
-    assert max(np.mean(scores) for scores in agreement.values()) < 0.5
-
-
-def test_adjusted_rand_index_counts_pairs():
-    a, b = torch.tensor([0, 0, 1, 1, 2, 2, 2]), torch.tensor([1, 1, 0, 0, 0, 2, 2])
-    same = lambda x: (x[:, None] == x)[tuple(torch.triu_indices(7, 7, 1))].double()  # noqa: E731  (21 pairs,)
-    both, left, right = (same(a) * same(b)).sum(), same(a).sum(), same(b).sum()
-    chance = left * right / 21
-    assert diagnostics.adjusted_rand_index(a, b) == pytest.approx(
-        float((both - chance) / ((left + right) / 2 - chance))
-    )
-    assert diagnostics.adjusted_rand_index(a, (a + 1) % 3) == 1
-    assert abs(diagnostics.adjusted_rand_index(torch.randint(4, (9999,)), torch.randint(4, (9999,)))) < 0.01
-
-
-def test_fit_takes_as_many_classes_as_halves_agree_on(scenes, monkeypatch, brief_agreement):
-    monkeypatch.setattr(stego, "load_backbone", lambda *args, **options: Mean())
-    model = Stego.fit(scenes, classes="auto", steps=3)
-    assert (
-        model.config.classes == len(model.centers) == diagnostics.plausible_counts(model.record.agreement)[0]
-    )
-    assert f"{len(model.centers)} clusters: halves" in sheets.agreement_line(model.record.agreement)
-    with pytest.raises(ValueError, match="auto finds a number"):
-        fit_config(classes="many")
-
-
 def test_features_join_the_codes_by_their_weight(scenes, tmp_path):
     """The cosine of two descriptions is the mean of both cosines, weighted by 1 and the square of the weight."""
     picture = scenes / "scene00.png"
-    model = Stego.fit(picture, classes=3, backbone="tiny", steps=2, feature_weight=0.5)
+    model = Stego.fit(picture, clusters=3, backbone="tiny", steps=2, feature_weight=0.5)
     head, f = model.head, torch.randn(1, 9, model.backbone.channels)
     codes, own = unit(head(f)), unit(unit(f) - head.mean)
     want = (codes @ codes.mT + 0.25 * own @ own.mT) / 1.25
@@ -440,7 +386,7 @@ def test_features_join_the_codes_by_their_weight(scenes, tmp_path):
     again, options = Stego.load(tmp_path / "m.pt"), dict(crf=False, resolution=160)
     assert (again.predict(picture, **options) == model.predict(picture, **options)).all()
     with pytest.raises(ValueError, match="feature_weight -1"):
-        fit_config(classes=3, feature_weight=-1)
+        fit_config(clusters=3, feature_weight=-1)
 
 
 # ---- predict ---------------------------------------------------------------------------------------------------
@@ -472,7 +418,7 @@ def test_too_small_an_image(model):
 
 
 def test_the_library_prints_nothing(tmp_path, scenes):
-    code = f"from stego import Stego; Stego.fit({str(scenes / 'scene00.png')!r}, classes=2, backbone='tiny', steps=1)"
+    code = f"from stego import Stego; Stego.fit({str(scenes / 'scene00.png')!r}, clusters=2, backbone='tiny', steps=1)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120
     )
@@ -480,11 +426,11 @@ def test_the_library_prints_nothing(tmp_path, scenes):
 
 
 def test_from_python(scenes, model):
-    other = Stego.fit(scenes / "sub", from_model=model, classes=2, adaptation=0.0)
+    other = model.recluster(scenes / "sub", clusters=2, adaptation=0.0)
     assert len(other.centers) == 2 and other.head is model.head and other.backbone is model.backbone
     assert (other.config.adaptation, other.config.steps, other.config.crops) == (0.0, 60, 20)
     with pytest.raises(ValueError, match="Got batch_size, steps for"):
-        Stego.fit(scenes, from_model=model, steps=5, batch_size=3)
+        model.recluster(scenes, steps=5, batch_size=3)
 
 
 def test_one_name_for_two_clusters(saved):
@@ -496,13 +442,13 @@ def test_one_name_for_two_clusters(saved):
 
 def test_the_same_data_fitted_anew_keeps_numbers_names_and_colours(scenes, tmp_path):
     two = [scenes / "scene00.png", scenes / "scene01.png"]
-    options = dict(classes=3, backbone="tiny", steps=20, batch_size=8)
+    options = dict(clusters=3, backbone="tiny", steps=20, batch_size=8)
     earlier = Stego.fit(two, **options)
     inherit_ids(earlier, earlier, {0: 2, 1: 0, 2: 1})  # another order than by share
     earlier.rename({0: "a", 1: "b", 2: "c"})
     earlier.palette = np.array([[9, 0, 0], [0, 9, 0], [0, 0, 9]], np.uint8)
     earlier.save(tmp_path / "earlier.pt")
-    again = Stego.fit(two, match=tmp_path / "earlier.pt", **options)
+    again = Stego.fit(two, match=Stego.load(tmp_path / "earlier.pt"), **options)
     assert again.names == ["a", "b", "c"] and np.array_equal(again.palette, earlier.palette)
     image = np.asarray(Image.open(scenes / "scene00.png").convert("RGB"))
     before, after = (model.predict(image, crf=False, resolution=160) for model in (earlier, again))
