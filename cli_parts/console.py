@@ -184,11 +184,8 @@ def dataset_options(command: Callable) -> Callable:
 
 
 def made_in(*folders: Path) -> list[Path]:
-    """Outputs in folders of images, which are none to work on; a sheet without a note is somebody's own."""
-    from cli_parts.outputs import read_note
-
-    sheets = [path for folder in folders for path in folder.glob("*-fit.png") if read_note(path)]
-    return [*sheets, *(folder / OUTPUTS for folder in folders)]
+    """The outputs of earlier runs in folders of images, which are none to work on."""
+    return [folder / OUTPUTS for folder in folders]
 
 
 def cluster_counts(text: str) -> list[int]:

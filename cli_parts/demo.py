@@ -43,8 +43,8 @@ def draw_scenes(folder: Path, *, seed: int, progress: Progress = no_progress):
     splits = [split for split, count in SCENES.items() for _ in range(count)]
     for number, split in enumerate(splits):
         name, (image, labels) = f"scene{number:02d}.png", draw_scene(1000 * seed + number)
-        write_image(image, folder / "images" / split / name)
-        write_image(Image.fromarray(labels), folder / "labels" / split / name)
+        write_image(image, folder / "images" / split / name, note="")
+        write_image(Image.fromarray(labels), folder / "labels" / split / name, note="")
         progress("drawing", number + 1, len(splits))
     write_bytes("".join(f"{name}\n" for name in SCENE_CLASSES).encode(), folder / "classes.txt")
 

@@ -19,7 +19,7 @@ from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 from stego_parts.depth import color_bands, holds_data, is_alpha, scale_to_8_bit, valid_pixels
-from stego_parts.files import write_bytes
+from stego_parts.files import NOTE, PICTURE_NOTE, write_bytes
 from stego_parts.tiff import WHITE_IS_ZERO, Tiff, no_data, read_tiff
 
 Source = Any  # what read_picture takes
@@ -38,7 +38,6 @@ OTHER_KINDS = dict.fromkeys(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv
 OTHER_KINDS |= dict.fromkeys((".heic", ".heif"), " Store it as JPEG: `heif-convert IN.heic OUT.jpg`.")
 TIFF = (".tif", ".tiff")
 FORMS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"} | dict.fromkeys(TIFF, "TIFF")  # as Pillow says
-NOTE = "stego"  # key of the note in PNG
 LIGHTNESS, CHROMA = (35, 90), (25, 85)  # CIELAB: neither near-black nor near-white, neither grey nor neon
 
 
@@ -83,7 +82,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """Size (H, W) of an image file as displayed, from its head; errors as those of `read_image`."""
     with _as_errors(path, "an image"), open(path, "rb") as file:
         tiff = read_tiff(file)
-        if tiff and _read_here(tiff, ()):
+        if tiff:
             return (tiff.width, tiff.height) if tiff.orientation > 4 else (tiff.height, tiff.width)
         file.seek(0)
         image = Image.open(file)
@@ -360,16 +359,23 @@ def mask_image(mask: np.ndarray, palette: np.ndarray) -> Image.Image:
 
 
 def write_image(
-    image: Image.Image, path: Path | str, *, note: str = "", form: str | None = None, tags: Any = None
+    image: Image.Image,
+    path: Path | str,
+    *,
+    note: str = PICTURE_NOTE,
+    form: str | None = None,
+    tags: Any = None,
 ) -> None:
-    """Save whole or not at all, with a note in it, in the format of the suffix, else in `form`.
+    """Save whole or not at all, in the format of the suffix, else in `form`.
 
-    tags: an ImageFileDirectory_v2 for a TIFF, in which the note is one.
+    note: in the file, by which later runs know it for an output; tags: an ImageFileDirectory_v2 for a TIFF, in which
+    the note is one.
     """
     form = FORMS.get(Path(path).suffix.lower(), form)
     if form is None:
         raise ValueError(f"Cannot tell the format of {path} from its suffix; use .png.")
-    packed, text = io.BytesIO(), PngInfo()
+    packed = io.BytesIO()
+    text = PngInfo()
     if note:
         text.add_text(NOTE, note)
     options: dict[str, dict] = {

@@ -3,9 +3,14 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import draw_scene
+from PIL import Image
 
-from stego_parts.files import find_images, replacing
+from stego_parts.config import NOTICE
+from stego_parts.files import decoded_lines, find_images, is_output, read_lines, replacing
+from stego_parts.images import read_image
 
 
 def test_find_images(tmp_path):
@@ -109,3 +114,58 @@ def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_numbers_in_names_sort_by_value(here):
+    """Folders, patterns and subfolders; what has as many digits everywhere stays in the order of before."""
+    for name in (
+        "10.png",
+        "9.png",
+        "1.png",
+        "take2/f11.png",
+        "take2/f2.png",
+        "take10/x.png",
+        "a.png",
+        "a1.png",
+    ):
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).touch()
+    assert found(".") == "1.png 9.png 10.png a.png a1.png take2/f2.png take2/f11.png take10/x.png".split()
+    assert found("*.png") == "1.png 9.png 10.png a.png a1.png".split()
+
+
+def test_a_foreign_comment_is_no_note(here):
+    Image.new("RGB", (9, 9)).save("a.jpg", comment="mask of the red death")
+    Image.new("RGB", (9, 9)).save("b.tif", description="overlay")
+    assert not is_output(Path("a.jpg")) and not is_output(Path("b.tif")) and not is_output(Path("none.png"))
+
+
+def test_what_pillow_reads_is_read_and_the_rest_named(here, caplog):
+    """AVIF and JFIF of a folder; files of other kinds are counted, outputs and hidden ones not."""
+    caplog.set_level(NOTICE, "stego")
+    (here / "in").mkdir()
+    picture = Image.fromarray(draw_scene(0)[0])
+    for name, form in (("a.jpg", "JPEG"), ("b.avif", "AVIF"), ("c.jfif", "JPEG")):
+        picture.save(f"in/{name}", form)
+    for name in ("d.HEIC", "e.heic", "notes.txt", ".hidden.txt"):
+        (here / "in" / name).write_bytes(b"x")
+    assert found("in") == ["a.jpg", "b.avif", "c.jfif"]
+    assert caplog.messages == ["3 files of other kinds passed over: .heic, .txt."]
+    for name in found("in"):
+        assert np.abs(np.asarray(read_image(f"in/{name}")).astype(int) - np.asarray(picture)).mean() < 8
+
+
+def test_a_film_names_the_way_to_frames(here):
+    Path("drive.mp4").write_bytes(bytes(100))
+    Path("a.HEIC").write_bytes(bytes(100))
+    with pytest.raises(ValueError, match=r"drive\.mp4 .*no known format.*ffmpeg -i FILM -vf fps=10"):
+        read_image("drive.mp4")
+    with pytest.raises(ValueError, match=r"a\.HEIC .*no known format.*as JPEG"):
+        read_image("a.HEIC")
+
+
+def test_a_list_in_another_encoding_is_named(here):
+    Path("list.txt").write_bytes("straße.jpg".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"list\.txt is not text in UTF-8 \(byte 4\)"):
+        read_lines("list.txt")
+    assert decoded_lines("\ufeffstraße\r\nweg\n".encode(), "x") == ["straße", "weg"]
