@@ -36,10 +36,9 @@ from cli_parts.console import (
     verbosity_options,
     versions,
 )
+from cli_parts.formats import FORMATS
 from stego_parts.config import NOTICE, PRESETS, parse_settings
 
-WRITTEN = dict(mask="masks", tif="masks", overlay="overlays", cutout="cut-outs", npz="probabilities")
-WRITTEN |= dict(json="shares", csv="shares", coco="segments", labelme="outlines")
 MODEL_SUFFIXES = (".pt", ".pth", ".ckpt")
 
 
@@ -144,11 +143,11 @@ def fit(
 @main.command(short_help="Segment images with a fitted model.")
 @click.argument("images", nargs=-1, required=True)
 @model_option
-@option("-o", "--output", default=OUTPUTS, type=PATH, help="A file, a folder, or - for stdout.")
-@option("--format", "kind", default="mask", type=click.Choice(list(WRITTEN)), help="What is written.")
+@option("-o", "--output", default=OUTPUTS, type=click.Path(), help="A file, a folder/, or - for stdout.")
+@option("--format", "kind", default="mask", type=click.Choice(list(FORMATS)), help="What is written.")
 @option("--overlay", is_flag=True, help="Beside each mask, the picture with its segments and a legend.")
 @option("--only", multiple=True, callback=split_names, metavar="NAMES", help="Clusters to keep: road,7.")
-@option("--min-area", default=0, type=WHOLE, help="Pixels of the smallest region in coco, labelme.")
+@option("--min-area", default=0, type=WHOLE, help="Pixels of the smallest region in coco.")
 @option("--crf/--no-crf", default=True, help="Sharpen the segments with a dense CRF.")
 @option("--crf-size", default=0.5, type=POSITIVE, help="Megapixels that the CRF works on, of larger photos.")
 @option("--resolution", default=320, help="Pixels of the shorter side that the backbone sees.")
@@ -164,7 +163,7 @@ def predict(
     progress: Progress,
     images: tuple,
     model: Path,
-    output: Path,
+    output: str,
     kind: str,
     limit: int | None,
     dry_run: bool,
@@ -172,7 +171,7 @@ def predict(
     weights: Path | None,
     **options: Any,
 ) -> None:
-    """Segment IMAGES: files, folders (their tree is mirrored), "patterns/*.jpg", or - for stdin.
+    """Segment IMAGES: files, folders (their tree is mirrored), "patterns/*.jpg", @LIST, or - for stdin.
 
     Masks are indexed PNG or TIFF: cluster numbers from 0, 255 for none.
 
@@ -184,7 +183,7 @@ def predict(
       stego predict mosaic.tif -o mask.tif --tile 1000
       stego predict folder/ -o coco.json --format coco --min-area 50
       stego predict folder/ -o shares.csv --format csv --limit 9
-      stego predict folder/ --format labelme --dry-run
+      stego predict @list.txt --dry-run
       stego predict frames/ -o out/ --format overlay --smooth
       stego predict img.jpg -o dog.png --format cutout --only dog
       cat img.jpg | stego predict - -o - > mask.png
@@ -211,7 +210,7 @@ def predict(
     done = segment_all(progress, writer, todo, document)
     piped = str(output) == outputs.PIPE
     place = "stdout" if piped else document or output
-    what = " and ".join(WRITTEN[each] for each in formats)
+    what = " and ".join(FORMATS[each].plural for each in formats)
     progress.summary(f"{done} of {len(todo)} images{skipped}", f"{what} in {place}", err=piped)
     sys.exit(0 if done == len(todo) else 1)
 

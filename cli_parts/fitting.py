@@ -135,7 +135,7 @@ def write_pictures(progress: Progress, models: dict, plan: FitPlan) -> None:
     """The picture of a fit, its report, and what is said at its end; models: {file: model}."""
 
     fitted = list(models.values())
-    write_image(sheets.fit_sheet(fitted, progress=progress), plan.sheet, note="contact sheet")
+    write_image(sheets.fit_sheet(fitted, progress=progress), plan.sheet)
     written = f"{plan.written()}, picture {plan.sheet}"
     if plan.report:
         sheets.write_report(fitted[0], plan.report)

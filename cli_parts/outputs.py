@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,24 +25,27 @@ from PIL import Image
 
 from cli_parts import georaster
 from cli_parts.drawing import cutout, with_legend
-from cli_parts.segments import cluster_shares, coco_annotations, coco_document, labelme_document, table
+from cli_parts.formats import FORMATS, JSON, PICTURE  # noqa: F401 (the last two are for the commands)
+from cli_parts.segments import cluster_shares, coco_annotations, coco_document, table
 from stego_parts import images
 from stego_parts.clusters import FrameAverage
 from stego_parts.features import check_memory
-from stego_parts.files import IMAGE_SUFFIXES, PIPE, find_images, write_bytes
+from stego_parts.files import (
+    IMAGE_SUFFIXES,
+    PIPE,
+    decoded_lines,
+    find_images,
+    list_images,
+    read_note,
+    write_bytes,
+)
 from stego_parts.models import read_model
 from stego_parts.running import no_progress, prefetch
 from stego_parts.weights import fingerprint
 
-# One file for all images, and its name in a folder.
-DOCUMENTS = {"json": "shares.json", "csv": "shares.csv", "coco": "coco.json"}
-SOFT = ("npz", "cutout")  # formats made of probabilities, not of a mask
-# Suffixes of sheets and overlays, of documents, of maps
-PICTURE, JSON, TIFF = (".png", ".jpg", ".jpeg"), (".json",), images.TIFF
-SUFFIXES = {"mask": (".png", *TIFF), "tif": TIFF, "overlay": PICTURE, "cutout": (".png",), "npz": (".npz",)}
-SUFFIXES |= {"json": JSON, "csv": (".csv",), "coco": JSON, "labelme": JSON}
-OVERLAY_SUFFIX = ".overlay.jpg"
-READ_AHEAD, WRITE_BEHIND = 3, 2  # images decoded before, and written after, the one that is segmented
+READ_AHEAD = 3  # images decoded before the one that is segmented
+WRITE_BEHIND = 2  # and written after it
+NAME_BYTES = 255  # of a file's name, at most, on nearly every file system
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -49,10 +53,12 @@ READ_AHEAD, WRITE_BEHIND = 3, 2  # images decoded before, and written after, the
 
 def check_formats(kind, sources, output, *, overlay, only, min_area, skip_existing, smooth, crf, **_):
     """The formats, a list, that options of predict ask for; ValueError for what does not go together."""
-    two, piped = overlay and kind != "overlay", str(output) == PIPE
+    two = overlay and kind != "overlay"
+    piped = str(output) == PIPE
+    form = FORMATS[kind]
     if PIPE in sources and len(sources) > 1:
         raise ValueError("- stands for one image on stdin; give it alone, or give files.")
-    if two and kind not in ("mask", "tif"):
+    if two and not form.is_mask:
         raise ValueError(f"--overlay goes with masks; leave it or --format {kind} out.")
     if two and piped:
         raise ValueError("Two pictures do not go into one stdout; choose --format mask or overlay.")
@@ -62,9 +68,9 @@ def check_formats(kind, sources, output, *, overlay, only, min_area, skip_existi
         raise ValueError(
             "--format cutout needs --only, the clusters to cut out, and the CRF for their edges."
         )
-    if min_area and kind not in ("coco", "labelme"):
-        raise ValueError(f"--min-area is for --format coco and labelme; leave it or --format {kind} out.")
-    if skip_existing and (kind in DOCUMENTS or piped or PIPE in sources):
+    if min_area and not form.has_regions:
+        raise ValueError(f"--min-area is for --format coco; leave it or --format {kind} out.")
+    if skip_existing and (form.document or piped or PIPE in sources):
         raise ValueError("--skip-existing is for image files with outputs of their own; leave it out.")
     if smooth and (skip_existing or PIPE in sources):
         raise ValueError("--smooth is for all frames in their order; leave --skip-existing and - out.")
@@ -77,23 +83,26 @@ def check_outputs(files, *, inputs=(), folders=()):
     files: (path, suffixes) pairs, no suffixes for a model, which may have any but an image's. A path of None,
     there or in folders, is an output that nobody wants.
     """
-    read, written = {Path(path).resolve() for path in inputs}, set()
+    read = {Path(path).resolve() for path in inputs}
+    written = set()
     for path, suffixes in files:
         if path is None or str(path) == PIPE:
             continue
         if path.resolve() in read:
             raise ValueError(f"The output {path} would overwrite an input; choose another name.")
-        if path in written:
+        if path.resolve() in written:
             raise ValueError(f"Two outputs would both be written to {path}; give them different folders.")
         if path.is_dir():
             raise ValueError(f"The output {path} is a folder; name a file in it.")
+        if len(os.fsencode(path.name)) > NAME_BYTES:
+            raise ValueError(f"The name {path.name} is longer than {NAME_BYTES} bytes; shorten the image's.")
         if path.exists() and not path.is_file():
             raise ValueError(f"The output {path} is a device or a pipe; name a file.")
         if suffixes and path.suffix.lower() not in suffixes:
             raise ValueError(f"The output {path} is not a {' or '.join(suffixes)} file, which is needed.")
         if not suffixes and path.suffix.lower() in IMAGE_SUFFIXES:
             raise ValueError(f"The model {path} has the name of an image; choose one like stego.pt.")
-        written.add(path)
+        written.add(path.resolve())
     folders = {folder for folder in folders if folder}
     for folder in folders:
         if any(path.parent == folder.resolve() for path in read):
@@ -140,64 +149,73 @@ class Job(NamedTuple):
     targets: dict[str, Path]
 
 
-def plan_outputs(sources, output: Path, formats, model: Path, limit: int | None, exclude) -> tuple:
+def plan_outputs(
+    sources: tuple[str, ...],
+    output: Path | str,
+    formats: list[str],
+    model: Path,
+    limit: int | None,
+    exclude: list[Path],
+) -> tuple[list[Job], Path | None]:
     """A job for each of the first images, and the one file of a format that has one, or None; all checked.
 
-    sources: files, folders and patterns, or - for stdin. exclude: outputs of earlier runs.
+    sources: files, folders, patterns and lists, or - for an image, or names of images, on stdin. exclude: outputs of
+    earlier runs.
     """
-    if PIPE in sources:
-        sources, inputs = [(sys.stdin.buffer, Path("stdin"))], [model]
-    else:
-        sources = find_images(sources, exclude=[output, *exclude])
-        inputs = [model, *(path for path, _ in sources)]
-    jobs, document = _jobs(sources, output, formats, limit), None
-    if formats[0] in DOCUMENTS:
-        document = output if is_file(output) else output / DOCUMENTS[formats[0]]
-    files = [(path, SUFFIXES[kind]) for job in jobs for kind, path in job.targets.items()]
-    check_outputs([*files, (document, SUFFIXES[formats[0]])], inputs=inputs)
+    form = FORMATS[formats[0]]
+    found = image_on_stdin() if PIPE in sources else None
+    if found is None:
+        found = find_images(sources, exclude=[Path(output), *exclude])
+    jobs = _jobs(found, output, formats, limit)
+    document = None
+    if form.document:
+        document = Path(output) if is_file(output) else Path(output) / form.document
+    files = [(path, FORMATS[kind].suffixes) for job in jobs for kind, path in job.targets.items()]
+    inputs = [model, *(path for path, _ in found if isinstance(path, Path))]
+    check_outputs([*files, (document, form.suffixes)], inputs=inputs)
     return jobs, document
 
 
-def _jobs(sources, output: Path, formats, limit) -> list[Job]:
+def image_on_stdin() -> list[tuple[Any, Path]] | None:
+    """What is on stdin as if it were a file; the images whose names are there instead, one a line."""
+    content = sys.stdin.buffer.read()
+    first = content.partition(b"\n")[0].strip()
+    try:
+        is_list = bool(first) and Path(os.fsdecode(first)).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        is_list = False
+    if is_list:
+        return list_images(decoded_lines(content, "stdin"))
+    return [(io.BytesIO(content), Path("stdin"))]
+
+
+def _jobs(found: list, output: Path | str, formats: list[str], limit: int | None) -> list[Job]:
     """The outputs of each image: the one file named, or in a folder, places like the images have in theirs."""
-    if formats[0] in DOCUMENTS:
-        return [Job(source, place, {}) for source, place in sources[:limit]]
+    if FORMATS[formats[0]].document:
+        return [Job(source, place, {}) for source, place in found[:limit]]
     if is_file(output):
-        if (count := len(sources[:limit])) > 1:
+        count = len(found[:limit])
+        if count > 1:
             raise ValueError(f"{count} images do not go into one output {output}; name a folder with -o.")
-        targets = {formats[0]: output} | {each: output.with_suffix(OVERLAY_SUFFIX) for each in formats[1:]}
-        return [Job(*sources[0], targets)]
-    places = [place for _, place in sources]  # of all, whatever the limit: names depend on each other
-    suffixes = [OVERLAY_SUFFIX if each == "overlay" else SUFFIXES[each][0] for each in formats]
-    names = [output_names(places, suffix) for suffix in suffixes]
-    return [
-        Job(source, place, {each: output / name for each, name in zip(formats, row)})
-        for (source, place), *row in zip(sources, *names)
-    ][:limit]
+        targets = {kind: Path(output).with_suffix(FORMATS[kind].suffix) for kind in formats[1:]}
+        return [Job(*found[0], {formats[0]: Path(output), **targets})]
+    places = [place for _, place in found]  # of all, whatever the limit: names depend on each other
+    names = {kind: output_names(places, FORMATS[kind].suffix) for kind in formats}
+    jobs = []
+    for i, (source, place) in enumerate(found[:limit]):
+        targets = {kind: Path(output) / names[kind][i] for kind in formats}
+        jobs.append(Job(source, place, targets))
+    return jobs
 
 
-def is_file(output: Path) -> bool:
-    """Whether an output, which need not be there, is one file or stdout, not a folder."""
-    return str(output) == PIPE or bool(output.suffix) and not output.is_dir()
+def is_file(output: Path | str) -> bool:
+    """Whether an output, which need not be there, is one file or stdout, not a folder; a slash at its end says so."""
+    if str(output) == PIPE:
+        return True
+    return bool(Path(output).suffix) and not str(output).endswith(("/", os.sep)) and not Path(output).is_dir()
 
 
 # ---- formats -----------------------------------------------------------------------------------------------
-
-
-def read_note(path: Path) -> str | None:
-    """The note in an output; None if there is none, or no such file."""
-    try:
-        if path.suffix == ".npz":
-            with zipfile.ZipFile(path) as archive:
-                return archive.comment.decode()
-        if path.suffix == ".json":
-            return json.loads(path.read_bytes())[images.NOTE]
-        with Image.open(path) as picture:
-            if picture.format == "TIFF":
-                return picture.tag_v2[georaster.DESCRIPTION]
-            return picture.info[images.NOTE] if picture.format == "PNG" else picture.info["comment"].decode()
-    except Exception:  # decoders raise whatever a damaged or foreign file leads them to
-        return None
 
 
 @dataclass
@@ -230,15 +248,19 @@ class Writer:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def is_done(self, job: Job) -> bool:
-        """All outputs are there, made with what the note says, and not older than the image."""
-        targets = job.targets.items()
-        made = [path.stat().st_mtime for kind, path in targets if read_note(path) == f"{kind} {self.note}"]
-        return len(made) == len(targets) and min(made) >= job.source.stat().st_mtime
+        """All outputs are there, made with what the note says, and not older than the image.
+
+        An image of the future, from a camera with a wrong clock, is no newer than anything: the note alone counts.
+        """
+        if not all(read_note(path) == f"{kind} {self.note}" for kind, path in job.targets.items()):
+            return False
+        changed = job.source.stat().st_mtime
+        return changed > time.time() or min(path.stat().st_mtime for path in job.targets.values()) >= changed
 
     def results(self, jobs: list[Job], progress=no_progress) -> Iterator[tuple]:
         """(job, what `write` returned, or the error) for each; threads read and write meanwhile."""
         check_memory(self.model.backbone, self.options["resolution"], device=self.model.device)
-        segment = self.model.probabilities if self.kind in SOFT else self.model.predict
+        segment = self.model.probabilities if FORMATS[self.kind].from_probabilities else self.model.predict
         average = functools.lru_cache(1)(lambda folder: FrameAverage())  # each folder is another video
         pictures = prefetch(lambda job: _attempt(images.read_image, job.source), jobs, window=READ_AHEAD)
 
@@ -250,15 +272,15 @@ class Writer:
         yield from zip(jobs, prefetch(lambda each: _attempt(self.write, *each), masks, window=WRITE_BEHIND))
 
     def write(self, job: Job, image: Image.Image, result: np.ndarray) -> dict:
-        """Write an image's mask (H, W), or for SOFT formats probabilities (K, h, w); its part of a document."""
-        if self.kind not in SOFT and self.keep is not None:
+        """Write an image's mask (H, W), or for some formats probabilities (K, h, w); its part of a document."""
+        if not FORMATS[self.kind].from_probabilities and self.keep is not None:
             result = np.where(np.isin(result, self.keep), result, images.IGNORE)
         for kind, target in job.targets.items():
             self.write_one(kind, target, job, image, result)
         entry = {"file_name": job.place.as_posix(), "height": image.height, "width": image.width}
         if self.kind == "coco":
             entry["annotations"] = coco_annotations(result, self.min_area)
-        elif self.kind in DOCUMENTS:
+        elif FORMATS[self.kind].document:
             area = georaster.pixel_area(georaster.geo_tags(job.source))
             entry["clusters"] = cluster_shares(result, self.clusters, area)
         return entry
@@ -268,12 +290,6 @@ class Writer:
         note = f"{kind} {self.note}"
         if kind == "npz":
             write_bytes(packed_arrays(result, self.model.labels, image, note), target)
-        elif kind == "labelme":
-            piped = not isinstance(job.source, Path)
-            place = job.place if piped else Path(os.path.relpath(job.source, target.parent))
-            extra = {"imagePath": place.as_posix(), images.NOTE: note}
-            text = labelme_document(result, self.clusters, self.min_area, **extra)
-            write_bytes(text.encode(), target)
         elif kind == "cutout":
             images.write_image(cutout(image, result[self.keep].sum(0)), target, note=note, form="PNG")
         elif kind == "overlay":

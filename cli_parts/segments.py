@@ -14,8 +14,6 @@ import numpy as np
 from stego_parts.images import IGNORE
 
 COLUMNS = ("image", "cluster", "name", "pixels", "share", "m2")  # of a table
-LABELME_VERSION = "5.0.1"  # of the format of a LabelMe file
-TOLERANCE = 1.0  # pixels that an outline for editing may lie beside the segment's
 
 
 # ---- regions ---------------------------------------------------------------------------------------------------
@@ -67,26 +65,6 @@ def outline(region: Region) -> np.ndarray:
     return np.stack([x + region.x, y + region.y], 1)[corners]
 
 
-def simplified(ring: np.ndarray) -> np.ndarray:
-    """A closed outline (n, 2) without corners that lie within TOLERANCE of the line without them.
-
-    Douglas & Peucker 1973. What would be less than a triangle stays as it is.
-    """
-    closed = np.concatenate([ring, ring[:1]])
-    farthest = int(np.hypot(*(ring - ring[0]).T).argmax())
-    kept, pending = {0, farthest}, [(0, farthest), (farthest, len(ring))]
-    while pending:
-        start, end = pending.pop()
-        chord, between = closed[end] - closed[start], closed[start + 1 : end] - closed[start]  # (2,), (m, 2)
-        along = (between @ chord / max(chord @ chord, 1)).clip(0, 1)
-        distances = np.hypot(*(between - along[:, None] * chord).T)
-        if distances.max(initial=0) > TOLERANCE:
-            middle = start + 1 + int(distances.argmax())
-            kept.add(middle)
-            pending += [(start, middle), (middle, end)]
-    return ring[sorted(kept)] if len(kept) > 2 else ring
-
-
 # ---- shares ----------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +88,7 @@ def table(images: list[dict]) -> str:
     return file.getvalue()
 
 
-# ---- COCO and LabelMe ------------------------------------------------------------------------------------------
+# ---- COCO ------------------------------------------------------------------------------------------------------
 
 
 def coco_annotations(mask: np.ndarray, min_area: int = 0) -> list[dict]:
@@ -162,19 +140,3 @@ def coco_document(images: list[dict], clusters: dict[int, str]) -> str:
         "annotations": [{"id": n, "image_id": i, **each} for n, (i, each) in enumerate(annotations, 1)],
     }
     return json.dumps(document)
-
-
-def labelme_document(mask: np.ndarray, clusters: dict[int, str], min_area: int = 0, **extra) -> str:
-    """A LabelMe file: the outline of each region, simplified, as a person edits it; what lies inside another last."""
-    shapes = [
-        {
-            "label": clusters[region.cluster],
-            "points": simplified(outline(region)).astype(float).tolist(),
-            "group_id": None,
-            "shape_type": "polygon",
-            "flags": {},
-        }
-        for region in sorted(regions(mask, min_area), key=lambda region: -region.inside.size)
-    ]
-    head = {"version": LABELME_VERSION, "flags": {}, "shapes": shapes, "imageData": None}
-    return json.dumps(head | {"imageHeight": mask.shape[0], "imageWidth": mask.shape[1]} | extra)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 from conftest import FAST, LABELLED, QUICK, draw_scene, mask_of, run
 from PIL import Image
 
+from stego_parts.files import find_images, replacing
 from stego_parts.images import IGNORE
 
 SMALL = ("--no-crf", "--resolution", 160)
@@ -210,7 +212,6 @@ def test_a_dry_run_writes_nothing(here, scenes, saved, monkeypatch):
         (["-o", "x.jpg", "--format", "tif"], "not a .tif or .tiff"),
         (["-o", "x.txt", "--format", "csv"], "not a .csv"),
         (["-o", "x.jpg", "--format", "cutout", "--only", "1"], "not a .png"),
-        (["--format", "labelme", "-o", "x.png"], "not a .json"),
         (["--format", "cutout"], "needs --only"),
         (["--format", "cutout", "--only", "1", "--no-crf"], "and the CRF"),
         (["--format", "cutout", "--only", "1", "--overlay"], "--overlay goes with masks"),
@@ -285,3 +286,114 @@ def test_only_all_frames_in_order(here, saved):
     run("predict", video, "-m", saved, "-o", "out", *SMALL, "--smooth")
     again = run("predict", video, "-m", saved, "-o", "out", *SMALL, "--skip-existing")
     assert "1 of 1 images, 0 skipped" in again.stdout  # made with other options
+
+
+# ---- files as people have them ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(here):
+    """Three photos in the folder own."""
+    (here / "own").mkdir()
+    for name in ("a", "b", "c"):
+        Image.fromarray(draw_scene(ord(name))[0]).save(f"own/{name}.jpg")
+    return here / "own"
+
+
+def image_names(*args, **options) -> list[str]:
+    return [place.as_posix() for _, place in find_images(*args, **options)]
+
+
+def test_frames_without_zeros_follow_each_other(here, saved):
+    """--smooth: the twelve frames of a scene give the masks that they give with zeros before their numbers."""
+    rng = np.random.default_rng(0)
+    for folder in ("raw", "pad"):
+        (here / folder).mkdir()
+    for t in range(1, 13):
+        frame = draw_scene(3)[0] + rng.normal(0, 8, (96, 128, 3))
+        for name in (f"raw/{t}.png", f"pad/{t:03}.png"):
+            Image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(name)
+    for folder in ("raw", "pad"):
+        run("predict", folder, "-m", saved, "-o", f"o-{folder}", "--smooth", *FAST)
+    for t in range(1, 13):
+        assert np.array_equal(
+            np.asarray(Image.open(f"o-raw/{t}.png")), np.asarray(Image.open(f"o-pad/{t:03}.png"))
+        )
+
+
+def test_own_outputs_are_no_images(photos, saved):
+    """Masks and overlays beside the images: the same command again, a fit, a sheet, all see three photos."""
+    predict = ("predict", "own", "-m", saved, "-o", "own", "--overlay", *FAST)
+    assert "3 of 3 images" in run(*predict).stdout and len(os.listdir("own")) == 9
+    again = run(*predict)
+    assert "3 of 3 images" in again.stdout and "6 pictures left out: stego wrote them" in again.stderr
+    assert "0 of 0 images, 3 skipped" in run(*predict, "--skip-existing").stdout
+    fit = run("fit", "own", "--backbone", "tiny", "--steps", 2, "-k", 3, "-o", "own/m.pt")
+    assert "3 images" in fit.stdout and "6 pictures left out" in fit.stderr
+    assert "3 images" in run("show", "own/m.pt", "own", "--sheet", "own/sheet.png").stdout
+    run("predict", "own", "-m", "own/m.pt", "-o", "own", "--format", "tif", *FAST)
+    assert image_names("own") == image_names("own/*.*g") == ["a.jpg", "b.jpg", "c.jpg"]
+    assert image_names("own/a.png") == ["a.png"] and len(image_names("own", outputs=True)) == 3 + 6 + 2 + 3
+
+
+def test_a_list_of_images(photos, saved):
+    Path("list.txt").write_text("own/c.jpg\n\n  own/a.jpg\nown/c.jpg\n", encoding="utf-8-sig")
+    assert image_names("@list.txt") == ["own/c.jpg", "own/a.jpg"]
+    lines = run("predict", "@list.txt", "-m", saved, "-o", "out/", "--dry-run", *FAST).stdout
+    assert lines.splitlines() == ["out/own/c.png", "out/own/a.png"]
+    Path("list.txt").write_text("own/none.jpg")
+    with pytest.raises(FileNotFoundError, match=r"own/none\.jpg, a line of a list"):
+        find_images("@list.txt")
+    Path("@odd.jpg").write_bytes(Path("own/a.jpg").read_bytes())
+    assert image_names("@odd.jpg") == ["@odd.jpg"]
+
+
+def test_names_on_stdin(photos, saved):
+    given = dict(input="own/b.jpg\nown/a.jpg\n")
+    lines = run("predict", "-", "-m", saved, "--dry-run", *FAST, **given).stdout
+    assert lines.splitlines() == ["stego-out/own/b.png", "stego-out/own/a.png"]
+    assert "2 images" in run("fit", "-", "--backbone", "tiny", "--steps", 2, "-k", 3, **given).stdout
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(here, saved):
+    """A model and a mask behind links."""
+    (here / "disk").mkdir()
+    Path("disk/m.pt").write_bytes(saved.read_bytes())
+    Path("stego.pt").symlink_to("disk/m.pt")
+    before = Path("disk/m.pt").read_bytes()
+    run("name", "0=road")
+    assert Path("stego.pt").is_symlink() and Path("disk/m.pt").read_bytes() != before
+    Path("new.txt").symlink_to("disk/not/yet.txt")
+    with replacing("new.txt") as part:
+        part.write_text("one")
+    assert Path("new.txt").is_symlink() and Path("disk/not/yet.txt").read_text() == "one"
+    assert not [name for name in os.listdir("disk") if name.endswith(".part")]
+
+
+def test_a_slash_at_the_end_means_a_folder(photos, saved):
+    run("predict", "own/a.jpg", "-m", saved, "-o", "dot-v1.2/", *FAST)
+    run("predict", "own/a.jpg", "-m", saved, "-o", "dot-v1.3/", "--format", "csv", *FAST)
+    assert os.listdir("dot-v1.2") == ["a.png"] and os.listdir("dot-v1.3") == ["shares.csv"]
+
+
+def test_a_name_too_long_for_its_suffix_is_found_before_the_work(here, saved):
+    (here / "in").mkdir()
+    for name in ("a", "x" * 250):
+        Image.fromarray(draw_scene(0)[0]).save(f"in/{name}.png", "PNG")
+    result = run("predict", "in", "-m", saved, "-o", "out", "--format", "overlay", *FAST, code=2)
+    assert "longer than 255 bytes" in result.stderr and not Path("out").exists()
+
+
+def test_images_of_the_future_are_skipped_too(photos, saved):
+    """A camera whose clock is ahead: the note in the output counts."""
+    predict = ("predict", "own", "-m", saved, "-o", "out", *FAST, "--skip-existing")
+    run(*predict)
+    os.utime("own/a.jpg", (2**32, 2**32))
+    assert "0 of 0 images, 3 skipped" in run(*predict).stdout
+    assert "3 of 3 images, 0 skipped" in run(*predict, "--only", "1").stdout
+
+
+def test_an_explicit_quiet_says_nothing(photos, saved):
+    run("predict", "own", "-m", saved, "-o", "own", *FAST, "-q")
+    assert run("predict", "own", "-m", saved, "-o", "own", *FAST, "-q").stderr == ""
+    assert logging.getLogger("stego").level == logging.ERROR

@@ -1,23 +1,11 @@
 """Regions of a mask as COCO's run lengths, outlines, tables and LabelMe files."""
 
-import json
-import os
-
 import numpy as np
 import pytest
 from conftest import FAST, mask_of, run
-from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from cli_parts.segments import (
-    Region,
-    cluster_shares,
-    coco_annotations,
-    outline,
-    regions,
-    run_lengths,
-    simplified,
-)
+from cli_parts.segments import Region, cluster_shares, coco_annotations, outline, regions, run_lengths
 from stego_parts.images import IGNORE
 
 
@@ -81,20 +69,6 @@ def test_outlines_go_round_their_regions(sigma):
         holes = ndimage.binary_fill_holes(np.pad(region.inside, 1), np.ones((3, 3)))[1:-1, 1:-1]
         encoded = masks.frPyObjects([ring.ravel().tolist()], 60, 80)
         assert np.array_equal(masks.decode(encoded)[..., 0], full(region, holes))
-        assert (simplified(ring)[:, None] == ring).all(2).any(1).all() and len(simplified(ring)) > 2
-
-
-def test_a_simplified_outline_stays_within_a_pixel():
-    y, x = np.mgrid[:100, :100]
-    disk = Region(0, 7, 3, np.hypot(y - 49.5, x - 49.5) < 49)
-    ring, few = outline(disk), simplified(outline(disk)).astype(float)
-    assert len(few) < len(ring) / 4
-    for point in ring:
-        ends = np.roll(few, -1, 0)
-        along = (((point - few) * (ends - few)).sum(1) / ((ends - few) ** 2).sum(1)).clip(0, 1)
-        assert np.hypot(*(few + along[:, None] * (ends - few) - point).T).min() <= 1
-    dot = outline(Region(0, 5, 6, np.ones((1, 1), bool)))
-    assert simplified(dot).tolist() == [[5, 6], [6, 6], [6, 7], [5, 7]]
 
 
 @pytest.mark.parametrize("least", [0, 20])
@@ -134,27 +108,3 @@ def test_shares_and_annotations_leave_255_out():
         (1, 1, [1, 0, 1, 1]), (1, 1, [0, 1, 1, 1]), (2, 1, [1, 1, 1, 1])
     ]  # fmt: skip
     assert found[0]["polygons"] == [[1, 0, 2, 0, 2, 1, 1, 1]]
-
-
-def test_labelme_files_draw_the_masks_again(here, scenes, named):
-    def predicted(*options):
-        args = ("--format", "labelme", *FAST, "--skip-existing", *options)
-        return run("predict", scenes / "sub", "-o", "out", *args).stdout
-
-    run("predict", scenes / "sub", "-o", "masks", *FAST)
-    assert "4 of 4 images, 0 skipped" in predicted() and "0 of 0 images, 4 skipped" in predicted()
-    for path in (here / "out").iterdir():
-        file, mask = json.loads(path.read_text()), mask_of(here / "masks" / path.with_suffix(".png").name)
-        assert (file["version"], file["flags"], file["imageData"]) == ("5.0.1", {}, None)
-        assert os.path.samefile(path.parent / file["imagePath"], scenes / "sub" / f"{path.stem}.png")
-        drawn = Image.new("L", (file["imageWidth"], file["imageHeight"]), IGNORE)
-        for shape in file["shapes"]:  # as labelme draws them, one over the other
-            assert shape["shape_type"] == "polygon" and len(shape["points"]) > 2
-            points = [(x - 0.5, y - 0.5) for x, y in shape["points"]]  # Pillow's are centres of pixels
-            ImageDraw.Draw(drawn).polygon(points, fill=["sky", "1", "block"].index(shape["label"]))
-        assert (np.asarray(drawn) == mask).mean() > 0.95
-    areas = "4 of 4 images, 0 skipped" in predicted("--min-area", 200)
-    shapes = json.loads((here / "out/scene08.json").read_text())["shapes"]
-    assert areas and 0 < len(shapes) == sum(
-        region.inside.sum() >= 200 for region in regions(mask_of("masks/scene08.png"))
-    )
