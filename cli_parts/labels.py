@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cli_parts.datasets import by_name, dataset_root
-from stego_parts.files import find_images
+from stego_parts.files import find_images, read_lines
 from stego_parts.images import IGNORE, open_image, read_image, read_mat, square
 
 SIDE = 320  # pixels (Sec. 4); rounded up to whole patches: 322 for patches of 14
@@ -153,10 +153,7 @@ def folder_sets(
     """
     paired = [folder_pairs(images, labels) for images, labels in folders]
     counts = [count_ids(label for _, label in pairs) for pairs in paired]
-    listed = None
-    if names is not None:
-        lines = [line.strip() for line in Path(names).read_text(encoding="utf-8-sig").splitlines()]
-        listed = [line for line in lines if line]
+    listed = None if names is None else read_lines(names)
     ids = class_ids(sum(counts), ignore=ignore, count=None if listed is None else len(listed))
     if not 1 <= len(ids) <= IGNORE:
         raise ValueError(
@@ -223,7 +220,7 @@ def folder_pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
     image and no other label has it. Raises ValueError naming the first image without a label, or what is ambiguous.
     """
     found = find_images(images)
-    labels_found = find_images(labels)
+    labels_found = find_images(labels, outputs=True)  # the masks of another model are labels too
     images_at = _grouped(found, _key)
     labels_at = _grouped(labels_found, _key)
     images_of_stem = _grouped(found, _stem)
