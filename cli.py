@@ -20,6 +20,7 @@ from cli_parts.console import (
     StderrHandler,
     cluster_counts,
     dataset_options,
+    error_message,
     is_quiet,
     keep_memory,
     log,
@@ -31,7 +32,6 @@ from cli_parts.console import (
     option,
     point,
     print_model,
-    sentence,
     split_names,
     verbosity_options,
     versions,
@@ -223,7 +223,7 @@ def segment_all(progress: Progress, writer: Any, jobs: list, document: Path | No
     for done, (job, entry) in enumerate(writer.results(jobs, progress), 1):
         if isinstance(entry, Exception):
             name = str(job.source) if isinstance(job.source, Path) else "<stdin>"
-            problem = sentence(entry)
+            problem = error_message(entry)
             log.error("%s", problem if name in problem else f"{name}: {problem}")
         else:
             entries.append(entry)

@@ -100,12 +100,12 @@ class Commands(click.Group):
         except BrokenPipeError:  # the reader has seen enough: click ends in silence
             raise
         except (ValueError, OSError) as error:
-            failure = click.ClickException(sentence(error))
+            failure = click.ClickException(error_message(error))
             failure.exit_code = 1 if progress.stage else 2
             raise failure from error
 
 
-def sentence(error: Exception) -> str:
+def error_message(error: Exception) -> str:
     """An error for people: the system's without its number."""
     if not (isinstance(error, OSError) and error.strerror):
         return str(error)

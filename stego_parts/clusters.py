@@ -54,10 +54,10 @@ def mirror_averaged(x: Tensor, features: Maps, *heads: Maps) -> list[Tensor]:
     x: normalised images (B, 3, H, W); features: (B, 3, H, W) to (B, C, h, w); heads: (B, C, h, w) to (B, D, h, w).
     Returns a map (B, D, h, w) of each head.
     """
-    seen = features(torch.cat([x, x.flip(-1)]))  # (2B, C, h, w)
+    both = features(torch.cat([x, x.flip(-1)]))  # (2B, C, h, w)
     maps = []
     for head in heads:
-        plain, mirrored = head(seen).chunk(2)  # (B, D, h, w) each
+        plain, mirrored = head(both).chunk(2)  # (B, D, h, w) each
         maps.append((plain + mirrored.flip(-1)) / 2)
     return maps
 

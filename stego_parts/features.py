@@ -293,7 +293,7 @@ def encode(
     """
     shape = _cache_shape(backbone, len(paths), config)
     cache = checkpoint.token_cache(shape) if checkpoint else TokenCache(*shape)
-    _fill(cache, backbone, paths, config.views, torch.device(device), progress)
+    _encode_missing(cache, backbone, paths, config.views, torch.device(device), progress)
     barrier()
     cache.finalize(device)
     if not len(cache):
@@ -319,7 +319,7 @@ def _cache_shape(backbone: Any, images: int, config: Config) -> tuple[int, int, 
     return images, crops, kept, backbone.channels
 
 
-def _fill(
+def _encode_missing(
     cache: TokenCache, backbone: Any, paths: Sequence, views: str, device: torch.device, progress: Progress
 ) -> None:
     """Add this process's share of the images that the cache does not have yet."""
