@@ -154,7 +154,7 @@ def folder_sets(
     paired = [folder_pairs(images, labels) for images, labels in folders]
     counts = [count_ids(label for _, label in pairs) for pairs in paired]
     listed = None if names is None else read_lines(names)
-    ids = class_ids(sum(counts), ignore=ignore, count=None if listed is None else len(listed))
+    ids = class_ids(np.sum(counts, axis=0), ignore=ignore, count=None if listed is None else len(listed))
     if not 1 <= len(ids) <= IGNORE:
         raise ValueError(
             f"Got {len(ids)} classes in {names or folders[0][1]}; there must be 1 to {IGNORE}, "
