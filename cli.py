@@ -286,9 +286,7 @@ def name(names: tuple, model: Path | None) -> None:
 @option("--train-labels", type=PATH, help="and their label maps, for the linear probe.  [default: none]")
 @model_option
 @option("--crf/--no-crf", default=True, help="Score with the dense CRF as well (slow).")
-@option("--json", "json_file", type=PATH, help="Write all that was measured here.  [default: none]")
-@option("--figures", type=PATH, help="Folder for confusion matrix and examples.  [default: none]")
-@option("--seed", default=0, help="For the probes and the baseline's k-means.")
+@option("-o", "--output", type=PATH, help="Folder for scores.json and figures.  [default: none]")
 @network_options
 @verbosity_options
 @click.pass_obj
@@ -296,9 +294,7 @@ def evaluate(
     progress: Progress,
     model: Path,
     crf: bool,
-    json_file: Path | None,
-    figures: Path | None,
-    seed: int,
+    output: Path | None,
     device: str,
     weights: Path | None,
     **data: Any,
@@ -308,7 +304,7 @@ def evaluate(
     \b
     Examples:
       stego eval --dataset cityscapes --root ~/data/cityscapes
-      stego eval --images val/ --labels val_labels/ --names classes.txt --json scores.json --figures figures/
+      stego eval --images val/ --labels val_labels/ --names classes.txt -o scores/
     """
     from cli_parts import evaluation, labels, outputs
     from cli_parts.sheets import write_figures
@@ -316,16 +312,14 @@ def evaluate(
 
     labelled, train = labels.sets_to_score(**data)
     inputs = [model, *labelled.paths, *(train.paths if train else [])]
-    outputs.check_outputs([(json_file, outputs.JSON)], inputs=inputs, folders=[figures])
+    outputs.check_outputs([], inputs=inputs, folders=[output])
     fitted = Stego.load(model, device=device, weights=weights)
-    scores = evaluation.evaluate(fitted, labelled, train=train, crf=crf, seed=seed, progress=progress)
+    scores = evaluation.evaluate(fitted, labelled, train=train, crf=crf, progress=progress)
     click.echo(evaluation.table(scores))
-    if json_file:
-        evaluation.write_json(scores, json_file)
-    if figures:
-        write_figures(scores, fitted, labelled, figures)
-    written = [str(path) for path in (json_file, figures) if path]
-    progress.summary(f"{scores['images']} images", " and ".join(written))
+    if output:
+        evaluation.write_json(scores, output / "scores.json")
+        write_figures(scores, fitted, labelled, output)
+    progress.summary(f"{scores['images']} images", f"scores.json and figures in {output}" if output else "")
 
 
 # ---- show --------------------------------------------------------------------------------------------------

@@ -32,16 +32,14 @@ def test_command(model, drawn, tmp_path):
         "-m",
         tmp_path / "stego.pt",
         "--no-crf",
-        "--json",
-        tmp_path / "out/scores.json",
-        "--figures",
-        tmp_path / "figures",
+        "-o",
+        tmp_path / "out",
     )
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out/scores.json").read_text())
     assert f"{100 * report['results'][0]['miou']:.1f}" in result.output and "protocol:" in result.output
-    written = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert written == ["confusion.png", "strips.png"]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["confusion.png", "scores.json", "strips.png"]
 
 
 def test_dataset_without_its_train_split(model, drawn, tmp_path):
@@ -74,12 +72,11 @@ def test_dataset_without_its_train_split(model, drawn, tmp_path):
 def test_official_samples(saved, tmp_path, dataset, folder):
     if not (OFFICIAL / folder).is_dir():
         pytest.skip(f"no sample of {dataset} at {OFFICIAL / folder}")
-    scores = tmp_path / "scores.json"
     result = invoke(
-        "eval", "--dataset", dataset, "--root", OFFICIAL / folder, "-m", saved, "--no-crf", "--json", scores
+        "eval", "--dataset", dataset, "--root", OFFICIAL / folder, "-m", saved, "--no-crf", "-o", tmp_path
     )
     assert result.exit_code == 0, result.output
-    report = json.loads(scores.read_text())
+    report = json.loads((tmp_path / "scores.json").read_text())
     assert {result["probe"] for result in report["results"]} == {"cluster", "linear"}
     assert all(0 < result["accuracy"] < 1 for result in report["results"])
 

@@ -90,8 +90,7 @@ def test_the_folder_of_the_images_can_hold_the_outputs(here, scenes, saved):
         (["show", "MODEL", "photos", "--sheet", "s.txt"], "is not a .png"),
         (["show", "MODEL", "photos", "--sheet", "photos/x-fit.png"], "overwrite an input"),
         (["show", "photos/i.jpg", "--at", "3,3", "-m", "MODEL", "-o", "photos/i.jpg"], "overwrite an input"),
-        (["eval", *LABELLED, "-m", "MODEL", "--json", "s.txt"], "is not a .json"),
-        (["eval", *LABELLED, "-m", "MODEL", "--figures", "photos"], "has inputs in it"),
+        (["eval", *LABELLED, "-m", "MODEL", "-o", "photos"], "has inputs in it"),
         (["demo", "-o", "photos"], "no demo made it"),
     ],
 )
