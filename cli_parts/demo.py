@@ -1,13 +1,15 @@
 """`stego demo`: fit, predict and score on drawn scenes; everything that comes out lies in one folder."""
 
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFilter
 
-from cli_parts import evaluation as protocol
-from cli_parts import sheets as report
+from cli_parts import evaluation, sheets
 from cli_parts.drawing import with_legend
 from cli_parts.labels import folder_set
 from cli_parts.outputs import check_folder
@@ -23,106 +25,158 @@ HAZE = 120  # metres after which two thirds of a colour are that of the horizon
 WALLS = ((178, 150, 120), (160, 96, 78), (200, 190, 170), (140, 138, 140), (196, 168, 110))
 PAINTS = ((170, 30, 30), (40, 60, 120), (215, 215, 218), (40, 42, 46), (120, 125, 130), (200, 160, 40))
 
-SCENES, STEPS = {"train": 30, "val": 30}, 300  # three minutes on two cores; steps as in `fit`
+SCENES = {"train": 30, "val": 30}  # three minutes on two cores
+STEPS = 300  # as in `fit`
 # What a demo leaves in its folder, as patterns
 FILES = """images/*/scene??.png labels/*/scene??.png masks/scene??.png overlays/scene??.jpg figures/*.png
 classes.txt stego.pt stego-fit.png clusters.png scores.json""".split()
+Shape = Sequence  # corners (x, y) in pixels, or the box of an ellipse
 
 
-def check_demo_folder(folder: Path):
+def check_demo_folder(folder: Path) -> None:
     """ValueError unless the folder is new, empty, or has nothing in it that a demo does not make."""
     check_folder(folder)
     for path in folder.rglob("*"):
         place = path.relative_to(folder).as_posix()
-        if not path.is_dir() and not any(fnmatch(place, each) for each in FILES):
+        if not path.is_dir() and not any(fnmatch(place, pattern) for pattern in FILES):
             raise ValueError(f"{path} is in {folder}, and no demo made it; name a new folder with -o.")
 
 
-def draw_scenes(folder: Path, *, seed: int, progress: Progress = no_progress):
+def draw_scenes(folder: Path, *, seed: int, progress: Progress = no_progress) -> None:
     """images/ and labels/ with the scenes of each split, and classes.txt, as `stego eval` reads them."""
-    splits = [split for split, count in SCENES.items() for _ in range(count)]
-    for number, split in enumerate(splits):
-        name, (image, labels) = f"scene{number:02d}.png", draw_scene(1000 * seed + number)
-        write_image(image, folder / "images" / split / name, note="")
-        write_image(Image.fromarray(labels), folder / "labels" / split / name, note="")
-        progress("drawing", number + 1, len(splits))
+    total = sum(SCENES.values())
+    number = 0
+    for split, count in SCENES.items():
+        for _ in range(count):
+            image, labels = draw_scene(1000 * seed + number)
+            name = f"scene{number:02d}.png"
+            write_image(image, folder / "images" / split / name, note="")
+            write_image(Image.fromarray(labels), folder / "labels" / split / name, note="")
+            number += 1
+            progress("drawing", number, total)
     write_bytes("".join(f"{name}\n" for name in SCENE_CLASSES).encode(), folder / "classes.txt")
 
 
 def run_demo(folder: Path, *, seed: int = 0, progress: Progress = no_progress) -> str:
     """Leave images, labels, a model, masks, overlays, sheets and scores in a folder; returns the scores, as a table."""
     draw_scenes(folder, seed=seed, progress=progress)
-    folders, names = (folder / "images", folder / "labels"), folder / "classes.txt"
-    train, val = (folder_set(*(each / split for each in folders), names=names) for split in SCENES)
+    names = folder / "classes.txt"
+    train = folder_set(folder / "images/train", folder / "labels/train", names=names)
+    val = folder_set(folder / "images/val", folder / "labels/val", names=names)
     paths = [path for path, _ in train.pairs]
-    options = dict(clusters=len(SCENE_CLASSES), backbone="tiny", steps=STEPS, seed=seed)
-    model = Stego.fit(paths, **options, progress=progress)
-    scores = protocol.evaluate(model, val, train=train, seed=seed, progress=progress)
-    most = np.argmax(protocol.headline(scores)["confusion"], 0)  # the class that most of a cluster is
+    count = len(SCENE_CLASSES)
+    model = Stego.fit(paths, clusters=count, backbone="tiny", steps=STEPS, seed=seed, progress=progress)
+    scores = evaluation.evaluate(model, val, train=train, seed=seed, progress=progress)
+    most = np.argmax(evaluation.headline(scores)["confusion"], 0)  # (K,) the class that most of a cluster is
     model.rename({k: SCENE_CLASSES[c] for k, c in enumerate(most)})
     model.save(folder / "stego.pt")
-    protocol.write_json(scores, folder / "scores.json")
-    report.write_figures(scores, model, val, folder / "figures")
-    write_image(report.fit_sheet([model], progress=progress), folder / "stego-fit.png")
-    write_image(report.cluster_sheet(model, paths, progress=progress), folder / "clusters.png")
+    evaluation.write_json(scores, folder / "scores.json")
+    sheets.write_figures(scores, model, val, folder / "figures")
+    write_image(sheets.fit_sheet([model], progress=progress), folder / "stego-fit.png")
+    write_image(sheets.cluster_sheet(model, paths, progress=progress), folder / "clusters.png")
     for done, (path, _) in enumerate(val.pairs, 1):
         image = read_image(path)
         mask = model.predict(image)
         write_image(mask_image(mask, model.colors), folder / "masks" / path.name)
         write_image(with_legend(image, mask, model), folder / "overlays" / f"{path.stem}.jpg")
         progress("predict", done, len(val.pairs))
-    return protocol.table(scores)
+    return evaluation.table(scores)
 
 
 def draw_scene(seed: int, height: int = 240, width: int = 320) -> tuple[Image.Image, np.ndarray]:
     """A synthetic road through a town or a landscape, and its labels (H, W) uint8 into SCENE_CLASSES."""
-    scene = _Scene(np.random.default_rng(seed), height, width)
-    rng, half = scene.rng, scene.rng.uniform(3.2, 5)  # half the road's width, metres
+    rng = np.random.default_rng(seed)
+    scene = _Scene(rng, height, width)
+    half = rng.uniform(3.2, 5)  # half the road's width, metres
     town = rng.random() < 0.65
     scene.land(half)
-    things = []
-    for lane in (-1, 1):
-        things += [(z, scene.car, (lane * half * 0.48, z)) for z in rng.uniform(7, 45, rng.integers(3))]
-    for side in (-1, 1):
-        z = rng.uniform(4, 12)
-        while z < 90:
-            near, choice = half + rng.uniform(2, 5), rng.random()
-            if town and choice < 0.7:
-                end = z + rng.uniform(7, 14)
-                box = (side * near, side * (near + rng.uniform(7, 12)), z, end, 0, rng.uniform(5, 14))
-                things.append((z, scene.house, box))
-                z = end
-            elif choice < 0.85:
-                things.append((z, scene.tree, (side * (near + rng.exponential(1 if town else 6)), z)))
-            z += rng.uniform(1, 9)
-    for _, draw, place in sorted(things, key=lambda thing: -thing[0]):  # the far ones first
-        draw(*place)
+    for thing in sorted(_things(scene, half, town), key=_distance, reverse=True):  # the far ones first
+        thing.draw(*thing.place)
     noisy = scene.pixels * scene.warm + rng.normal(0, 3, scene.pixels.shape)
     image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
     return image.filter(ImageFilter.GaussianBlur(0.5)), scene.labels
 
 
-class _Scene:
-    """A picture under way: pixels (H, W, 3) float 0..255 and labels (H, W); x right, y up, z ahead, in metres."""
+class _Thing(NamedTuple):
+    """Something that stands in a scene."""
 
-    def __init__(self, rng, height: int, width: int):
-        self.rng, self.size, self.shape = rng, (width, height), (height, width)
-        self.focus, self.middle = 0.9 * width, width * rng.uniform(0.35, 0.65)  # pixels
+    z: float  # metres ahead
+    draw: Callable
+    place: tuple  # the arguments of draw
+
+
+def _distance(thing: _Thing) -> float:
+    return thing.z
+
+
+def _things(scene: "_Scene", half: float, town: bool) -> list[_Thing]:
+    """Cars on a road of `half` metres to each side, houses and trees beside it."""
+    rng = scene.rng
+    things = []
+    for lane in (-1, 1):
+        for z in rng.uniform(7, 45, rng.integers(3)):
+            things.append(_Thing(z, scene.car, (lane * half * 0.48, z)))
+    for side in (-1, 1):
+        z = rng.uniform(4, 12)
+        while z < 90:
+            near = half + rng.uniform(2, 5)
+            choice = rng.random()
+            if town and choice < 0.7:
+                end = z + rng.uniform(7, 14)
+                box = (side * near, side * (near + rng.uniform(7, 12)), z, end, 0, rng.uniform(5, 14))
+                things.append(_Thing(z, scene.house, box))
+                z = end
+            elif choice < 0.85:
+                x = side * (near + rng.exponential(1 if town else 6))
+                things.append(_Thing(z, scene.tree, (x, z)))
+            z += rng.uniform(1, 9)
+    return things
+
+
+class _Wall(NamedTuple):
+    """An upright wall over the line from (x, z) to (other, end), in metres."""
+
+    x: float
+    z: float
+    other: float
+    end: float
+
+    def point(self, share: float) -> tuple[float, float]:
+        """(x, z) at a share of its length."""
+        return self.x + share * (self.other - self.x), self.z + share * (self.end - self.z)
+
+    @property
+    def length(self) -> float:
+        return max(abs(self.other - self.x), self.end - self.z)
+
+
+class _Scene:
+    """A picture under way: pixels (H, W, 3) float 0..255 and labels (H, W) uint8; x right, y up, z ahead, in metres."""
+
+    def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
+        self.rng = rng
+        self.shape = (height, width)
+        self.focus = 0.9 * width  # pixels
+        self.middle = width * rng.uniform(0.35, 0.65)  # pixels
         self.horizon = height * rng.uniform(0.38, 0.52)
         # metres of shadow that a metre casts to the right; 0 if overcast
         self.sun = rng.choice([-1, 1]) * rng.uniform(0.3, 1.2) * (rng.random() < 0.8)
         self.warm = 1 + rng.uniform(-0.01, 0.04) * np.array([1, 0.3, -1])
         self.pale = np.array([205, 218, 232]) + rng.normal(0, 6, 3)  # the sky at the horizon
-        self.pixels, self.labels = np.zeros((*self.shape, 3)), np.zeros(self.shape, np.uint8)
-        self.shaded, self.grain, self.patches = np.zeros(self.shape, bool), self.noise(1), self.noise(24)
+        self.pixels = np.zeros((height, width, 3))
+        self.labels = np.zeros((height, width), np.uint8)
+        self.shaded = np.zeros((height, width), bool)
+        self.grain = self.noise(1)
+        self.patches = self.noise(24)
 
     def noise(self, cell: float) -> np.ndarray:
         """Values around 0 (H, W): soft spots of `cell` pixels and finer ones of less weight."""
         total = np.zeros(self.shape)
         for octave in (1, 2, 4):
-            spots = self.rng.normal(size=[max(int(side / max(cell / octave, 1)), 2) for side in self.shape])
-            spots = Image.fromarray(spots.astype(np.float32)).resize(self.size, Image.Resampling.BICUBIC)
-            total += np.asarray(spots) / octave / 1.8
+            size = max(cell / octave, 1)  # of a spot, in pixels
+            spots = self.rng.normal(size=[max(int(side / size), 2) for side in self.shape])
+            picture = Image.fromarray(spots.astype(np.float32))
+            total += np.asarray(picture.resize(self.shape[::-1], Image.Resampling.BICUBIC)) / octave / 1.8
         return total
 
     def at(self, x: float, y: float, z: float) -> tuple[float, float]:
@@ -130,26 +184,36 @@ class _Scene:
         z = max(z, 0.8)
         return self.middle + self.focus * x / z, self.horizon - self.focus * (y - EYE) / z
 
-    def flat(self, left: float, right: float, z: float, end: float, y: float = 0) -> list:
-        """A level rectangle."""
+    def flat(self, left: float, right: float, z: float, end: float, y: float = 0) -> Shape:
+        """The corners of a level rectangle, in pixels."""
         return [self.at(left, y, z), self.at(right, y, z), self.at(right, y, end), self.at(left, y, end)]
 
-    def region(self, shapes, draw: str = "polygon") -> np.ndarray:
-        mask = Image.new("1", self.size)
+    def region(self, shapes: Iterable[Shape], draw: str = "polygon") -> np.ndarray:
+        """What shapes cover, drawn by a method of ImageDraw: (H, W) bool."""
+        mask = Image.new("1", self.shape[::-1])
         fill = getattr(ImageDraw.Draw(mask), draw)
         for shape in shapes:
             fill(shape, fill=1)
-        return np.asarray(mask)  # (H, W) bool
+        return np.asarray(mask)
 
-    def paint(self, region, label: int, colour, z, *, grain: float = 0.06, patches: float = 0.08):
+    def paint(
+        self,
+        region: np.ndarray,
+        label: int,
+        colour: ArrayLike,
+        z: ArrayLike,
+        *,
+        grain: float = 0.06,
+        patches: float = 0.08,
+    ) -> None:
         """Fill a region (H, W) bool with a textured colour, paler with its distance z: a number or (H, W)."""
         dy, dx = self.rng.choice((-1, 1), 2)
         texture = 1 + grain * self.grain + patches * self.patches[::dy, ::dx]
-        clear = np.broadcast_to(np.exp(-np.asarray(z) / HAZE), self.shape)[region][:, None]
+        clear = np.broadcast_to(np.exp(-np.asarray(z) / HAZE), self.shape)[region][:, None]  # (n, 1)
         self.pixels[region] = clear * np.asarray(colour) * texture[region][:, None] + (1 - clear) * self.pale
         self.labels[region] = label
 
-    def shade(self, left: float, right: float, z: float, end: float, height: float):
+    def shade(self, left: float, right: float, z: float, end: float, height: float) -> None:
         """Darken the ground where a thing of this outline and height keeps the sun off."""
         ends = sorted((left, right, left + self.sun * height, right + self.sun * height))
         dark = self.region([self.flat(ends[0], ends[-1], z, end)] if self.sun and height else [])
@@ -157,51 +221,100 @@ class _Scene:
         self.pixels[dark] *= (0.57, 0.6, 0.66)
         self.shaded |= dark
 
-    def land(self, half: float):
+    def land(self, half: float) -> None:
         """Sky with clouds, three ridges of hills, meadows and a road `half` metres to each side of its middle."""
-        rng, (height, width) = self.rng, self.shape
-        rows, columns = np.arange(height)[:, None] + np.zeros(width), np.arange(width) / width
-        top = np.array([70, 120, 195]) + rng.normal(0, 9, 3) if self.sun else np.array([150, 166, 188])
-        self.pixels[:] = top + (self.pale - top) * np.clip(rows / self.horizon, 0, 1)[..., None]
-        clouds = np.clip(self.noise(60) - rng.uniform(0, 0.8), 0, 1)[..., None]
-        self.pixels += (245 - self.pixels) * clouds * (0.9 if self.sun else 0.4)
+        rng = self.rng
+        height, width = self.shape
+        rows = np.broadcast_to(np.arange(height)[:, None], self.shape).astype(float)  # (H, W)
+        self.sky(rows)
+        columns = np.arange(width) / width  # (W,)
         rise = height * rng.uniform(0.1, 0.3)
         for z in (90, 50, 25):
-            waves = sum(np.sin(columns * rng.uniform(2, 5) * k + rng.uniform(0, 7)) / k for k in (1, 2, 4, 7))
+            waves = np.zeros(width)
+            for k in (1, 2, 4, 7):
+                waves += np.sin(columns * rng.uniform(2, 5) * k + rng.uniform(0, 7)) / k
             ridge = rows > self.horizon - rise * (0.45 + 0.35 * waves)
             self.paint(ridge, HILLS, (74, 104, 70) + rng.normal(0, 8, 3), z, patches=0.15)
             rise *= 0.7
-        z, ground = EYE * self.focus / np.maximum(rows - self.horizon, 1), rows > self.horizon
-        self.paint(ground, GRASS, (96, 128, 58) + rng.normal(0, 12, 3), z, grain=0.12, patches=0.15)
-        for half_width, colour in ((half + 0.5, (150, 146, 140)), (half, np.full(3, rng.uniform(88, 118)))):
-            self.paint(self.region([self.flat(-half_width, half_width, 0, 300)]) & ground, ROAD, colour, z)
-        marks = [self.flat(-0.08, 0.08, start, start + 2.2) for start in np.arange(rng.uniform(0, 5), 80, 5)]
-        marks += [self.flat(edge - 0.06, edge + 0.06, 0, 300) for edge in (-0.93 * half, 0.93 * half)]
-        self.paint(self.region(marks) & ground, ROAD, (225, 225, 215), z)
+        ground = rows > self.horizon
+        far = EYE * self.focus / np.maximum(rows - self.horizon, 1)  # (H, W) metres
+        self.paint(ground, GRASS, (96, 128, 58) + rng.normal(0, 12, 3), far, grain=0.12, patches=0.15)
+        self.road(half, ground, far)
 
-    def block(self, x, other, z, end, low, high, label: int, colour, *, windows: bool = False):
+    def sky(self, rows: np.ndarray) -> None:
+        """A sky with clouds all over the picture; rows: the row of each pixel (H, W)."""
+        rng = self.rng
+        top = np.array([70, 120, 195]) + rng.normal(0, 9, 3) if self.sun else np.array([150, 166, 188])
+        self.pixels[:] = top + (self.pale - top) * np.clip(rows / self.horizon, 0, 1)[..., None]
+        clouds = np.clip(self.noise(60) - rng.uniform(0, 0.8), 0, 1)[..., None]  # (H, W, 1)
+        self.pixels += (245 - self.pixels) * clouds * (0.9 if self.sun else 0.4)
+
+    def road(self, half: float, ground: np.ndarray, far: np.ndarray) -> None:
+        """A road between kerbs, with lines on it, where there is ground (H, W) bool; far: its distance (H, W)."""
+        kerb = self.region([self.flat(-half - 0.5, half + 0.5, 0, 300)])
+        asphalt = self.region([self.flat(-half, half, 0, 300)])
+        grey = self.rng.uniform(88, 118)
+        self.paint(kerb & ground, ROAD, (150, 146, 140), far)
+        self.paint(asphalt & ground, ROAD, (grey, grey, grey), far)
+        lines = []
+        for start in np.arange(self.rng.uniform(0, 5), 80, 5):
+            lines.append(self.flat(-0.08, 0.08, start, start + 2.2))
+        for edge in (-0.93 * half, 0.93 * half):
+            lines.append(self.flat(edge - 0.06, edge + 0.06, 0, 300))
+        self.paint(self.region(lines) & ground, ROAD, (225, 225, 215), far)
+
+    def block(
+        self,
+        x: float,
+        other: float,
+        z: float,
+        end: float,
+        low: float,
+        high: float,
+        label: int,
+        colour: ArrayLike,
+        *,
+        windows: bool = False,
+    ) -> None:
         """A block from x (towards the road) to other, z to end, low to high; its top shows if below the camera."""
         self.shade(x, other, z, end, high if low == 0 else 0)
-        self.paint(self.region([self.flat(x, other, z, end, high)] if high < EYE else []), label, colour, z)
+        top = [self.flat(x, other, z, end, high)] if high < EYE else []
+        self.paint(self.region(top), label, colour, z)
         side_light = 0.95 if not self.sun else 0.85 + 0.3 * np.sign(self.sun * x)
-        for x1, z1, light in ((other, z, 0.9), (x, end, side_light)):  # the front; the side along the road
-
-            def quad(u, w, a, b, x1=x1, z1=z1):
-                corners = ((u, a), (w, a), (w, b), (u, b))
-                return [self.at(x + t * (x1 - x), y, z + t * (z1 - z)) for t, y in corners]
-
-            self.paint(self.region([quad(0, 1, low, high)]), label, np.asarray(colour) * light, z)
-            count = max(int(max(abs(x1 - x), z1 - z) / 2.4), 1) if windows else 0
-            storeys = np.arange(0.9, high - 1.8, 2.9)
-            panes = [((i + 0.28) / count, (i + 0.74) / count, y) for i in range(count) for y in storeys]
-            panes = [quad(left, right, y, y + 1.5) for left, right, y in panes]
+        front = _Wall(x, z, other, z)
+        along = _Wall(x, z, x, end)
+        for wall, light in ((front, 0.9), (along, side_light)):
+            self.paint(
+                self.region([self.upright(wall, 0, 1, low, high)]), label, np.asarray(colour) * light, z
+            )
+            panes = self.panes(wall, high) if windows else []
             self.paint(self.region(panes), label, (60, 72, 88), z, patches=0.2)
 
-    def house(self, *box):
-        self.block(*box, BUILDING, WALLS[self.rng.integers(5)] + self.rng.normal(0, 8, 3), windows=True)
+    def upright(self, wall: _Wall, start: float, stop: float, low: float, high: float) -> Shape:
+        """The corners of a rectangle on a wall, from a share of its length to another, low to high, in pixels."""
+        left, near = wall.point(start)
+        right, far = wall.point(stop)
+        bottom = [self.at(left, low, near), self.at(right, low, far)]
+        return [*bottom, self.at(right, high, far), self.at(left, high, near)]
 
-    def car(self, x: float, z: float):
-        colour, inner = PAINTS[self.rng.integers(6)], -np.sign(x)
+    def panes(self, wall: _Wall, high: float) -> list[Shape]:
+        """Windows in every storey of a wall `high` metres high."""
+        count = max(int(wall.length / 2.4), 1)
+        panes = []
+        for i in range(count):
+            for y in np.arange(0.9, high - 1.8, 2.9):
+                panes.append(self.upright(wall, (i + 0.28) / count, (i + 0.74) / count, y, y + 1.5))
+        return panes
+
+    def house(self, *box: Any) -> None:
+        """A house with windows; box: see `block`."""
+        colour = WALLS[self.rng.integers(5)] + self.rng.normal(0, 8, 3)
+        self.block(*box, BUILDING, colour, windows=True)
+
+    def car(self, x: float, z: float) -> None:
+        """A car whose middle is x metres to the right and whose end is z metres ahead."""
+        colour = PAINTS[self.rng.integers(6)]
+        inner = -np.sign(x)
         parts = (  # half the width, from z, to z, from y, to y, colour
             (0.85, 0.1, 3.9, 0, 0.3, (28, 28, 30)),  # wheels
             (0.9, 0, 4, 0.3, 0.9, colour),  # body
@@ -211,16 +324,18 @@ class _Scene:
         for half, start, end, low, high, shown in parts:
             self.block(x + half * inner, x - half * inner, z + start, z + end, low, high, CAR, shown)
 
-    def tree(self, x: float, z: float):
-        rng, height = self.rng, self.rng.uniform(3, 8)
+    def tree(self, x: float, z: float) -> None:
+        """A tree x metres to the right and z metres ahead."""
+        rng = self.rng
+        height = rng.uniform(3, 8)
         self.shade(x - height / 4, x + height / 4, z, z + height / 3, height)
         trunk = [self.at(x - 0.15, 0, z), self.at(x + 0.15, 0, z), self.at(x, 0.8 * height, z)]
         self.paint(self.region([trunk]), TREE, (84, 66, 50), z)
         green = (58, 92, 42) + rng.normal(0, 10, 3)
         for sunny in np.linspace(-0.5, 0.5, 24):  # clumps of leaves, the sunny ones last
             dx, dy = rng.normal(0, height / 8, 2).clip(-height / 6, height / 6)
-            dx, dy = dx - sunny * height / 5 * np.sign(self.sun), dy + sunny * height / 5
-            u, v = self.at(x + dx, 0.66 * height + dy, z)
+            to_the_sun = dx - sunny * height / 5 * np.sign(self.sun)
+            u, v = self.at(x + to_the_sun, 0.66 * height + dy + sunny * height / 5, z)
             r = self.focus * height * rng.uniform(0.06, 0.13) / z
             leaves = self.region([(u - r, v - r, u + r, v + r)], "ellipse")
             self.paint(leaves, TREE, green * (0.95 + 0.6 * sunny), z, grain=0.22)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -12,7 +12,9 @@ from stego_parts.images import IGNORE, mask_image
 
 GAP = 8  # pixels between pictures
 EM = 13  # pixels: height of the letters, if nothing else is said
-INK, FAINT, UNKNOWN = (40, 40, 40), (225, 225, 225), (200, 200, 200)  # letters; grid lines; NaN
+INK = (40, 40, 40)  # colour of letters
+FAINT = (225, 225, 225)  # of grid lines
+UNKNOWN = (200, 200, 200)  # of NaN in a matrix
 VIVID = ((255, 40, 40), (70, 110, 255), (40, 190, 40), (255, 170, 0), (230, 60, 230), (0, 190, 210))
 OPACITY = 0.55  # of segments over a picture
 SPOT_SIDE = 320  # positions of the longer side of a mask on which places for text are looked for
@@ -32,7 +34,8 @@ font = cache(ImageFont.load_default)
 
 def text_picture(text: str, em: int = EM, *, width: int = 1) -> Image.Image:
     """Lines of text on white, at least `width` pixels wide; em: pixels, the height of the letters."""
-    lines, height = text.split("\n"), round(1.4 * em)
+    lines = text.split("\n")
+    height = round(1.4 * em)
     needed = math.ceil(max(font(em).getlength(line) for line in lines))
     picture = Image.new("RGB", (max(width, needed), height * len(lines)), "white")
     draw = ImageDraw.Draw(picture)
@@ -42,16 +45,26 @@ def text_picture(text: str, em: int = EM, *, width: int = 1) -> Image.Image:
 
 
 def stack(pictures: Iterable[Image.Image], *, across: bool = False, gap: int = GAP) -> Image.Image:
-    """Pictures below each other, or side by side, on white."""
+    """Pictures below each other, or side by side, `gap` pixels apart, on white."""
     pictures = list(pictures)
-    axis = 0 if across else 1
-    sizes = np.array([picture.size for picture in pictures], int).reshape(-1, 2)  # (n, 2): width, height
-    starts = np.cumsum([0, *(sizes[:, axis] + gap)]).tolist()
-    size = [max(sizes.max(0, initial=1)[1 - axis], 1)] * 2
-    size[axis] = max(starts[-1] - gap, 1)
-    sheet = Image.new("RGB", tuple(size), "white")
-    for picture, start in zip(pictures, starts):
-        sheet.paste(picture, (start, 0) if across else (0, start))
+    widths = [picture.width for picture in pictures]
+    heights = [picture.height for picture in pictures]
+    gaps = gap * (len(pictures) - 1)
+    if across:
+        width = max(sum(widths) + gaps, 1)
+        height = max(heights, default=1)
+    else:
+        width = max(widths, default=1)
+        height = max(sum(heights) + gaps, 1)
+    sheet = Image.new("RGB", (width, height), "white")
+    start = 0
+    for picture in pictures:
+        if across:
+            sheet.paste(picture, (start, 0))
+            start += picture.width + gap
+        else:
+            sheet.paste(picture, (0, start))
+            start += picture.height + gap
     return sheet
 
 
@@ -75,9 +88,12 @@ def framed(picture: Image.Image) -> Image.Image:
 
 def legend(entries: Iterable[tuple[str, Color]], width: int, *, em: int = EM) -> Image.Image:
     """Names beside patches of their colours, in as many lines as the width asks for; em: pixels."""
-    names = ((text_picture(name, em), tuple(color)) for name, color in entries)
-    pairs = ([Image.new("RGB", (em, name.height), color), name] for name, color in names)
-    return flow((stack(pair, across=True, gap=em // 2) for pair in pairs), width, gap=em)
+    pairs = []
+    for name, color in entries:
+        text = text_picture(name, em)
+        patch = Image.new("RGB", (em, text.height), tuple(color))
+        pairs.append(stack([patch, text], across=True, gap=em // 2))
+    return flow(pairs, width, gap=em)
 
 
 # ---- segments --------------------------------------------------------------------------------------------------
@@ -90,41 +106,58 @@ class Clusters(NamedTuple):
     labels: Sequence[str] = ()
 
 
+class Colored(Protocol):
+    """What `Clusters` and models have."""
+
+    @property
+    def colors(self) -> np.ndarray: ...
+
+    @property
+    def labels(self) -> Sequence[str]: ...
+
+
 def cluster_name(k: int, labels: Sequence[str]) -> str:
     """A cluster's number, and its name if it has one."""
     return labels[k] if labels[k] == str(k) else f"{k} {labels[k]}"
 
 
-def segment_legend(masks: Iterable[np.ndarray], clusters, width: int, *, em: int) -> Image.Image:
-    """The clusters in masks (H, W), the largest first."""
-    colors, labels = clusters.colors.tolist(), clusters.labels
-    counts = [np.bincount(mask.ravel(), minlength=IGNORE + 1)[: len(labels)] for mask in masks]
-    sizes = sum(counts, np.zeros(len(labels), int))  # (K,)
-    present = [k for k in np.argsort(-sizes, kind="stable").tolist() if sizes[k]]
-    return legend([(cluster_name(k, labels), tuple(colors[k])) for k in present], width, em=em)
+def segment_legend(masks: Iterable[np.ndarray], clusters: Colored, width: int, *, em: int) -> Image.Image:
+    """The clusters in masks (H, W), the largest first, in lines of `width` pixels; em: pixels."""
+    sizes = np.zeros(len(clusters.labels), int)  # (K,) pixels
+    for mask in masks:
+        sizes += np.bincount(mask.ravel(), minlength=IGNORE + 1)[: len(sizes)]
+    entries = []
+    for k in np.argsort(-sizes, kind="stable").tolist():
+        if sizes[k]:
+            entries.append((cluster_name(k, clusters.labels), tuple(clusters.colors[k].tolist())))
+    return legend(entries, width, em=em)
 
 
-def with_legend(image: Image.Image, mask: np.ndarray, clusters) -> Image.Image:
+def with_legend(image: Image.Image, mask: np.ndarray, clusters: Colored) -> Image.Image:
     """The picture with the segments of its mask (H, W) over a legend of their clusters, the largest first."""
-    em, picture = max(EM, image.width // 60), overlay(image, mask, clusters)
+    em = max(EM, image.width // 60)
+    picture = overlay(image, mask, clusters)
     names = segment_legend([mask], clusters, max(image.width, 16 * em) - 2 * GAP, em=em)
     return stack([picture, framed(names)], gap=0)
 
 
-def overlay(image: Image.Image, mask: np.ndarray, clusters, *, opacity: float = OPACITY) -> Image.Image:
+def overlay(
+    image: Image.Image, mask: np.ndarray, clusters: Colored, *, opacity: float = OPACITY
+) -> Image.Image:
     """Segments over the picture in grey, thinly outlined; labels, or else numbers, are written on large ones.
 
-    The picture stays as it is where the mask is 255.
+    mask: (H, W) uint8. The picture stays as it is where the mask is 255.
     """
-    labels, grey = clusters.labels, image.convert("L").convert("RGB")
+    grey = image.convert("L").convert("RGB")
     colors = mask_image(mask, clusters.colors).convert("RGB")
     shown = np.array(Image.blend(grey, colors, opacity))  # (H, W, 3)
     shown[mask == IGNORE] = np.asarray(image)[mask == IGNORE]
     line = _edges(mask)
     shown[line] = 255 - (255 - shown[line]) // 3
     picture = Image.fromarray(shown)
-    for k, x, y, radius in _spots(mask) if labels else ():
-        _write_inside(picture, (x, y), radius, (labels[k], str(k)))
+    if len(clusters.labels):
+        for k, x, y, radius in _spots(mask):
+            _write_inside(picture, (x, y), radius, (clusters.labels[k], str(k)))
     return picture
 
 
@@ -137,7 +170,7 @@ def cutout(image: Image.Image, share: np.ndarray) -> Image.Image:
 
 
 def _edges(mask: np.ndarray) -> np.ndarray:
-    """Where a mask (H, W) differs from the pixel above or to the left."""
+    """Where a mask (H, W) differs from the pixel above or to the left: (H, W) bool."""
     edges = np.zeros(mask.shape, bool)
     edges[1:] |= mask[1:] != mask[:-1]
     edges[:, 1:] |= mask[:, 1:] != mask[:, :-1]
@@ -152,73 +185,91 @@ def _spots(mask: np.ndarray) -> Iterator[tuple[int, int, int, float]]:
     small = mask[::step, ::step]
     inside = ndimage.distance_transform_edt(np.pad(~_edges(small), 1))[1:-1, 1:-1]
     for k in np.unique(small[small != IGNORE]).tolist():
-        regions, count = ndimage.label(small == k)
-        for y, x in ndimage.maximum_position(inside, regions, range(1, count + 1)):
+        parts, count = ndimage.label(small == k)
+        for y, x in ndimage.maximum_position(inside, parts, range(1, count + 1)):
             yield k, int(x) * step, int(y) * step, float(inside[y, x]) * step
 
 
-def _write_inside(picture: Image.Image, at: tuple[int, int], radius: float, texts: Iterable[str]):
-    """Write the first text that fits into a circle, if there is one."""
+def _write_inside(picture: Image.Image, at: tuple[int, int], radius: float, texts: Iterable[str]) -> None:
+    """Write the first text that fits into a circle about a point (x, y), if there is one; radius: pixels."""
     em = max(EM, max(picture.size) // 50)
+    letters = font(em)
+    width = max(em // 7, 1)
     for text in texts:
-        if math.hypot(font(em).getlength(text), em) / 2 <= radius:
-            style = dict(font=font(em), anchor="mm", stroke_width=max(em // 7, 1), stroke_fill=INK)
-            ImageDraw.Draw(picture).text(at, text, fill="white", **style)
+        if math.hypot(letters.getlength(text), em) / 2 <= radius:
+            draw = ImageDraw.Draw(picture)
+            draw.text(at, text, "white", letters, anchor="mm", stroke_width=width, stroke_fill=INK)
             return
 
 
-def contact_sheet(pairs: Iterable[tuple[Image.Image, np.ndarray]], clusters) -> Image.Image:
+def contact_sheet(pairs: Iterable[tuple[Image.Image, np.ndarray]], clusters: Colored) -> Image.Image:
     """Pictures beside their segments over a legend: pairs of (RGB picture, mask (H, W)) -> one picture."""
-    cells, masks = [], []
+    cells = []
+    masks = []
     for image, mask in pairs:
-        image, mask = _of_cell(image, mask)
-        masks.append(mask)
-        cells.append(stack([image, overlay(image, mask, clusters)], across=True, gap=2))
+        small = image.resize(_cell_size(image), Image.Resampling.LANCZOS)
+        small_mask = _resized_mask(mask, small.size)
+        masks.append(small_mask)
+        cells.append(stack([small, overlay(small, small_mask, clusters)], across=True, gap=2))
     sheet = flow(cells, SHEET_COLUMNS * (2 * SHEET_CELL[0] + 2 + GAP))
     names = segment_legend(masks, clusters, max(sheet.width, SHEET_CELL[0]), em=SHEET_EM)
     return framed(stack([sheet, names], gap=2 * GAP))
 
 
-def cell(image: Image.Image, mask: np.ndarray | None = None, clusters=None) -> Image.Image:
+def cell(image: Image.Image, mask: np.ndarray | None = None, clusters: Colored | None = None) -> Image.Image:
     """A picture, with its segments where there is a mask (H, W), on white of SHEET_CELL."""
-    image, mask = _of_cell(image, mask)
-    picture = image if mask is None else overlay(image, mask, clusters)
+    picture = image.resize(_cell_size(image), Image.Resampling.LANCZOS)
+    if mask is not None and clusters is not None:
+        picture = overlay(picture, _resized_mask(mask, picture.size), clusters)
     return ImageOps.pad(picture, SHEET_CELL, color="white", centering=(0, 0))
 
 
-def _of_cell(image: Image.Image, mask: np.ndarray | None):
-    """A picture and its mask (H, W), or None, as large as they are on a sheet."""
-    scale = min(most / side for most, side in zip(SHEET_CELL, image.size))
-    size = tuple(max(round(side * scale), 1) for side in image.size)
-    if mask is not None:
-        mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-    return image.resize(size, Image.Resampling.LANCZOS), mask
+def _cell_size(image: Image.Image) -> tuple[int, int]:
+    """How large a picture is on a sheet: (width, height) in pixels."""
+    width, height = SHEET_CELL
+    scale = min(width / image.width, height / image.height)
+    return max(round(image.width * scale), 1), max(round(image.height * scale), 1)
+
+
+def _resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask (H, W) uint8 at another size (width, height)."""
+    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
 
 
 def region_sheet(rows: Sequence[tuple[str, Color, Sequence]], *, columns: int = 2) -> Image.Image:
-    """For each cluster caption, colour and regions, (picture, where it is (h, w) bool): pale elsewhere."""
+    """Rows of a cluster each: caption, colour, and regions, (picture, where it is (h, w) bool), pale elsewhere."""
     width = max((text_picture(caption).width for caption, _, _ in rows), default=1)
     entries = []
     for caption, color, regions in rows:
-        pictures = [Image.new("RGB", (EM, REGION_CELL), color), text_picture(caption, width=width)]
-        for picture, inside in regions:
-            pale = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.75)
-            pale.paste(picture, mask=Image.fromarray(inside))
-            pictures.append(pale.resize((REGION_CELL, REGION_CELL), Image.Resampling.BICUBIC))
-        entries.append(stack(pictures, across=True))
-    count = -(-len(entries) // columns)
-    blocks = (stack(entries[i : i + count]) for i in range(0, len(entries), max(count, 1)))
+        parts = [Image.new("RGB", (EM, REGION_CELL), color), text_picture(caption, width=width)]
+        parts += [region_picture(picture, inside) for picture, inside in regions]
+        entries.append(stack(parts, across=True))
+    count = max(math.ceil(len(entries) / columns), 1)
+    blocks = [stack(entries[i : i + count]) for i in range(0, len(entries), count)]
     return framed(stack(blocks, across=True, gap=4 * GAP))
 
 
-def image_rows(rows: Iterable[tuple], *, headings: Sequence = (), names: dict | None = None) -> Image.Image:
+def region_picture(picture: Image.Image, inside: np.ndarray) -> Image.Image:
+    """A square picture, pale but where `inside` (h, w) bool says, with sides of REGION_CELL."""
+    shown = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.75)
+    shown.paste(picture, mask=Image.fromarray(inside))
+    return shown.resize((REGION_CELL, REGION_CELL), Image.Resampling.BICUBIC)
+
+
+def image_rows(
+    rows: Iterable[tuple[str, Sequence[Image.Image]]],
+    *,
+    headings: Sequence[str] = (),
+    names: dict[str, Color] | None = None,
+) -> Image.Image:
     """Rows of (caption, RGB pictures) below headings of their columns, over a legend {name: colour}."""
     rows = list(rows)
-    parts = [stack([text_picture(caption), stack(pictures, across=True)]) for caption, pictures in rows]
+    parts = []
     if headings and rows:
-        columns = zip(headings, rows[0][1])
-        titles = [text_picture(text, width=picture.width) for text, picture in columns]
-        parts.insert(0, stack(titles, across=True))
+        titles = [text_picture(text, width=below.width) for text, below in zip(headings, rows[0][1])]
+        parts.append(stack(titles, across=True))
+    for caption, pictures in rows:
+        parts.append(stack([text_picture(caption), stack(pictures, across=True)]))
     sheet = stack(parts)
     if names:
         sheet = stack([sheet, legend(names.items(), sheet.width)])
@@ -231,11 +282,11 @@ def image_rows(rows: Iterable[tuple], *, headings: Sequence = (), names: dict | 
 def spotlight(image: Image.Image, weight: np.ndarray, color: Color) -> Image.Image:
     """The picture in grey, coloured where weight (H, W), 0 to 1, is large."""
     grey = np.asarray(image.convert("L"), dtype=float)[..., None]  # (H, W, 1)
-    share = 0.8 * weight[..., None]
+    share = 0.8 * weight[..., None]  # (H, W, 1)
     return Image.fromarray((grey * (1 - share) + np.asarray(color) * share).round().astype(np.uint8))
 
 
-def mark(image: Image.Image, x: float, y: float, color: Color):
+def mark(image: Image.Image, x: float, y: float, color: Color) -> None:
     """Draw a ringed dot into the picture at (x, y), in pixels."""
     draw = ImageDraw.Draw(image)
     for r, fill in ((6, INK), (5, "white"), (3, color)):  # radii in pixels
@@ -304,15 +355,7 @@ def matrix_picture(
 
     A share of at least 0.05 is also written, in percent. NaN stays grey.
     """
-    field = Image.new("RGB", (CELL * len(columns), CELL * len(rows)), "white")
-    draw = ImageDraw.Draw(field)
-    for (i, j), share in np.ndenumerate(matrix):
-        x, y = CELL * j, CELL * i
-        color = UNKNOWN if np.isnan(share) else tuple(int(255 - share * depth) for depth in (225, 160, 80))
-        draw.rectangle([x, y, x + CELL - 2, y + CELL - 2], fill=color)
-        if share >= 0.05:
-            style = dict(font=font(EM - 2), anchor="mm", fill="white" if share > 0.5 else INK)
-            draw.text((x + CELL / 2 - 1, y + CELL / 2 - 1), f"{100 * share:.0f}", **style)
+    field = _matrix_field(matrix)
     left = max(text_picture(name).width for name in rows)
     above = [text_picture(name) for name in columns]
     top = max(name.width for name in above)
@@ -322,7 +365,24 @@ def matrix_picture(
         x = left + GAP + CELL * j + (CELL - name.height) // 2
         sheet.paste(name.transpose(Image.Transpose.ROTATE_90), (x, top - name.width))
     draw = ImageDraw.Draw(sheet)
-    for i, name in enumerate(rows):
+    for i, text in enumerate(rows):
         y = top + GAP // 2 + CELL * (i + 0.5)
-        draw.text((left, y), name, fill=INK, font=font(EM), anchor="rm")
+        draw.text((left, y), text, fill=INK, font=font(EM), anchor="rm")
     return framed(stack([text_picture(title), sheet]))
+
+
+def _matrix_field(matrix: np.ndarray) -> Image.Image:
+    """The squares of a matrix (n, k) of shares 0..1, with the larger shares in percent."""
+    count, width = matrix.shape
+    field = Image.new("RGB", (CELL * width, CELL * count), "white")
+    draw = ImageDraw.Draw(field)
+    for (i, j), share in np.ndenumerate(matrix):
+        x = CELL * j
+        y = CELL * i
+        color = UNKNOWN if np.isnan(share) else tuple(int(255 - share * depth) for depth in (225, 160, 80))
+        draw.rectangle([x, y, x + CELL - 2, y + CELL - 2], fill=color)
+        if share >= 0.05:
+            ink = "white" if share > 0.5 else INK
+            at = (x + CELL / 2 - 1, y + CELL / 2 - 1)
+            draw.text(at, f"{100 * share:.0f}", fill=ink, font=font(EM - 2), anchor="mm")
+    return field
