@@ -184,6 +184,7 @@ DAMAGED = {
     "a negative shape": pack({"a": entry(0, 8, (-1, -2))}, bytes(8)),
     "a shape of fractions": pack({"a": entry(0, 8, (0.5, 4))}, bytes(8)),
     "negative places": pack({"a": entry(-8, 0)}, bytes(8)),
+    "bytes beyond the end": pack({"a": entry(0, 8), "b": entry(8, 2**50 + 8, (2**48,))}, bytes(8)),
     "no such type": pack({"a": entry(0, 8, dtype="F33")}, bytes(8)),
     "no places": pack({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)),
     "a list": pack({"a": [1, 2]}, bytes(8)),
@@ -278,7 +279,7 @@ def test_dicts_that_contain_each_other(small_backbones):
     state = dino_state(BACKBONES["dino_vits8"])
     inner: dict = {"backbone." + key: value for key, value in state.items()}
     for _ in range(40):
-        inner = {f"again{i}": inner for i in range(10)} | inner
+        inner = inner | {f"again{i}": inner for i in range(1000)}
     inner["itself"] = inner
     torch.save({"teacher": inner}, small_backbones / "w.pth")
     torch.save(state, small_backbones / "plain.pth")
