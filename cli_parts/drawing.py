@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
+from cli_parts.fonts import font, readable
 from stego_parts.images import IGNORE, mask_image
 
 GAP = 8  # pixels between pictures
@@ -26,7 +26,6 @@ CHART = (560, 400)  # pixels: size of a chart (width, height)
 CELL = 24  # pixels: side of a cell of a matrix
 
 Color = tuple[int, int, int]
-font = cache(ImageFont.load_default)
 
 
 # ---- text and layout -------------------------------------------------------------------------------------------
@@ -34,13 +33,13 @@ font = cache(ImageFont.load_default)
 
 def text_picture(text: str, em: int = EM, *, width: int = 1) -> Image.Image:
     """Lines of text on white, at least `width` pixels wide; em: pixels, the height of the letters."""
-    lines = text.split("\n")
+    lines = [readable(line) for line in text.split("\n")]
     height = round(1.4 * em)
-    needed = math.ceil(max(font(em).getlength(line) for line in lines))
+    needed = math.ceil(max(font(em, line).getlength(line) for line in lines))
     picture = Image.new("RGB", (max(width, needed), height * len(lines)), "white")
     draw = ImageDraw.Draw(picture)
     for i, line in enumerate(lines):
-        draw.text((0, (i + 0.5) * height), line, fill=INK, font=font(em), anchor="lm")
+        draw.text((0, (i + 0.5) * height), line, fill=INK, font=font(em, line), anchor="lm")
     return picture
 
 
@@ -117,8 +116,9 @@ class Colored(Protocol):
 
 
 def cluster_name(k: int, labels: Sequence[str]) -> str:
-    """A cluster's number, and its name if it has one."""
-    return labels[k] if labels[k] == str(k) else f"{k} {labels[k]}"
+    """A cluster's number, and its name if it has one that can be written."""
+    name = readable(labels[k], str(k))
+    return name if name == str(k) else f"{k} {name}"
 
 
 def segment_legend(masks: Iterable[np.ndarray], clusters: Colored, width: int, *, em: int) -> Image.Image:
@@ -157,7 +157,7 @@ def overlay(
     picture = Image.fromarray(shown)
     if len(clusters.labels):
         for k, x, y, radius in _spots(mask):
-            _write_inside(picture, (x, y), radius, (clusters.labels[k], str(k)))
+            _write_inside(picture, (x, y), radius, (readable(clusters.labels[k], str(k)), str(k)))
     return picture
 
 
@@ -193,9 +193,9 @@ def _spots(mask: np.ndarray) -> Iterator[tuple[int, int, int, float]]:
 def _write_inside(picture: Image.Image, at: tuple[int, int], radius: float, texts: Iterable[str]) -> None:
     """Write the first text that fits into a circle about a point (x, y), if there is one; radius: pixels."""
     em = max(EM, max(picture.size) // 50)
-    letters = font(em)
     width = max(em // 7, 1)
     for text in texts:
+        letters = font(em, text)
         if math.hypot(letters.getlength(text), em) / 2 <= radius:
             draw = ImageDraw.Draw(picture)
             draw.text(at, text, "white", letters, anchor="mm", stroke_width=width, stroke_fill=INK)
@@ -367,7 +367,7 @@ def matrix_picture(
     draw = ImageDraw.Draw(sheet)
     for i, text in enumerate(rows):
         y = top + GAP // 2 + CELL * (i + 0.5)
-        draw.text((left, y), text, fill=INK, font=font(EM), anchor="rm")
+        draw.text((left, y), readable(text), fill=INK, font=font(EM, readable(text)), anchor="rm")
     return framed(stack([text_picture(title), sheet]))
 
 

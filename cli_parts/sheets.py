@@ -17,6 +17,7 @@ from torch import Tensor
 from cli_parts import drawing
 from cli_parts.drawing import image_rows, line_chart, matrix_picture
 from cli_parts.evaluation import both_features, headline, masks_of, protocol_side
+from cli_parts.fonts import readable
 from cli_parts.labels import LabelledSet
 from stego import FitRecord, Stego, unit
 from stego_parts import images
@@ -403,9 +404,15 @@ def _nearest_images(
 def write_figures(scores: dict, model: Stego, labelled: LabelledSet, folder: Path | str) -> None:
     """confusion.png, strips.png: where pixels of each class go, and examples; scores: what `evaluate` found."""
     best = headline(scores)
+    classes = _readable_classes(scores["classes"])
     title = f"{scores['dataset']}: clusters (with their classes) of the pixels of each class, %"
-    confusion = _confusion_picture(best, scores["classes"], title)
+    confusion = _confusion_picture(best, classes, title)
     _write_pictures({"confusion": confusion, "strips": _examples(best, model, labelled)}, folder)
+
+
+def _readable_classes(classes: Sequence[str]) -> list[str]:
+    """The names of classes; for one that no font has, its number."""
+    return [readable(name, str(c)) for c, name in enumerate(classes)]
 
 
 def _confusion_picture(best: dict, classes: Sequence[str], title: str) -> Image.Image:
@@ -437,5 +444,5 @@ def _examples(best: dict, model: Stego, labelled: LabelledSet) -> Image.Image:
         masks = [images.mask_image(mask, palette).convert("RGB") for mask in (label, predicted)]
         name = labelled.pairs[i][0].name
         rows.append((f"{what}: {name}, accuracy {accuracy[i]:.1%}", [image, *masks]))
-    names = dict(zip(labelled.classes, palette.tolist()))
+    names = dict(zip(_readable_classes(labelled.classes), palette.tolist()))
     return image_rows(rows, headings=("image", "label", "prediction"), names=names)
