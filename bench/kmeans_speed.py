@@ -1,6 +1,6 @@
 """CosineKMeans against scikit-learn's MiniBatchKMeans on a million codes of a model fitted for it: time and inertia.
 
-    python bench/kmeans_speed.py --images DATA/unlabelled [--limit 600] [--classes 27] [--rows 1000000] [--seeds 3]
+    python bench/kmeans_speed.py --images DATA/unlabelled [--limit 600] [--clusters 27] [--rows 1000000] [--seeds 3]
 
 Both get the same codes, already of length one, and as many threads. scikit-learn runs with its defaults, with our batch
 and with our batch and number of starts. "cosine": mean of 1 - cosine to the nearest centre, brought to length one.
@@ -48,15 +48,15 @@ def inertias(codes, centers) -> tuple[float, float]:
 @click.command()
 @click.option("--images", default="../shared/data/unlabelled")
 @click.option("--limit", default=600)
-@click.option("--classes", default=27)
+@click.option("--clusters", default=27)
 @click.option("--rows", default=1_000_000)
 @click.option("--seeds", default=3)
 @click.option("--threads", default=1)
-def main(images, limit, classes, rows, seeds, threads):
+def main(images, limit, clusters, rows, seeds, threads):
     torch.set_num_threads(threads)  # scikit-learn's: OMP_NUM_THREADS
     torch.manual_seed(0)
     paths = [path for path, _ in find_images(images)][:limit]
-    config = fit_config(classes=classes, backbone="tiny")
+    config = fit_config(clusters=clusters).on_backbone("tiny")
     cache = encode(load_backbone("tiny"), paths, config)
     neighbors = nearest_neighbors(cache.means)
     head, _ = train_head(cache, neighbors, replace(config, **shifts_from_data(cache, neighbors, config)))
@@ -67,13 +67,13 @@ def main(images, limit, classes, rows, seeds, threads):
         "  batch 8192, 3 starts": dict(batch_size=8192, n_init=3),
     }
     print(
-        f"{len(codes)} x {codes.shape[1]} codes of {len(paths)} images, {classes} clusters, {threads} thread(s)"
+        f"{len(codes)} x {codes.shape[1]} codes of {len(paths)} images, {clusters} clusters, {threads} thread(s)"
     )
     print(f"{'means of ' + str(seeds) + ' seeds':24} seconds  ratio   cosine  squared")
-    runs = {"CosineKMeans": lambda seed: CosineKMeans(classes, seed=seed).fit(codes).cluster_centers_}
+    runs = {"CosineKMeans": lambda seed: CosineKMeans(clusters, seed=seed).fit(codes).cluster_centers_}
     for name, options in theirs.items():
         runs[name] = lambda seed, options=options: torch.from_numpy(
-            MiniBatchKMeans(classes, random_state=seed, **options).fit(codes.numpy()).cluster_centers_
+            MiniBatchKMeans(clusters, random_state=seed, **options).fit(codes.numpy()).cluster_centers_
         )
     ours = None
     for name, run in runs.items():

@@ -12,38 +12,18 @@ image.
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from evaluation import random_model
+from common import network_of, random_model, seconds
 
 import cli
 from cli_parts.outputs import Job, Writer
-from stego_parts.backbones import BACKBONES, ViT, load_backbone
-from stego_parts.features import BILINEAR, RESOLUTION, to_tensor
+from stego_parts.features import RESOLUTION, to_tensor
 from stego_parts.files import find_images
 from stego_parts.images import read_image
-
-
-def network_of(name: str):
-    """tiny, or another backbone with random weights."""
-    if name == "tiny":
-        return load_backbone(name)
-    network = ViT(BACKBONES[name]).eval().requires_grad_(False)
-    network.name, network.sha256 = name, "random"
-    return network
-
-
-def seconds(function) -> tuple[float, float]:
-    """On the clock, and of CPU."""
-    began, used = time.perf_counter(), time.process_time()
-    function()
-    return time.perf_counter() - began, time.process_time() - used
 
 
 @click.command()
@@ -57,10 +37,10 @@ def main(images, backbone, limit, threads, rounds):
     cli.keep_memory()
     torch.set_num_threads(threads)
     model = random_model(network_of(backbone), 27)
-    paths, inputs = [path for path, _ in find_images([images])][:limit], []
+    paths = [path for path, _ in find_images([images])][:limit]
+    inputs = []
     for path in paths:
-        image = read_image(path)
-        x = to_tensor(image.resize(model.working_size(image), BILINEAR))[None]
+        x = to_tensor(model.input_image(read_image(path)))[None]
         inputs.append(torch.cat([x, x.flip(-1)]))
     found = []
     with tempfile.TemporaryDirectory() as folder:

@@ -10,31 +10,17 @@ fit is measured on --limit images and their encoding scaled to all images of the
 --whole scales nothing: one fit of all images, every step, by its stages (features: the backbone pass).
 """
 
-import statistics
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import click
 import torch
+from common import median_seconds, network_of, seconds
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from stego import POSITIONS, Head, Stego, nearest_neighbors, shifts_from_data, train_head, training_loss
-from stego_parts.backbones import BACKBONES, ViT, load_backbone
 from stego_parts.config import fit_config
 from stego_parts.features import CROP_SIDE, encode
 from stego_parts.files import find_images
-
-
-def timed(function, repeats: int) -> float:
-    """Median seconds of a call."""
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
 
 
 def reference_step(network, head, optimizer, config):
@@ -78,32 +64,30 @@ def whole_fit(network, images, **options):
 @click.option("--threads", default=2)
 def main(images, backbone, limit, batch_size, steps, views, reference, whole, threads):
     torch.set_num_threads(threads)
-    network = (
-        load_backbone("tiny") if backbone == "tiny" else ViT(BACKBONES[backbone]).eval().requires_grad_(False)
-    )
+    network = network_of(backbone)
     paths = [path for path, _ in find_images(images)]
-    options = dict(classes=27, batch_size=batch_size, steps=steps, views=views)
-    config = fit_config(**options)
+    options = dict(clusters=27, batch_size=batch_size, steps=steps, views=views)
+    config = fit_config(**options).on_backbone(backbone)
     print(
         f"{backbone}, batch {batch_size}, {threads} threads, {len(paths)} images, views {views}, {steps} steps",
         flush=True,
     )
     if whole:
-        for stage, seconds in (stages := whole_fit(network, paths, **options)).items():
-            print(f"{stage:9} {seconds:8.2f} s  {seconds / sum(stages.values()):4.0%}")
+        stages = whole_fit(network, paths, **options)
+        for stage, took in stages.items():
+            print(f"{stage:9} {took:8.2f} s  {took / sum(stages.values()):4.0%}")
         return
 
     began = time.perf_counter()
     cache = encode(network, paths[:limit], config)
     encoding = (time.perf_counter() - began) * len(paths) / min(limit, len(paths))
-    began = time.perf_counter()
     neighbors = nearest_neighbors(cache.means)
-    knn = time.perf_counter() - began
+    knn, _ = seconds(lambda: nearest_neighbors(cache.means))
 
     config = replace(config, **shifts_from_data(cache, neighbors, config))
     short = replace(config, steps=20)
     train_head(cache, neighbors, replace(config, steps=3))  # warm up
-    ours = timed(lambda: train_head(cache, neighbors, short), 3) / short.steps
+    ours = median_seconds(lambda: train_head(cache, neighbors, short), 3) / short.steps
     total = encoding + knn + ours * steps
     print(
         f"ours: step {ours:7.4f} s, fit {total / 60:7.2f} min, {encoding / total:.0%} of it the backbone pass"
@@ -111,7 +95,7 @@ def main(images, backbone, limit, batch_size, steps, views, reference, whole, th
     if reference:
         head = Head(network.channels, config.code_size).train()
         optimizer = torch.optim.Adam(head.parameters())
-        theirs = timed(lambda: reference_step(network, head, optimizer, config), 3)
+        theirs = median_seconds(lambda: reference_step(network, head, optimizer, config), 3)
         scheduled = encoding + theirs * steps  # its own neighbour table needs one pass too
         print(
             f"reference: step {theirs:8.3f} s, ratio {theirs / ours:7.0f}; fit {scheduled / 60:8.1f} min, "

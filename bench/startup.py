@@ -8,12 +8,17 @@ an image also the time from the command to its mask (`tiny`, a head and 27 centr
 """
 
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+import torch
+from common import median_seconds, network_of, random_model
+
+import crf
+from stego_parts.clusters import pixels
+from stego_parts.images import read_image
 
 ROOT = Path(__file__).parents[1]
 RUNS = 20
@@ -25,17 +30,9 @@ HEAVY = {"torch", "torchvision", "numpy", "PIL", "scipy"}
 def seconds(*args: str, runs: int = RUNS) -> float:
     """Median wall time of the interpreter with these arguments."""
     command = [sys.executable, *args]
-    return median(lambda: subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL), runs)
-
-
-def median(function, runs: int) -> float:
-    """Median wall time of a call."""
-    times = []
-    for _ in range(runs):
-        began = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return median_seconds(
+        lambda: subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL), runs
+    )
 
 
 def imports() -> list[tuple[int, str]]:
@@ -54,33 +51,27 @@ def imports() -> list[tuple[int, str]]:
 
 def predict(path: str):
     """A prediction from the command to the mask, and the sum of what it cannot do without."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-    import torch
-    from evaluation import random_model
-
-    import crf
-    from stego import pixels
-    from stego_parts.backbones import load_backbone
-    from stego_parts.images import read_image
-
-    model, image = random_model(load_backbone("tiny"), 27), read_image(path)
+    model = random_model(network_of("tiny"), 27)
+    image = read_image(path)
     scores = torch.from_numpy(model.probabilities(image, crf=False)).log()  # (27, h, w)
     small = pixels(image.resize(scores.shape[:0:-1]))  # (3, h, w)
     parts = {
         "import torch": seconds("-c", "import torch", runs=RUNS_OF_PREDICT),
-        "backbone": median(lambda: model.predict(image, crf=False), RUNS_OF_PREDICT),
-        "CRF": median(lambda: crf.dense_crf(small, scores), RUNS_OF_PREDICT),
+        "backbone": median_seconds(lambda: model.predict(image, crf=False), RUNS_OF_PREDICT),
+        "CRF": median_seconds(lambda: crf.dense_crf(small, scores), RUNS_OF_PREDICT),
     }
     with tempfile.TemporaryDirectory() as folder:
         model.save(f"{folder}/stego.pt")
         args = ["cli.py", "predict", path, "-m", f"{folder}/stego.pt", "-o", f"{folder}/mask.png", "-q"]
-        whole, floor = seconds(*args, runs=RUNS_OF_PREDICT), sum(parts.values())
+        whole = seconds(*args, runs=RUNS_OF_PREDICT)
+    floor = sum(parts.values())
     each = ", ".join(f"{name} {value:.2f} s" for name, value in parts.items())
     print(f"stego predict {whole:.2f} s; {each}; ratio {whole / floor:.2f}, bound {BOUND_OF_PREDICT}")
 
 
 def main():
-    bare, full = seconds("-c", "pass"), seconds("cli.py", "--help")
+    bare = seconds("-c", "pass")
+    full = seconds("cli.py", "--help")
     loaded = imports()
     heavy = sorted({name.split(".")[0] for _, name in loaded} & HEAVY)
     print(
