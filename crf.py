@@ -10,6 +10,7 @@ Using the Permutohedral Lattice" (Eurographics 2010).
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -20,8 +21,11 @@ from torch import Tensor
 # The kernel is the one of STEGO (ICLR 2022), appendix A.9 and A.10:
 # compat exp(-|dp|^2 / 2 sxy^2 - |dI|^2 / 2 srgb^2) + smooth_compat exp(-|dp|^2 / 2 smooth_sxy^2)
 ITERATIONS = 10
-SXY, SRGB, COMPAT = 67.0, 3.0, 4.0  # pixels, levels of 0..255, weight
-SMOOTH_SXY, SMOOTH_COMPAT = 1.0, 3.0  # pixels, weight
+SXY = 67.0  # pixels
+SRGB = 3.0  # levels of 0..255
+COMPAT = 4.0  # weight
+SMOOTH_SXY = 1.0  # pixels
+SMOOTH_COMPAT = 3.0  # weight
 NORM_EPS = 1e-20  # added to the kernel's row sums, as the authors' library does
 TRUNCATE = 4.0  # sigmas at which the small Gaussian ends; what is left out is 6e-5 of its mass
 MIN_SIGMA = 0.2  # pixels or levels; points 5 sigmas apart no longer meet in the lattice: less changes nothing
@@ -33,6 +37,9 @@ MEGAPIXELS = 0.5  # working size for photos, 10^6 pixels
 UPSAMPLE_SRGB = 10.0  # levels of 0..255; how far a pixel may be from a coarse neighbour it resembles
 UPSAMPLE_FLOOR = 1e-3  # weight of coarse neighbours that bilinear interpolation leaves out
 UPSAMPLE_PIXELS = 1 << 18  # full-size pixels processed at once
+
+Message = Callable[[int, int], Tensor]  # what a kernel tells the pixels a..b, (b - a, C)
+Kernel = Callable[[Tensor], Message]  # Q (N, C) -> the messages that follow from it
 
 
 # ------------------------------------------------------------------------------------------ mean field
@@ -65,12 +72,13 @@ def dense_crf(
     """
     _check_inputs(image, scores)
     _check_settings(iterations, compat, smooth_compat, sxy=sxy, srgb=srgb, smooth_sxy=smooth_sxy)
-    (H, W), device = image.shape[-2:], _supported_device(image.device)
+    H, W = image.shape[-2:]
+    device = _supported_device(image.device)
     images = image.to(device).reshape(-1, 3, H, W)
     B = len(images)
     rows = B * H if device.type == "cuda" else min(B * H, max(1, STRIP // W))  # of pixels, at once
     delay = math.ceil(min(TRUNCATE * smooth_sxy, H) / rows)
-    kernels = []
+    kernels: list[Kernel] = []
     if compat:
         kernels.append(_colour_kernel(images, sxy, srgb, compat))
     if smooth_compat:
@@ -85,7 +93,7 @@ def _supported_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _mean_field(scores: Tensor, kernels: list, iterations: int, strip: int, delay: int) -> Tensor:
+def _mean_field(scores: Tensor, kernels: list[Kernel], iterations: int, strip: int, delay: int) -> Tensor:
     """Q <- softmax(scores + sum of K Q) (paper, Algorithm 1), strip by strip; a kernel turns Q into a
     function that returns the messages to pixels a..b. The small Gaussian reads Q of the `delay` strips before
     its own: a strip is overwritten that much later."""
@@ -110,7 +118,7 @@ def _mean_field(scores: Tensor, kernels: list, iterations: int, strip: int, dela
     return q.view(B, H, W, C)
 
 
-def _colour_kernel(image: Tensor, sxy: float, srgb: float, weight: float):
+def _colour_kernel(image: Tensor, sxy: float, srgb: float, weight: float) -> Kernel:
     """Bilateral kernel of Eq. 3 on the lattice, normalised by 1 / sqrt(row sum) on both sides."""
     B, _, H, W = image.shape
     sizes = (torch.arange(n, device=image.device) for n in (B, H, W))
@@ -127,14 +135,18 @@ def _colour_kernel(image: Tensor, sxy: float, srgb: float, weight: float):
     return lambda q: partial(lattice.slice, lattice.blur(q))
 
 
-def _smooth_kernel(B: int, H: int, W: int, rows: int, sigma: float, weight: float, device: torch.device):
+def _smooth_kernel(
+    B: int, H: int, W: int, rows: int, sigma: float, weight: float, device: torch.device
+) -> Kernel:
     """Small Gaussian in two passes, both weighted sums of gathered rows: image rows, then pixels in a row."""
     above, vertical = (t.to(device) for t in _taps(H, B, sigma))  # (B H, T)
     beside, horizontal = (t.to(device) for t in _taps(W, rows, sigma))  # (rows W, T')
     horizontal *= weight
 
     def message(q: Tensor, a: int, b: int) -> Tensor:
-        top, bottom, n = a // W, b // W, b - a
+        n = b - a
+        top = a // W
+        bottom = b // W
         x = _gather(q.view(B * H, -1), above[top:bottom], vertical[top:bottom])  # (rows, W C)
         return _gather(x.view(n, -1), beside[:n], horizontal[:n])  # (n, C)
 
@@ -180,7 +192,7 @@ class Lattice:
     slice add up to 1. Constant factors are left out: normalisation takes them away.
     """
 
-    def __init__(self, features: Tensor, index: Tensor, images: int):
+    def __init__(self, features: Tensor, index: Tensor, images: int) -> None:
         """features (N, d) in standard deviations; index (N,): which of the `images` a point belongs to."""
         N, d = features.shape
         T = math.sqrt(2 / 3) * torch.linalg.cholesky(torch.eye(d) + 1)
@@ -222,15 +234,19 @@ def _pack(floor: Tensor, index: Tensor, images: int) -> tuple[Tensor, Tensor, in
 
     A coordinate's span leaves room for the simplex (+ 1) and for neighbours (- 1, + 2): keys never collide.
     """
-    low, high = floor.amin(0) - 1, floor.amax(0) + 2
-    strides, size = [], 1
+    low = floor.amin(0) - 1  # (d,)
+    high = floor.amax(0) + 2
+    strides = []
+    size = 1
     for span in (high - low + 1).tolist():
         strides.append(size)
         size *= int(span)
     if size * images > MAX_KEY:
         needs = f"{len(floor)} pixels and these sigmas need {size * images:.1e} lattice keys of {MAX_KEY:.1e}"
         raise ValueError(f"{needs}; use larger sxy or srgb, a smaller image or a smaller batch")
-    key = index * size + sum(column.long() * step for column, step in zip((floor - low).T, strides))
+    key = index * size  # (N,)
+    for column, step in zip((floor - low).T, strides):
+        key += column.long() * step
     return key, torch.tensor(strides, device=floor.device), size * images
 
 
@@ -288,9 +304,12 @@ def upsample_along_edges(image: Tensor, probs: Tensor, *, srgb: float = UPSAMPLE
     """
     _check_upsampling(image, probs)
     _check_settings(srgb=srgb)
-    (C, h, w), (_, H, W) = probs.shape, image.shape
-    origin, device = probs.device, _supported_device(probs.device)
-    image, probs = image.to(device), probs.to(device)
+    C, h, w = probs.shape
+    H, W = image.shape[1:]
+    origin = probs.device
+    device = _supported_device(origin)
+    image = image.to(device)
+    probs = probs.to(device)
     coarse = probs.max(0).indices  # (h, w); faster than argmax(0)
     if (h, w) == (H, W):
         return coarse.to(torch.uint8).to(origin)
@@ -303,7 +322,8 @@ def upsample_along_edges(image: Tensor, probs: Tensor, *, srgb: float = UPSAMPLE
     table = probs.permute(1, 2, 0).reshape(-1, C).float()  # (h w, C)
     step = torch.arange(-1, 2, device=device)
     for pixel in border.split(UPSAMPLE_PIXELS):
-        y, x = pixel.div(W, rounding_mode="floor"), pixel % W  # (n,)
+        y = pixel.div(W, rounding_mode="floor")  # (n,)
+        x = pixel % W
         yy = (near_y[y, None] + step).clamp_(0, h - 1)  # (n, 3)
         xx = (near_x[x, None] + step).clamp_(0, w - 1)
         index = (yy[:, :, None] * w + xx[:, None]).view(-1, 9)  # (n, 9)
@@ -315,7 +335,7 @@ def upsample_along_edges(image: Tensor, probs: Tensor, *, srgb: float = UPSAMPLE
     return labels.view(H, W).to(origin)
 
 
-def _tent(n: int, m: int, device) -> tuple[Tensor, Tensor]:
+def _tent(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """n pixels over m coarse ones: the nearest coarse one (n,), and the bilinear weights of the one before,
     itself and the one after (n, 3)."""
     centre = ((torch.arange(n, device=device) + 0.5) * (m / n) - 0.5).clamp_(0, m - 1)
@@ -345,7 +365,8 @@ def _check_tensors(image: Tensor, name: str, x: Tensor) -> None:
 
 def _check_inputs(image: Tensor, scores: Tensor) -> None:
     _check_tensors(image, "scores", scores)
-    shape, same = tuple(image.shape), (*scores.shape[:-3], 3, *scores.shape[-2:])
+    shape = tuple(image.shape)
+    same = (*scores.shape[:-3], 3, *scores.shape[-2:])
     if scores.dim() not in (3, 4) or shape not in (same, same[-3:]) or 0 in scores.shape:
         raise ValueError(
             f"got image {shape} and scores {tuple(scores.shape)}; need (3, H, W) and (C, H, W) or (S, C, H, W), "
@@ -371,7 +392,8 @@ def _check_upsampling(image: Tensor, probs: Tensor) -> None:
     if image.dim() != 3 or len(image) != 3 or probs.dim() != 3 or not 1 <= len(probs) <= 256:
         got = f"got image {tuple(image.shape)} and probs {tuple(probs.shape)}"
         raise ValueError(f"{got}; need (3, H, W) and (C, h, w) with 1 to 256 classes")
-    (h, w), (H, W) = probs.shape[1:], image.shape[1:]
+    h, w = probs.shape[1:]
+    H, W = image.shape[1:]
     if not (1 <= h <= H and 1 <= w <= W):
         raise ValueError(
             f"got probs of {h} x {w} for {H} x {W}; need them no larger than the image, not empty"

@@ -33,14 +33,18 @@ class CosineKMeans:
 
     def __init__(
         self, n_clusters: int, *, n_init: int = 3, max_iter: int = 100, batch_size: int = 8192, seed: int = 0
-    ):
+    ) -> None:
         if n_clusters < 1:
             raise ValueError(f"n_clusters is {n_clusters}; k-means needs at least 1 cluster.")
-        self.n_clusters, self.n_init, self.max_iter = n_clusters, n_init, max_iter
-        self.batch_size, self.seed = batch_size, seed
+        self.n_clusters = n_clusters
+        self.n_init = n_init
+        self.max_iter = max_iter
+        self.batch_size = batch_size
+        self.seed = seed
         self._generator = torch.Generator().manual_seed(seed)
         self.cluster_centers_: Any = None
-        self.inertia_, self._batches = math.inf, 0
+        self.inertia_ = math.inf
+        self._batches = 0
 
     def fit(self, x: Tensor) -> "CosineKMeans":
         """Cluster the rows of x (N, d), float, any length of row; zero rows are left out of the fit.
@@ -48,15 +52,22 @@ class CosineKMeans:
         Raises ValueError if x is not a matrix of at least K finite, non-zero rows.
         """
         x = _unit_rows(x)
-        if not (kept := x.norm(dim=1) > 0).all():
+        kept = x.norm(dim=1) > 0  # (N,)
+        if not kept.all():
             x = x[kept]  # (N, d)
-        best = (math.inf, None)
+        best_inertia = math.inf
+        best_centers = None
         for _ in range(self.n_init):
-            self.cluster_centers_, self._batches = None, 0
+            self.cluster_centers_ = None
+            self._batches = 0
             for i in range(self.max_iter):
                 self._step(self._draw(x, self.batch_size), last=i + 1 == self.max_iter)
-            best = min(best, (self._mean_distance(x), self.cluster_centers_), key=lambda run: run[0])
-        self.inertia_, self.cluster_centers_ = best
+            inertia = self._mean_distance(x)
+            if inertia < best_inertia:
+                best_inertia = inertia
+                best_centers = self.cluster_centers_
+        self.inertia_ = best_inertia
+        self.cluster_centers_ = best_centers
         return self
 
     def partial_fit(self, x: Tensor) -> "CosineKMeans":
@@ -67,7 +78,8 @@ class CosineKMeans:
         """`partial_fit` on rows of unit length; after the last batch nothing would refine a centre that is moved."""
         if self.cluster_centers_ is None:
             self.cluster_centers_ = self._seed_centers(self._draw(x, SEEDING_ROWS * self.n_clusters))
-            self._sums, self._counts = torch.zeros_like(self.cluster_centers_), x.new_zeros(self.n_clusters)
+            self._sums = torch.zeros_like(self.cluster_centers_)  # (K, d)
+            self._counts = x.new_zeros(self.n_clusters)
         cosine, label = _nearest(x, self.cluster_centers_)
         member = F.one_hot(label, self.n_clusters).to(x.dtype)  # (B, K)
         self._sums.mul_(FORGET).add_(member.T @ x)  # (K, d); index_add_ is not deterministic on CUDA
@@ -104,13 +116,15 @@ class CosineKMeans:
             distance = candidate[:, best]
         return torch.stack(centers)  # (K, d)
 
-    def _repair(self, x: Tensor, cosine: Tensor):
+    def _repair(self, x: Tensor, cosine: Tensor) -> None:
         """Put starved centres on the rows of this batch that are served worst."""
         starved = (self._counts < STARVED * self._counts.sum() / self.n_clusters).nonzero()[:, 0]
         worst = cosine.argsort()[: max(len(x) // 20, 1)]  # the worst twentieth
         for k in starved.tolist():
             row = x[worst[torch.randint(len(worst), (), generator=self._generator)]]
-            self.cluster_centers_[k], self._sums[k], self._counts[k] = row, row, 1.0
+            self.cluster_centers_[k] = row
+            self._sums[k] = row
+            self._counts[k] = 1.0
 
     def _draw(self, x: Tensor, count: int) -> Tensor:
         """At most count rows of x, without replacement within a batch of a small x."""
