@@ -28,7 +28,7 @@ from stego_parts.checkpoint import FitCheckpoint, Training, training_warning
 from stego_parts.config import RELEASED, Config, fit_config, recluster_config, source_names
 from stego_parts.features import RESOLUTION, TokenCache, dense_features, encode, input_image
 from stego_parts.files import Sources, find_images
-from stego_parts.images import distinct_colors, read_image
+from stego_parts.images import Picture, distinct_colors, read_picture
 from stego_parts.models import check_backbone, check_model, damaged, read_model, write_model
 from stego_parts.running import Progress, from_first, no_progress, pick_device, to_device
 from stego_parts.tiles import image_codes, label_image, tiles_of
@@ -305,12 +305,13 @@ def sample_codes(describe: Describe, cache: TokenCache, count: int) -> Tensor:
 class FitRecord:
     """What a fit leaves for a report, in its own process: it is not saved.
 
-    paths: of all images; images (n,), neighbors (n, <= 7): the image of each crop and its nearest neighbours;
-    history: see `train_head`.
+    paths: of all images; images, parts (n,): the image of each crop, and which of its crops it is; neighbors
+    (n, <= 7): its nearest neighbours; history: see `train_head`.
     """
 
     paths: list
     images: Tensor
+    parts: Tensor
     neighbors: Tensor
     history: list[dict]
 
@@ -470,6 +471,10 @@ class Stego:
         """
         return clusters.mirror_averaged(x, self.features, self.head.on_map)[0]
 
+    def read(self, image: Any) -> Picture:
+        """A path, a PIL image or an array (H, W, 3) uint8 as the model sees it, in the bands that it was fitted on."""
+        return read_picture(image, bands=self.config.bands)
+
     def input_image(self, image: Any, *, resolution: int = RESOLUTION) -> Any:
         """A PIL image as small as the backbone sees it: its shorter side `resolution` pixels."""
         return input_image(image, self.backbone.patch, resolution=resolution)
@@ -486,7 +491,7 @@ class Stego:
     ) -> np.ndarray:
         """Segment one image of any size: a mask (H, W) uint8 of cluster ids at the displayed size of the image.
 
-        Of clusters that share a name, the mask has the lowest number.
+        Of clusters that share a name, the mask has the lowest number; 255 where the image holds no data.
 
         Args:
             image: a path, a PIL image or an array (H, W, 3) uint8.
@@ -496,14 +501,14 @@ class Stego:
             smooth: a `FrameAverage`, if the image is the next frame of a video.
             crf: sharpen with a dense CRF; crf_size: the megapixels it works on, of larger images and tiles.
         """
-        image = read_image(image)
-        codes, side = self._image_codes(image, progress=progress, **options)
-        probe = self.probe.adapted(codes)
+        picture = self.read(image)
+        codes, side = self._image_codes(picture.image, progress=progress, **options)
+        probe = self.probe.adapted(codes, picture)
 
         def label(part: Any, part_codes: Tensor, megapixels: float) -> np.ndarray:
             return clusters.segment(part, [(part_codes, probe)], crf=crf, crf_size=megapixels)[0]
 
-        return label_image(label, image, codes, side, crf_size, progress=progress)
+        return picture.masked(label_image(label, picture.image, codes, side, crf_size, progress=progress))
 
     @torch.inference_mode()
     def probabilities(
@@ -512,12 +517,14 @@ class Stego:
         """Probability of each cluster at each pixel, (K, h, w) float32; the arguments are those of `predict`.
 
         (h, w) is the displayed size of the image where that is at most crf_size megapixels, else it is brought down
-        to that many: bounded memory, 54 MB for 27 clusters at the default.
+        to that many: bounded memory, 54 MB for 27 clusters at the default. 0 where the image holds no data.
         """
-        image = read_image(image)
-        codes = self._image_codes(image, **options)[0].float()  # (1, D, h, w)
-        described = [(codes, self.probe.adapted(codes))]
-        return clusters.probabilities(image, described, crf=crf, crf_size=crf_size)[0].cpu().numpy()
+        picture = self.read(image)
+        codes = self._image_codes(picture.image, **options)[0].float()  # (1, D, h, w)
+        described = [(codes, self.probe.adapted(codes, picture))]
+        shares = clusters.probabilities(picture.image, described, crf=crf, crf_size=crf_size)[0].cpu().numpy()
+        valid = picture.positions(*shares.shape[1:])
+        return shares if valid is None else shares * valid
 
     def _image_codes(
         self,
@@ -627,7 +634,7 @@ def fit_stages(
         centers, share = from_first(lambda: cluster_codes(head.describe, cache, config, progress=progress))
     config = replace(config, crops=len(cache))
     model = Stego(config, head, centers, share, backbone_sha256=network.sha256, device=device)
-    model.record = FitRecord(list(paths), cache.images, neighbors, history)
+    model.record = FitRecord(list(paths), cache.images, cache.parts, neighbors, history)
     model._backbone = network
     if earlier:
         clusters.inherit_ids(model, earlier, clusters.match_clusters_to(earlier, model, cache))

@@ -178,7 +178,7 @@ def probe_rows(
     # images with labels are asked for by name
     read = images.read if n else partial(or_skip, images.read)
     rows, shares = [], []
-    pairs = prefetch(lambda i: read(i, side=protocol_side(patch)), chosen)
+    pairs = prefetch(partial(read, side=protocol_side(patch), bands=model.config.bands), chosen)
     for done, pair in enumerate(pairs, 1):
         if pair is not None:
             image, label = pair
@@ -271,7 +271,8 @@ def confusions(
 ) -> dict:
     """{(features, probe, crf): (images, n_classes, K) int64} of every probe on every image, also after a CRF."""
     side, n, counts = protocol_side(model.backbone.patch), len(labelled.classes), {}
-    pairs = prefetch(lambda i: labelled.read(i, side=side), range(len(labelled.pairs)))
+    read = partial(labelled.read, side=side, bands=model.config.bands)
+    pairs = prefetch(read, range(len(labelled.pairs)))
     for done, (image, label) in enumerate(pairs, 1):
         for key, mask in masks_of(both_features(model, image), probes, image, crf=crf).items():
             matrix = confusion_matrix(label, mask, n_classes=n, n_clusters=len(probes[key[:2]].weight))

@@ -52,10 +52,12 @@ class LabelledSet:
         """All files of the set."""
         return [path for pair in self.pairs for path in pair if path]
 
-    def read(self, index: int, *, side: int = SIDE) -> tuple[Image.Image, np.ndarray | None]:
+    def read(
+        self, index: int, *, side: int = SIDE, bands: tuple[int, ...] = ()
+    ) -> tuple[Image.Image, np.ndarray | None]:
         """Image and label of a pair, as `read_pair`."""
         image, label = self.pairs[index]
-        return read_pair(image, label, lookup=self.lookup, side=side)
+        return read_pair(image, label, lookup=self.lookup, side=side, bands=bands)
 
 
 def sets_to_score(
@@ -292,13 +294,18 @@ def read_label(path: Path | str) -> np.ndarray:
 
 
 def read_pair(
-    image_path: Path, label_path: Path | None, *, lookup: np.ndarray | None = None, side: int = SIDE
+    image_path: Path,
+    label_path: Path | None,
+    *,
+    lookup: np.ndarray | None = None,
+    side: int = SIDE,
+    bands: tuple[int, ...] = (),
 ) -> tuple[Image.Image, np.ndarray | None]:
     """The central square of an image (side x side RGB) and of its label map: (side, side) uint8, or None.
 
-    lookup: see LabelledSet. Raises ValueError for two sizes or an unknown label id.
+    lookup: see LabelledSet; bands: see `read_picture`. Raises ValueError for two sizes or an unknown label id.
     """
-    image = read_image(image_path)
+    image = read_image(image_path, bands=bands)
     if label_path is None:
         return square(image, side), None
     ids = read_label(label_path)

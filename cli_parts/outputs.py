@@ -198,7 +198,8 @@ def _jobs(found: list, output: Path | str, formats: list[str], limit: int | None
         if count > 1:
             raise ValueError(f"{count} images do not go into one output {output}; name a folder with -o.")
         targets = {kind: Path(output).with_suffix(FORMATS[kind].suffix) for kind in formats[1:]}
-        return [Job(*found[0], {formats[0]: Path(output), **targets})]
+        source, place = found[0]
+        return [Job(source, place, {formats[0]: Path(output), **targets})]
     places = [place for _, place in found]  # of all, whatever the limit: names depend on each other
     names = {kind: output_names(places, FORMATS[kind].suffix) for kind in formats}
     jobs = []
@@ -262,19 +263,20 @@ class Writer:
         check_memory(self.model.backbone, self.options["resolution"], device=self.model.device)
         segment = self.model.probabilities if FORMATS[self.kind].from_probabilities else self.model.predict
         average = functools.lru_cache(1)(lambda folder: FrameAverage())  # each folder is another video
-        pictures = prefetch(lambda job: _attempt(images.read_image, job.source), jobs, window=READ_AHEAD)
+        pictures = prefetch(lambda job: _attempt(self.model.read, job.source), jobs, window=READ_AHEAD)
 
-        def segment_next(job, image):
+        def segment_next(job, picture):
             smooth = average(job.source.parent) if self.options["smooth"] else None
-            return segment(image, **self.options | dict(smooth=smooth, progress=progress))
+            return segment(picture, **self.options | dict(smooth=smooth, progress=progress))
 
-        masks = ((job, image, _attempt(segment_next, job, image)) for job, image in zip(jobs, pictures))
+        masks = ((job, each, _attempt(segment_next, job, each)) for job, each in zip(jobs, pictures))
         yield from zip(jobs, prefetch(lambda each: _attempt(self.write, *each), masks, window=WRITE_BEHIND))
 
-    def write(self, job: Job, image: Image.Image, result: np.ndarray) -> dict:
+    def write(self, job: Job, picture: images.Picture, result: np.ndarray) -> dict:
         """Write an image's mask (H, W), or for some formats probabilities (K, h, w); its part of a document."""
         if not FORMATS[self.kind].from_probabilities and self.keep is not None:
             result = np.where(np.isin(result, self.keep), result, images.IGNORE)
+        image = picture.image
         for kind, target in job.targets.items():
             self.write_one(kind, target, job, image, result)
         entry = {"file_name": job.place.as_posix(), "height": image.height, "width": image.width}
@@ -282,7 +284,7 @@ class Writer:
             entry["annotations"] = coco_annotations(result, self.min_area)
         elif FORMATS[self.kind].document:
             area = georaster.pixel_area(georaster.geo_tags(job.source))
-            entry["clusters"] = cluster_shares(result, self.clusters, area)
+            entry["clusters"] = cluster_shares(result, self.clusters, area, valid=picture.valid)
         return entry
 
     def write_one(self, kind: str, target: Path, job: Job, image: Image.Image, result: np.ndarray):

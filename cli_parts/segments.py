@@ -68,12 +68,18 @@ def outline(region: Region) -> np.ndarray:
 # ---- shares ----------------------------------------------------------------------------------------------------
 
 
-def cluster_shares(mask: np.ndarray, clusters: dict[int, str], area: float | None = None) -> list[dict]:
-    """What each cluster covers of a mask: pixels, their share of it, and m2 where the area of a pixel is known."""
+def cluster_shares(
+    mask: np.ndarray, clusters: dict[int, str], area: float | None = None, *, valid: np.ndarray | None = None
+) -> list[dict]:
+    """What each cluster covers of a mask: pixels, their share of those that hold data, m2 by the area of a pixel.
+
+    area: in square metres, if it is known; valid: which pixels hold data, (H, W) bool; None: all do.
+    """
+    count = max(mask.size if valid is None else int(valid.sum()), 1)
     sizes = np.bincount(mask.ravel(), minlength=IGNORE + 1).tolist()
     rows = []
     for k, name in clusters.items():
-        row = {"cluster": k, "name": name, "pixels": sizes[k], "share": round(sizes[k] / mask.size, 6)}
+        row = {"cluster": k, "name": name, "pixels": sizes[k], "share": round(sizes[k] / count, 6)}
         rows.append(row | ({"m2": round(sizes[k] * area, 6)} if area else {}))
     return rows
 

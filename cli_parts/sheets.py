@@ -23,7 +23,7 @@ from stego import FitRecord, Stego, unit
 from stego_parts import images
 from stego_parts.checkpoint import training_warning
 from stego_parts.clusters import mirror_averaged, segment
-from stego_parts.config import RELEASED, SETTINGS, TERMS
+from stego_parts.config import RELEASED, SETTINGS, TERMS, Config
 from stego_parts.features import BILINEAR, Device, dense_features, five_boxes, input_image, to_tensor
 from stego_parts.files import write_bytes
 from stego_parts.running import Progress, no_progress, or_skip
@@ -54,9 +54,10 @@ def _usable(
         progress(stage, done, len(paths))
 
 
-def _small_image(model: Stego, path: Path) -> Image.Image:
+def _small_picture(model: Stego, path: Path) -> images.Picture:
     """An image, as small as the backbone sees it."""
-    return model.input_image(images.read_image(path))
+    picture = model.read(path)
+    return picture.resized(model.input_image(picture.image))
 
 
 def _write_pictures(pictures: dict[str, Image.Image], folder: Path | str) -> None:
@@ -95,8 +96,8 @@ def segmented(
     """(picture, mask (H, W) uint8) of images that a fit has seen, as small as its backbone saw them."""
     size = math.prod(drawing.SHEET_CELL) / 1e6
     pairs = []
-    for _, image in _usable(partial(_small_image, model), paths, "picture", progress, KNOWN):
-        pairs.append((image, model.predict(image, crf_size=size)))
+    for _, picture in _usable(partial(_small_picture, model), paths, "picture", progress, KNOWN):
+        pairs.append((picture.image, model.predict(picture, crf_size=size)))
     return pairs
 
 
@@ -105,12 +106,13 @@ def _comparison_sheet(models: Sequence[Stego], paths: Sequence[Path], progress: 
     """At most SHEET_SAMPLE of the images, a row each, beside their segments by models with one head, without CRF."""
     some = paths[:: math.ceil(len(paths) / SHEET_SAMPLE)]
     rows = []
-    for path, image in _usable(partial(_small_image, models[0]), some, "picture", progress, KNOWN):
+    for path, small in _usable(partial(_small_picture, models[0]), some, "picture", progress, KNOWN):
+        image = small.image
         codes = models[0].codes(to_tensor(image)[None])  # (1, D, h, w)
-        described = [(codes, model.probe.adapted(codes)) for model in models]
+        described = [(codes, model.probe.adapted(codes, small)) for model in models]
         pictures = [drawing.cell(image)]
         for model, mask in zip(models, segment(image, described, crf=False)):
-            pictures.append(drawing.cell(image, mask, model))
+            pictures.append(drawing.cell(image, small.masked(mask), model))
         rows.append((Path(path).name, pictures))
     headings = ["", *(f"{len(model.centers)} clusters" for model in models)]
     return image_rows(rows, headings=headings)
@@ -144,7 +146,7 @@ def best_regions(
     are one, the lowest of them.
     """
     best: list[list[tuple]] = [[] for _ in model.centers]  # of (fit, picture, mask)
-    for _, picture in _usable(partial(_small_image, model), paths, "regions", progress):
+    for _, picture in _usable(partial(_small_picture, model), paths, "regions", progress):
         for k, region in _regions(model, picture).items():
             best[k].append(region)
             best[k].sort(key=_fit_of, reverse=True)
@@ -159,16 +161,20 @@ def _fit_of(region: tuple[float, Image.Image, np.ndarray]) -> float:
     return region[0]
 
 
-def _regions(model: Stego, picture: Image.Image) -> dict[int, tuple[float, Image.Image, np.ndarray]]:
+def _regions(model: Stego, small: images.Picture) -> dict[int, tuple[float, Image.Image, np.ndarray]]:
     """The square of a picture that fits each cluster best: {k: (fit, square, mask (side, side) uint8)}.
 
     Clusters that are nowhere are left out.
     """
+    picture = small.image
     codes = F.normalize(model.codes(to_tensor(picture)[None]), dim=1)  # (1, D, h, w)
-    probe = model.probe.adapted(codes)
+    probe = model.probe.adapted(codes, small)
     cosines = probe.dot_products(codes)[0]  # (K, h, w)
-    mask = segment(picture, [(codes, probe)], crf=False)[0]  # (H, W)
+    mask = small.masked(segment(picture, [(codes, probe)], crf=False)[0])  # (H, W)
     won = cosines.clamp(min=0) * (cosines == cosines.amax(0))
+    valid = small.positions(*won.shape[1:])
+    if valid is not None:
+        won = won * torch.from_numpy(valid).to(won.device)
     merged = torch.from_numpy(model.merged).to(won.device, torch.int64)
     won = torch.zeros_like(won).index_add_(0, merged, won)
     side = max(round(min(won.shape[1:]) * REGION), 1)
@@ -246,7 +252,7 @@ def write_report(model: Stego, folder: Path | str) -> None:
     pictures = {
         "loss": line_chart(loss, title="Loss", x_label="step"),
         "similarity": line_chart(means, title="Mean similarity of codes", x_label="step"),
-        "neighbors": _neighbor_rows(record, model.config.views),
+        "neighbors": _neighbor_rows(record, model.config),
     }
     _write_pictures(pictures, folder)
     text = "".join(f"{line}\n" for line in report_lines(model))
@@ -277,24 +283,24 @@ def neighbor_line(record: FitRecord) -> str:
     )
 
 
-def _neighbor_rows(record: FitRecord, views: str) -> Image.Image:
+def _neighbor_rows(record: FitRecord, config: Config) -> Image.Image:
     """Some crops, evenly spread over all, each before its nearest neighbours."""
     count, shown = len(record.images), []
     for crop in range(0, count, max(count // CROPS, 1))[:CROPS]:
         crops = (crop, *record.neighbors[crop].tolist())
         try:
-            pictures = [_crop_picture(record, each, views) for each in crops]
+            pictures = [_crop_picture(record, each, config) for each in crops]
         except (ValueError, FileNotFoundError):
             continue  # an image is gone since
         shown.append((Path(record.paths[record.images[crop]]).name, pictures))
     return image_rows(shown, headings=("a crop", "its nearest neighbours"))
 
 
-def _crop_picture(record: FitRecord, crop: int, views: str) -> Image.Image:
+def _crop_picture(record: FitRecord, crop: int, config: Config) -> Image.Image:
     """What a crop shows."""
-    picture = images.read_image(record.paths[record.images[crop]])
-    if views != "whole":
-        picture = picture.crop(five_boxes(*picture.size)[crop % 5])
+    picture = images.read_image(record.paths[record.images[crop]], bands=config.bands)
+    if config.views != "whole":
+        picture = picture.crop(five_boxes(*picture.size)[record.parts[crop]])
     return _of_height(picture, CROP_HEIGHT)
 
 
@@ -323,9 +329,9 @@ def correspondence_sheet(
     is the point itself, none its mean correspondence with its image, or less (the centering of Eq. 3).
     Raises ValueError for a point outside of the image, or what cannot be read.
     """
-    _check_points(image, at)
     maps_of = partial(_unit_maps, network=network, device=device)
     own = maps_of(image, model=model)
+    _check_points(image, own[0], at)
     if len(others) > SHOWN:
         others = _nearest_images(maps_of, own, others, progress)
     pictures = [own, *(maps_of(path, model=model) for path in others)]
@@ -336,9 +342,9 @@ def correspondence_sheet(
     return image_rows(rows, headings=[Path(path).name for path in (image, *others)])
 
 
-def _check_points(image: Path | str, at: Sequence[tuple[int, int]]) -> None:
-    """ValueError for a point (x, y) outside of an image."""
-    width, height = images.read_image(image).size
+def _check_points(image: Path | str, picture: Image.Image, at: Sequence[tuple[int, int]]) -> None:
+    """ValueError for a point (x, y) outside of the picture of an image."""
+    width, height = picture.size
     for x, y in at:
         if not (0 <= x < width and 0 <= y < height):
             raise ValueError(
@@ -373,7 +379,7 @@ def _heatmaps(
 
 def _unit_maps(path: Path | str, *, network: Any, device: Device, model: Stego | None = None) -> UnitMaps:
     """A picture, its unit features (C, h, w), averaged with its mirror's, and a model's codes (D, h, w)."""
-    picture = images.read_image(path)
+    picture = images.read_image(path, bands=model.config.bands if model else ())
     x = to_tensor(input_image(picture, network.patch, name=path))[None]  # (1, 3, H, W)
     heads: dict[str, Callable] = {FEATURES: torch.nn.Identity()}
     if model:
@@ -438,7 +444,7 @@ def _examples(best: dict, model: Stego, labelled: LabelledSet) -> Image.Image:
     probes = {("stego", "cluster"): model.probe}
     rows = []
     for what, i in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
-        image, label = labelled.read(i, side=protocol_side(model.backbone.patch))
+        image, label = labelled.read(i, side=protocol_side(model.backbone.patch), bands=model.config.bands)
         found = masks_of(both_features(model, image), probes, image, crf=best["crf"])
         predicted = of_cluster[found["stego", "cluster", best["crf"]]]  # (H, W)
         masks = [images.mask_image(mask, palette).convert("RGB") for mask in (label, predicted)]

@@ -139,8 +139,8 @@ def features_key(paths: Sequence, backbone_sha256: str, config: Config) -> dict:
         listed.append((os.path.abspath(path), str(path), status.st_size, status.st_mtime_ns))
     images = hashlib.sha256("\n".join(map(repr, listed)).encode()).hexdigest()
     known = backbone_sha256 or os.urandom(16).hex()  # a callable may have changed since
-    key = dict(version=5, images=images, backbone=known, stride=config.stride)
-    return key | dict(views=config.views, cache_size=config.cache_size, tile=config.tile)
+    key = dict(version=6, images=images, backbone=known, stride=config.stride)
+    return key | dict(views=config.views, cache_size=config.cache_size, tile=config.tile, bands=config.bands)
 
 
 class Training:

@@ -23,7 +23,7 @@ from torch import Tensor
 from crf import dense_crf, upsample_along_edges, working_size
 from stego_parts.config import MAX_CLUSTERS, NOTICE
 from stego_parts.features import BILINEAR, TokenCache
-from stego_parts.images import distinct_colors
+from stego_parts.images import Picture, distinct_colors
 
 LOGIT_SCALE = 2.0  # cosine to a centre -> score of its cluster for the CRF (reference implementation)
 CRF_SIZE = 0.5  # megapixels at which the CRF runs on larger photos
@@ -77,8 +77,15 @@ class Probe(NamedTuple):
     merged: np.ndarray | None = None
     adaptation: float = 0.0
 
-    def adapted(self, codes: Tensor) -> "Probe":
-        """The same for the image with these codes (1, D, h, w), whose centres are its own."""
+    def adapted(self, codes: Tensor, picture: Picture | None = None) -> "Probe":
+        """The same for the image with these codes (1, D, h, w), whose centres are its own.
+
+        picture: the image, if some of it may hold no data, which then says nothing.
+        """
+        valid = picture.positions(*codes.shape[2:]) if picture else None
+        rows = codes.flatten(2)  # (1, D, h * w)
+        if valid is not None and valid.any():
+            codes = rows[..., torch.from_numpy(valid.ravel()).to(rows.device)][..., None]  # (1, D, n, 1)
         centers = adapted_centers(codes, self.weight, self.adaptation)
         return self._replace(weight=centers, adaptation=0.0)
 

@@ -14,7 +14,8 @@ VIEWS = ("five", "whole", "windows")
 TERMS = ("self", "knn", "rand")  # pairs within an image, with a neighbour, with another image
 MAX_CLUSTERS = 255  # masks are 8 bit and 255 means "ignore"
 RELEASED = "released"  # the preset of models that the reference implementation made
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+KINDS[tuple] = "one or three numbers from 1, 4,3,2 say,"
 KINDS |= {int | None: KINDS[int], float | None: "a number", str | None: KINDS[str]}
 LEAST = dict(steps=1, batch_size=1, code_size=1, tile=0, feature_weight=0, adaptation=0)
 LEAST |= {f"lambda_{term}": 0 for term in TERMS}
@@ -54,6 +55,7 @@ class Config:
         None  # weight of an image's codes in its own centres, see clusters.adapted_centers
     )
     tile: int = 0  # side in pixels of the parts in which larger images are seen; 0: whole
+    bands: tuple = ()  # numbers, from 1, of those shown as red, green and blue, or as grey; (): the first three
     cache_size: float = 8.0  # GB (10^9 bytes) of features
     crops: int = 0  # that the fit saw
     images: tuple = ()  # what the fit was given, by name
@@ -63,7 +65,8 @@ class Config:
         """The config in a model file, without options that this version does not have."""
         saved = saved | {"clusters": saved.get("clusters", saved.get("classes"))}  # its name in older files
         known = {field.name: saved[field.name] for field in fields(cls) if field.name in saved}
-        return cls(**known | dict(images=tuple(saved.get("images", ()))))
+        tuples = {name: tuple(saved.get(name, ())) for name in ("images", "bands")}
+        return cls(**known | tuples)
 
     def on_backbone(self, name: str, **known: Any) -> "Config":
         """The same for a backbone, with what suits it where nothing else was asked for, and what is known of it."""
@@ -80,6 +83,10 @@ class Config:
             raise ValueError(f"Got {self.clusters} clusters; 1 to {MAX_CLUSTERS} fit into 8 bits.")
         if self.views not in (*VIEWS, None):
             raise ValueError(f"Unknown views {self.views!r}; choose one of: {', '.join(VIEWS)}.")
+        if len(self.bands) not in (0, 1, 3) or not all(
+            isinstance(each, int) and each > 0 for each in self.bands
+        ):
+            raise ValueError(f"Got bands {self.bands}; give one or three numbers from 1, such as 4,3,2.")
         if self.evenness is not None and not 0 <= self.evenness <= 1:
             raise ValueError(f"Got evenness {self.evenness}; it lies between 0 and 1.")
         for name, least in LEAST.items():
@@ -174,7 +181,8 @@ def recluster_config(config: Config, settings: dict) -> Config:
 def source_names(sources: Any) -> tuple[str, ...]:
     """What a fit was given, for whoever looks for its images later; no absolute paths: they tell of a person's disk."""
     names = (str(sources),) if isinstance(sources, (str, os.PathLike)) else tuple(map(str, sources))
-    return () if len(names) > NOTED_SOURCES or any(map(os.path.isabs, names)) else names
+    stdin = "-" in names  # a list that is gone by then
+    return () if len(names) > NOTED_SOURCES or stdin or any(map(os.path.isabs, names)) else names
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
@@ -197,6 +205,8 @@ def parse_value(name: str, text: str) -> Any:
         return {"true": True, "false": False}[text]
     if kind in (str, str | None):
         return text
+    if kind is tuple:
+        return tuple(int(each) for each in text.split(","))
     if name.startswith("b_") and text == "data":
         return None
     return int(text) if kind in (int, int | None) else float(text)

@@ -3,6 +3,7 @@
 import logging
 import math
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -44,21 +45,23 @@ def _say_bands(count: int, kind: str, shown: int) -> None:
 
 def holds_data(samples: np.ndarray, no_data: float | None) -> np.ndarray | None:
     """Where samples (H, W, n) hold data, a bool for each; None if all do. Not so: NaN, infinity, the value no_data."""
-    checks = []
+    checks: list[Any] = []
     if samples.dtype.kind == "f":
         checks.append(np.isfinite(samples))
     if no_data is not None and math.isfinite(no_data):
         with np.errstate(over="ignore"):
             checks.append(samples != (samples.dtype.type(no_data) if checks else no_data))
-    data = np.logical_and.reduce(checks) if checks else None
-    return None if data is None or data.all() else data
+    if not checks:
+        return None
+    data: np.ndarray = np.logical_and.reduce(checks)
+    return None if np.all(data) else data
 
 
 def valid_pixels(data: np.ndarray | None) -> np.ndarray | None:
     """Which pixels (H, W) hold data: those with data in a band (as in GDAL); None if all do."""
     if data is None:
         return None
-    valid = data.any(2)
+    valid: np.ndarray = np.any(data, axis=2)
     return None if valid.all() else valid
 
 

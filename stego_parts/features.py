@@ -5,9 +5,9 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stego_parts.backbones import BACKBONES, NAMES
 from stego_parts.config import NOTICE, Config
-from stego_parts.images import read_image, square
+from stego_parts.images import Window, read_picture, square
 from stego_parts.running import (
     Progress,
     barrier,
@@ -92,15 +92,47 @@ def input_image(
     return image.resize((w, h), BILINEAR)
 
 
-def image_views(path: Any, views: str, patch: int) -> Tensor:
-    """What the backbone sees of an image, (1 or 5, 3, H, W)."""
-    image = read_image(path)
-    small = input_image(image, patch, name=path)
+class Views(NamedTuple):
+    """What the backbone sees of an image.
+
+    x: normalised, (1 or 5, 3, H, W); valid: which positions hold data, (1 or 5, h, w) bool; None: all do.
+    """
+
+    x: Tensor
+    valid: Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x.shape
+
+
+def image_views(path: Any, views: str, patch: int, bands: tuple[int, ...] = ()) -> Views:
+    """What the backbone sees of an image. ValueError for one without data, or smaller than a patch."""
+    picture = read_picture(path, bands=bands)
+    pictures = _cut_up(picture.image, views, patch, path)
+    x = torch.stack([to_tensor(each) for each in pictures])
+    if picture.valid is None:
+        return Views(x, None)
+    if not isinstance(path, Window) and not picture.valid.any():
+        raise ValueError(f"{path} holds no data: all of it is transparent or has the value of no data.")
+    shares = _cut_up(Image.fromarray(picture.valid.astype(np.uint8) * 255), views, patch, path)
+    return Views(x, torch.stack([_positions_with_data(each, patch) for each in shares]))
+
+
+def _cut_up(image: Image.Image, views: str, patch: int, name: Any) -> list[Image.Image]:
+    """The pictures that the backbone sees of one."""
+    small = input_image(image, patch, name=name)
     if views == "windows":
-        return to_tensor(small)[None]
+        return [small]
     side = CROP_SIDE // patch * patch
     crops = five_crops(image) if views == "five" else [image]
-    return torch.stack([to_tensor(square(crop, side)) for crop in crops])
+    return [square(crop, side) for crop in crops]
+
+
+def _positions_with_data(shares: Image.Image, patch: int) -> Tensor:
+    """Positions (h, w) bool that hold data in half of their pixels; shares: a grey picture, 255 where there is data."""
+    size = (shares.width // patch, shares.height // patch)
+    return torch.from_numpy(np.asarray(shares.resize(size, Image.Resampling.BOX)) >= 128)
 
 
 def five_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
@@ -187,7 +219,7 @@ class TokenCache:
         self, images: int, crops: int, positions: int, channels: int, *, path: Path | None = None
     ) -> None:
         rows = images * crops
-        size = rows * (4 + positions * 2) * channels + images  # bytes: of float32, of float16, one an image
+        size = rows * ((4 + positions * 2) * channels + 1)  # bytes: of float32, of float16, one of its state
         known = path is not None and path.exists() and path.stat().st_size == size
         # one without a name leaves nothing to clean up
         file = open(path, "r+b" if known else "w+b") if path else tempfile.TemporaryFile(prefix="stego-")
@@ -195,7 +227,7 @@ class TokenCache:
             self._reserve(file, size, path)
         means = np.memmap(file, np.float32, "r+", shape=(rows, channels))
         tokens = np.memmap(file, np.float16, "r+", offset=means.nbytes, shape=(rows, positions, channels))
-        state = np.memmap(file, np.uint8, "r+", offset=means.nbytes + tokens.nbytes, shape=(images,))
+        state = np.memmap(file, np.uint8, "r+", offset=means.nbytes + tokens.nbytes, shape=(images, crops))
         self.means = torch.from_numpy(means)
         self.tokens = torch.from_numpy(tokens)
         self.state = torch.from_numpy(state)
@@ -225,18 +257,31 @@ class TokenCache:
         """(n,) int64: the number of the image that each crop is of."""
         return self.rows // self.crops_each
 
-    def add(self, image: int, features: Tensor | None) -> None:
+    @property
+    def parts(self) -> Tensor:
+        """(n,) int64: which of its image's crops each is."""
+        return self.rows % self.crops_each
+
+    def add(self, image: int, features: Tensor | None, valid: Tensor | None = None) -> None:
         """Keep the features (crops, C, h, w) of an image, None if it is unreadable.
 
         All positions of each crop, or random ones where P is not h * w; which ones depends on the image's number alone.
-        Raises ValueError for features that float16 cannot hold.
+        valid: (crops, h, w) bool, positions that hold data; others come in place of those that do not, and a crop
+        without any is left out. Raises ValueError for features that float16 cannot hold.
         """
         if features is None:
             self.state[image] = UNREADABLE
             return
         tokens = features.flatten(2).transpose(1, 2)  # (crops, h * w, C)
+        means = tokens.mean(1)  # (crops, C)
+        state = torch.full((self.crops_each,), USED, dtype=torch.uint8)
+        if valid is not None:
+            weight = valid.flatten(1).to(tokens)[..., None]  # (crops, h * w, 1)
+            means = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+            state[~valid.flatten(1).any(1)] = UNREADABLE
+            tokens = _with_data(tokens, valid.flatten(1), seed=image)
         rows = slice(image * self.crops_each, (image + 1) * self.crops_each)
-        self.means[rows] = F.normalize(tokens.mean(1), dim=1).cpu()
+        self.means[rows] = F.normalize(means, dim=1).cpu()
         if tokens.shape[1] != self.tokens.shape[1]:
             tokens = self._some_positions(tokens, seed=image)
         half = tokens.half().cpu()  # (crops, P, C)
@@ -246,7 +291,7 @@ class TokenCache:
                 f"The backbone's features reach {float(tokens.abs().max()):.3g}; they are kept in float16, which holds "
                 "65504 at most: have the backbone return smaller values, such as features of unit length."
             )
-        self.state[image] = USED  # last: whoever goes on from here finds whole rows
+        self.state[image] = state  # last: whoever goes on from here finds whole rows
 
     def _some_positions(self, tokens: Tensor, *, seed: int) -> Tensor:
         """Tokens (crops, h * w, C) -> those at P random positions of each crop (crops, P, C), repeated if too few."""
@@ -259,8 +304,7 @@ class TokenCache:
 
     def finalize(self, device: Device = "cpu") -> None:
         """Nothing more comes: number the crops, and put them onto a device if they fit."""
-        used = (self.state == USED).nonzero()[:, :1]  # (images, 1)
-        self.rows = (used * self.crops_each + torch.arange(self.crops_each)).flatten()
+        self.rows = (self.state == USED).flatten().nonzero()[:, 0]
         if len(self.rows) < len(self.means):
             self.means = self.means[self.rows]
         self.device = torch.device(device)
@@ -275,6 +319,21 @@ class TokenCache:
         rows = (self.rows[crops, None] * positions + drawn).flatten()  # (B * count,)
         tokens = self.tokens.flatten(0, 1).index_select(0, to_device(rows, self.tokens.device))
         return to_device(tokens, self.device).unflatten(0, drawn.shape).float()
+
+
+def _with_data(tokens: Tensor, valid: Tensor, *, seed: int) -> Tensor:
+    """Tokens (crops, n, C) with random ones that hold data in place of those that do not; valid: (crops, n) bool.
+
+    A crop without any stays as it is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.arange(valid.shape[1]).repeat(len(valid), 1)  # (crops, n)
+    for crop, holds in enumerate(valid):
+        known = holds.nonzero()[:, 0]
+        if len(known):
+            drawn = torch.randint(len(known), (int((~holds).sum()),), generator=generator)
+            index[crop, ~holds] = known[drawn]
+    return tokens.gather(1, index.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 def encode(
@@ -293,7 +352,7 @@ def encode(
     """
     shape = _cache_shape(backbone, len(paths), config)
     cache = checkpoint.token_cache(shape) if checkpoint else TokenCache(*shape)
-    _encode_missing(cache, backbone, paths, config.views, torch.device(device), progress)
+    _encode_missing(cache, backbone, paths, config, torch.device(device), progress)
     barrier()
     cache.finalize(device)
     if not len(cache):
@@ -320,36 +379,53 @@ def _cache_shape(backbone: Any, images: int, config: Config) -> tuple[int, int, 
 
 
 def _encode_missing(
-    cache: TokenCache, backbone: Any, paths: Sequence, views: str, device: torch.device, progress: Progress
+    cache: TokenCache,
+    backbone: Any,
+    paths: Sequence,
+    config: Config,
+    device: torch.device,
+    progress: Progress,
 ) -> None:
     """Add this process's share of the images that the cache does not have yet."""
     numbers = range(rank(), len(paths), process_count())
-    missing = [i for i in numbers if cache.state[i] == TO_DO]
+    missing = [i for i in numbers if cache.state[i, 0] == TO_DO]
     done = len(numbers) - len(missing)
     if done:
         log.log(NOTICE, "Reusing the features of %d images.", done)
 
-    def read(i: int) -> tuple[int, Tensor | None]:
-        return i, or_skip(image_views, paths[i], views, backbone.patch)
+    cut = str(config.views)
+
+    def read(i: int) -> tuple[int, Views | None]:
+        return i, or_skip(image_views, paths[i], cut, backbone.patch, config.bands)
 
     gpu = device.type == "cuda"
     readers = min(os.cpu_count() or 1, READERS) if gpu else 1
     for batch in same_shape_batches(prefetch(read, missing, workers=readers), GPU_IMAGES if gpu else 1):
-        maps = _crop_features(backbone, [x for _, x in batch], views, device)
-        for (i, _), part in zip(batch, maps):
-            cache.add(i, part)
+        views = [each for _, each in batch]
+        maps = _crop_features(backbone, views, cut, device)
+        for (i, _), part, valid in zip(batch, maps, _crop_positions(views, cut)):
+            cache.add(i, part, valid)
         done += len(batch)
         progress("features", done, len(numbers))
 
 
 @torch.inference_mode()
 def _crop_features(
-    backbone: Any, images: list[Tensor | None], views: str, device: torch.device
+    backbone: Any, images: list[Views | None], views: str, device: torch.device
 ) -> Iterable[Tensor | None]:
     """Features (crops, C, h, w) of each image (1 or 5, 3, H, W); None of unreadable ones, which come by themselves."""
-    readable = [x for x in images if x is not None]
+    readable = [each.x for each in images if each is not None]
     if not readable:
-        return images
+        return [None] * len(images)
     seen = dense_features(backbone, torch.cat(readable), device)  # (B, C, h, w)
     parts = seen.split(len(readable[0]))
     return map(five_windows, parts) if views == "windows" else parts
+
+
+def _crop_positions(images: list[Views | None], views: str) -> Iterator[Tensor | None]:
+    """Which positions of its crops (crops, h, w) hold data, of each image; None: all do."""
+    for each in images:
+        valid = None if each is None else each.valid
+        if valid is not None and views == "windows":
+            valid = five_windows(valid[None])[:, 0]  # (1, 1, h, w) -> (5, h', w')
+        yield valid

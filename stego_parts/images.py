@@ -63,6 +63,21 @@ class Picture(NamedTuple):
     image: Image.Image
     valid: np.ndarray | None = None
 
+    def resized(self, image: Image.Image) -> "Picture":
+        """The same with its image in another size."""
+        return Picture(image, self.positions(image.height, image.width))
+
+    def positions(self, height: int, width: int) -> np.ndarray | None:
+        """Which cells of a grid (height, width) over the image hold data in half of their pixels; None: all do."""
+        if self.valid is None:
+            return None
+        shares = Image.fromarray(self.valid.astype(np.uint8) * 255)
+        return np.asarray(shares.resize((width, height), Image.Resampling.BOX)) >= 128
+
+    def masked(self, mask: np.ndarray) -> np.ndarray:
+        """A mask (H, W) uint8 of the image with IGNORE where there is no data."""
+        return mask if self.valid is None else np.where(self.valid, mask, np.uint8(IGNORE))
+
 
 _whole_image_lock = Lock()
 

@@ -16,6 +16,7 @@ from cli_parts import drawing, sheets
 from cli_parts.drawing import VIVID
 from cli_parts.sheets import HEATMAP_HEIGHT, best_regions, correspondence_sheet
 from stego import Stego
+from stego_parts.config import Config
 
 RED, BLUE, GREEN = (200, 30, 30), (30, 30, 200), (30, 200, 30)
 
@@ -97,7 +98,7 @@ def test_all_images_are_on_the_sheet_up_to_24(model, scenes, monkeypatch, count,
     seen = []
     monkeypatch.setattr(drawing, "contact_sheet", lambda pairs, clusters: seen.extend(pairs))
     monkeypatch.setattr(
-        type(model), "predict", lambda self, image, **options: np.zeros(image.size[::-1], np.uint8)
+        type(model), "predict", lambda self, seen, **options: np.zeros(seen.image.size[::-1], np.uint8)
     )
     monkeypatch.setattr(model, "record", replace(model.record, paths=[scenes / "scene00.png"] * count))
     sheets.fit_sheet([model])
@@ -138,10 +139,14 @@ def test_a_crop_of_the_record_is_the_part_of_the_image_it_says(tmp_path):
         Image.fromarray(quarters.repeat(40, 0).repeat(40, 1)).convert("RGB").save(tmp_path / f"{name}.png")
     of = torch.arange(2).repeat_interleave(5)  # (10,)
     neighbors = torch.tensor([[1, 5]] * 10)  # one of image 0, one of image 1
-    record = stego.FitRecord([tmp_path / "a.png", tmp_path / "b.png"], of, neighbors, [])
-    shown = [sheets._crop_picture(record, crop, "five").getpixel((3, 3))[0] for crop in (0, 1, 5, 8)]
+    record = stego.FitRecord(
+        [tmp_path / "a.png", tmp_path / "b.png"], of, torch.arange(10) % 5, neighbors, []
+    )
+    shown = [
+        sheets._crop_picture(record, crop, Config(views="five")).getpixel((3, 3))[0] for crop in (0, 1, 5, 8)
+    ]
     assert shown == [10, 30, 110, 170]
-    assert sheets._crop_picture(record, 7, "whole").getpixel((3, 3))[0] == 110
+    assert sheets._crop_picture(record, 7, Config(views="whole")).getpixel((3, 3))[0] == 110
     assert sheets.neighbor_line(record).startswith("Of a crop's 2 nearest neighbours, 1.0 are")
     mixed = replace(record, neighbors=torch.tensor([[1, 5]] * 5 + [[6, 7]] * 3 + [[1, 2]] * 2))
     assert sheets.neighbor_line(mixed).endswith("2 such: 20%, 50%, 30%.")

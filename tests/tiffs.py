@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 RAW, LZW, DEFLATE = 1, 5, 8  # compressions
-SHORT, LONG, ASCII = 3, 4, 2  # types of tags
+SHORT, LONG, ASCII, DOUBLE = 3, 4, 2, 12  # types of tags
 NO_DATA = 42113  # GDAL's tag
 
 
@@ -103,7 +103,7 @@ def directory(tags, order: str) -> bytes:
             count = len(data)
         else:
             count = len(content)
-            data = struct.pack(f"{order}{count}{'H' if kind == SHORT else 'I'}", *content)
+            data = struct.pack(f"{order}{count}{ {SHORT: 'H', LONG: 'I', DOUBLE: 'd'}[kind] }", *content)
         if len(data) > 4:
             place = struct.pack(f"{order}I", after + len(values))
             values += data + bytes(len(data) % 2)
