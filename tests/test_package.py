@@ -39,7 +39,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
         metadata = next(wheel.read(name).decode() for name in wheel.namelist() if name.endswith("METADATA"))
     packages = ("stego_parts", "cli_parts")
     parts = {f"{name}/{path.name}" for name in packages for path in (ROOT / name).glob("*.py")}
-    assert names == MODULES | parts | {"stego_parts/tiny.pt", "stego_parts/TINY.md"}
+    assert names == MODULES | parts | {
+        "stego_parts/tiny.pt",
+        "stego_parts/TINY.md",
+        "stego_parts/py.typed",
+        "cli_parts/py.typed",
+    }
     assert {"licenses/LICENSE", "entry_points.txt", "METADATA"} <= info
     run_time = {
         line.split()[1].split(">")[0]
