@@ -362,7 +362,7 @@ def show(
       stego show stego.pt --export model.onnx
     """
     alone = len(things) == 1 and not (sheet or at or export)
-    first = alone or bool(things) and Path(things[0]).suffix in MODEL_SUFFIXES
+    first = alone or (bool(things) and Path(things[0]).suffix in MODEL_SUFFIXES)
     model, images = model_and_rest(model, things, first=first)
     if export:
         if at or sheet or backbone or len(images) > 1:

@@ -316,7 +316,8 @@ def main() -> None:
     parser.add_argument("--memory", type=int, nargs=2, metavar=("H", "W"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
-        return memory_of_one_call(options.data, tuple(options.memory))
+        memory_of_one_call(options.data, tuple(options.memory))
+        return
 
     torch.set_num_threads(1)
     keep_memory()

@@ -115,8 +115,8 @@ def _fontconfig_match(text: str) -> tuple[str, int] | None:
     codes = " ".join(f"{ord(letter):x}" for letter in sorted(set(text)) if not letter.isspace())
     command = [program, "-f", "%{index} %{file}", f":charset={codes}"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=FC_MATCH_SECONDS).stdout
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=FC_MATCH_SECONDS)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
-    index, _, file = answer.partition(" ")
+    index, _, file = done.stdout.partition(" ")
     return (file, int(index)) if index.isdecimal() and file else None

@@ -237,7 +237,7 @@ def select_clusters(labels: Sequence[str], wanted: Iterable[str]) -> list[int]:
     if unknown:
         names = sorted({label for k, label in enumerate(labels) if label != str(k)})
         raise ValueError(
-            f"The model has no cluster {sorted(unknown)[0]!r}; it has the numbers 0 to {len(labels) - 1} and the "
+            f"The model has no cluster {min(unknown)!r}; it has the numbers 0 to {len(labels) - 1} and the "
             f"names {', '.join(names) or '(none yet)'}."
         )
     chosen = {label for k, label in enumerate(folded) if asked & {label, str(k)}}

@@ -153,7 +153,7 @@ def fit_config(preset: str | None = None, *, backbone: str | None = None, **sett
         raise ValueError(f"Unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}.")
     unknown = settings.keys() - {field.name for field in fields(Config)}
     if unknown:
-        raise ValueError(f"Unknown setting {sorted(unknown)[0]!r}; there are {', '.join(SETTINGS)}.")
+        raise ValueError(f"Unknown setting {min(unknown)!r}; there are {', '.join(SETTINGS)}.")
     given = {name: value for name, value in settings.items() if value is not None or name.startswith("b_")}
     config = Config(**PRESETS[preset] | given | {"preset": preset})
     return replace(config, backbone=backbone) if backbone else config

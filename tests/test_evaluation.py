@@ -199,14 +199,13 @@ def baseline_of(model, labelled, train, monkeypatch):
 
 
 def with_images(model, *names):
-    fitted = Stego(
+    return Stego(
         replace(model.config, images=names),
         model.head,
         model.centers,
         model.share,
         backbone_sha256=model.backbone.sha256,
     )
-    return fitted
 
 
 def test_baseline_of_train_images_without_labels(model, drawn, monkeypatch):

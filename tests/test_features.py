@@ -61,7 +61,7 @@ def test_encode_is_the_backbone_on_every_crop(scenes):
 
 def test_windows_are_parts_of_one_look_at_the_image(scenes):
     """Shorter side 320, half the height and half the width each; P random positions where a window has more."""
-    path = sorted(scenes.glob("*.png"))[0]
+    path = min(scenes.glob("*.png"))
     cache, image = encode(Mean(), [path], Config(views="windows")), Image.open(path).convert("RGB")
     whole = F.avg_pool2d(features.to_tensor(features.input_image(image, 8))[None], 8)
     h, w = whole.shape[2:]

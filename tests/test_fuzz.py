@@ -22,7 +22,7 @@ from stego import Stego
 from stego_parts.images import read_image
 from stego_parts.weights import read_checkpoint
 
-CASES = int(os.environ.get("STEGO_FUZZ", 2000))
+CASES = int(os.environ.get("STEGO_FUZZ", "2000"))
 SHARE = {"images": 0.55, "labels": 0.15, "models": 0.2, "commands": 0.1}
 FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow and scipy warn of odd files

@@ -33,7 +33,7 @@ INPUTS = {"dataset", "root", "images", "labels"}  # what a command works on has 
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
 def lines() -> list[str]:

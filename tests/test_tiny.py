@@ -13,7 +13,7 @@ from stego_parts.backbones import TINY_FILE, load_backbone
 from stego_parts.tiny import Tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import pretrain  # noqa: E402
+import pretrain
 
 
 @pytest.fixture(scope="module")
