@@ -87,7 +87,7 @@ def main(version: bool, verbose: bool) -> None:
 @option("--match", type=PATH, metavar="MODEL", help="Keep its numbers, names, colours.  [default: none]")
 @option("--from", "from_model", type=PATH, metavar="MODEL", help="Cluster it anew.  [default: none, train]")
 @option("--overwrite", is_flag=True, hidden=True, help="Replace a model whose clusters have names.")
-@option("--report", type=PATH, help="A folder for charts of the fit.  [default: none]")
+@option("--report", type=PATH, help="A folder for a page about the fit.  [default: none]")
 @option("--keep-features", is_flag=True, help=f"Keep the features in {FEATURES}/ for other fits.")
 @network_options
 @verbosity_options
@@ -328,7 +328,11 @@ def evaluate(
 @main.command(short_help="Say and show what is in a model, or what corresponds.")
 @click.argument("things", nargs=-1, metavar="[MODEL] [IMAGES]...")
 @model_or_first
-@option("--sheet", type=PATH, help="Picture of the regions that fit each cluster best.  [default: none]")
+@option(
+    "--sheet",
+    type=PATH,
+    help="Picture, or .html page, of the regions that fit each cluster best.  [default: none]",
+)
 @option("--at", multiple=True, metavar="X,Y", type=point, help="Show what corresponds with a point.")
 @option("-o", "--output", default="correspondences.png", type=PATH, help="With --at: the picture.")
 @option("--backbone", help="With --at and no model: whose features to show.  [default: auto]")
@@ -382,17 +386,23 @@ def show_model(
     progress: Progress, model: Path, images: tuple, sheet: Path | None, device: str, weights: Path | None
 ) -> None:
     """Say what is in a model, and write the sheet of its clusters."""
-    from cli_parts import outputs, sheets
+    from cli_parts import outputs, page, sheets
     from stego import Stego
     from stego_parts.files import find_images
     from stego_parts.images import write_image
 
     paths = [path for path, _ in find_images(images, exclude=made_in(model.parent))] if images else []
-    outputs.check_outputs([(sheet, outputs.PICTURE)], inputs=[*paths, model])
+    is_page = sheet is not None and sheet.suffix == page.SUFFIX
+    folders = [page.pictures_folder(sheet)] if sheet and is_page else []
+    suffixes = (*outputs.PICTURE, page.SUFFIX)
+    outputs.check_outputs([(sheet, suffixes)], inputs=[*paths, model], folders=folders)
     fitted = Stego.load(model, device=device, weights=weights)
     print_model(fitted, [*sheets.description(fitted), *sheets.cluster_lines(fitted)])
-    if sheet:
+    if sheet and is_page:
+        page.write_page(fitted, sheet, paths, progress=progress)
+    elif sheet:
         write_image(sheets.cluster_sheet(fitted, paths, progress=progress), sheet)
+    if sheet:
         progress.summary(f"{len(paths)} images", f"sheet {sheet}")
 
 

@@ -7,7 +7,7 @@ GB of features. predict: a mosaic of the images of so many megapixels, in parts 
 of megapixels with the CRF too. "anonymous" (RssAnon of /proc) is what the process has taken for itself and nobody can
 take back while it runs; "mapped" is libraries and those pages of the token cache, a file, that the system happens to
 keep and drops as soon as others need them. "per unit" is the time for an image or a megapixel, as a ratio to the
-first row of its kind. --figure draws the times beside the line of proportional cost.
+first row of its kind.
 """
 
 import os
@@ -19,12 +19,10 @@ import time
 from pathlib import Path
 
 import click
-import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from cli_parts.drawing import line_chart, stack
 from stego_parts.files import find_images
 from stego_parts.images import read_image
 
@@ -94,8 +92,7 @@ def predictions(paths, sizes, crf_of: float, folder: Path):
 @click.option("--megapixels", default="0.3,3,12,100")
 @click.option("--crf-of", default=12.0, help="Largest picture, in megapixels, on which the CRF is timed too.")
 @click.option("--steps", default=20)
-@click.option("--figure", type=click.Path(path_type=Path))
-def main(images, counts, megapixels, crf_of, steps, figure):
+def main(images, counts, megapixels, crf_of, steps):
     paths, rows = [path.resolve() for path, _ in find_images(images)], {}
     random.Random(0).shuffle(paths)
     print(f"{'command':13} {'size':>8} {'seconds':>8} {'per unit':>9} {'anonymous MB':>13} {'mapped MB':>10}")
@@ -110,14 +107,6 @@ def main(images, counts, megapixels, crf_of, steps, figure):
             print(
                 f"{kind:13} {size:8g} {seconds:8.1f} {unit:9.2f} {anonymous:13.0f} {mapped:10.0f}", flush=True
             )
-    if figure:
-        charts = []
-        for kind, row in rows.items():
-            sizes, seconds = np.array(row).T
-            curves = {"measured": (sizes, seconds), "proportional": (sizes, sizes * seconds[-1] / sizes[-1])}
-            unit = "images" if kind == "fit" else "megapixels"
-            charts.append(line_chart(curves, title=f"stego {kind}", x_label=unit, y_label="seconds"))
-        stack(charts, across=True).save(figure)
 
 
 if __name__ == "__main__":

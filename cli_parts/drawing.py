@@ -1,4 +1,4 @@
-"""Pictures for people: overlays, legends, sheets, charts, matrices."""
+"""Pictures for people: overlays, legends, sheets, matrices."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,6 @@ from stego_parts.images import IGNORE, mask_image
 GAP = 8  # pixels between pictures
 EM = 13  # pixels: height of the letters, if nothing else is said
 INK = (40, 40, 40)  # colour of letters
-FAINT = (225, 225, 225)  # of grid lines
 UNKNOWN = (200, 200, 200)  # of NaN in a matrix
 VIVID = ((255, 40, 40), (70, 110, 255), (40, 190, 40), (255, 170, 0), (230, 60, 230), (0, 190, 210))
 OPACITY = 0.55  # of segments over a picture
@@ -22,7 +21,6 @@ SHEET_CELL = (300, 220)  # pixels: what a picture on the contact sheet fits into
 SHEET_EM = 18  # pixels: height of the letters of its legend
 SHEET_COLUMNS = 3  # pairs of pictures side by side on it
 REGION_CELL = 120  # pixels: side of a region on the sheet of clusters
-CHART = (560, 400)  # pixels: size of a chart (width, height)
 CELL = 24  # pixels: side of a cell of a matrix
 
 Color = tuple[int, int, int]
@@ -293,59 +291,7 @@ def mark(image: Image.Image, x: float, y: float, color: Color) -> None:
         draw.ellipse([x - r, y - r, x + r, y + r], fill=fill)
 
 
-# ---- charts ----------------------------------------------------------------------------------------------------
-
-
-def line_chart(series: dict, *, title: str, x_label: str, y_label: str = "", y_range=None) -> Image.Image:
-    """Curves {name: (xs, ys)} with axes, ticks and a legend; y_range (low, high) fixes the vertical axis.
-
-    Values that are not finite are left out.
-    """
-    curves = {name: np.array([xs, ys], dtype=float).T for name, (xs, ys) in series.items()}  # (n, 2) each
-    curves = {name: points[np.isfinite(points).all(1)] for name, points in curves.items()}
-    every = np.concatenate([np.zeros((0, 2)), *curves.values()])
-    low, high = (every.min(0), every.max(0)) if len(every) else (np.zeros(2), np.ones(2))
-    if y_range:
-        low[1], high[1] = y_range
-    picture, place = _axes(low, np.where(high > low, high, low + 1), title, x_label, y_label)
-    colors = [VIVID[i % len(VIVID)] for i in range(len(curves))]
-    for points, color in zip(curves.values(), colors):
-        if len(points) > 1:
-            line = [tuple(point) for point in place(points)]
-            ImageDraw.Draw(picture).line(line, fill=color, width=2, joint="curve")
-    return stack([picture, framed(legend(zip(curves, colors), CHART[0] - 2 * GAP))], gap=0)
-
-
-def _axes(low: np.ndarray, high: np.ndarray, title: str, x_label: str, y_label: str):
-    """An empty chart from low to high (x, y), and a function from points (..., 2) to pixels in it (..., 2)."""
-    picture = Image.new("RGB", CHART, "white")
-    left, top, right, bottom = 4 * EM, 3 * EM, CHART[0] - 2 * EM, CHART[1] - 3 * EM
-
-    def place(points):
-        return np.array([left, bottom]) + (points - low) / (high - low) * [right - left, top - bottom]
-
-    draw, style = ImageDraw.Draw(picture), dict(fill=INK, font=font(EM))
-    draw.text((CHART[0] / 2, 6), title, anchor="ma", **style)
-    draw.text(((left + right) / 2, bottom + 1.4 * EM), x_label, anchor="ma", **style)
-    draw.text((left, top - 4), y_label, anchor="lb", **style)
-    for x in _ticks(low[0], high[0]):
-        at = place([x, low[1]])[0]
-        draw.line([(at, top), (at, bottom)], fill=FAINT)
-        draw.text((at, bottom + 4), f"{x:g}", anchor="ma", **style)
-    for y in _ticks(low[1], high[1]):
-        at = place([low[0], y])[1]
-        draw.line([(left, at), (right, at)], fill=FAINT)
-        draw.text((left - 6, at), f"{y:g}", anchor="rm", **style)
-    draw.rectangle((left, top, right, bottom), outline=INK)
-    return picture, place
-
-
-def _ticks(low: float, high: float, count: int = 5) -> np.ndarray:
-    """Round numbers (steps of 1, 2 or 5 times a power of ten) between low and high, about `count` of them."""
-    step = 10 ** np.floor(np.log10((high - low) / count))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= count)
-    ticks = np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step
-    return np.round(ticks, 12) + 0.0  # no -0
+# ---- matrices --------------------------------------------------------------------------------------------------
 
 
 def matrix_picture(

@@ -4,7 +4,7 @@ from logging import INFO
 from pathlib import Path
 from typing import Any
 
-from cli_parts import datasets, labels, outputs, sheets
+from cli_parts import datasets, labels, outputs, page, sheets
 from cli_parts.console import FEATURES, Progress, log, made_in, print_model
 from stego import Stego
 from stego_parts.checkpoint import end_fit, kept_features
@@ -138,8 +138,10 @@ def write_pictures(progress: Progress, models: dict, plan: FitPlan) -> None:
     write_image(sheets.fit_sheet(fitted, progress=progress), plan.sheet)
     written = f"{plan.written()}, picture {plan.sheet}"
     if plan.report:
-        sheets.write_report(fitted[0], plan.report)
-        written += f", report {plan.report}"
+        index = plan.report / "index.html"
+        images = page.spread(sheets.fit_images(fitted[0]), page.REGION_IMAGES)
+        page.write_page(fitted[0], index, images, progress=progress)
+        written += f", report {index}"
     if log.isEnabledFor(INFO):
         for model in fitted:
             print_model(model, sheets.cluster_lines(model))

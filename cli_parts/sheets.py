@@ -15,17 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from cli_parts import drawing
-from cli_parts.drawing import image_rows, line_chart, matrix_picture
+from cli_parts.drawing import image_rows, matrix_picture
 from cli_parts.evaluation import both_features, headline, masks_of, protocol_side
 from cli_parts.fonts import readable
 from cli_parts.labels import LabelledSet
-from stego import FitRecord, Stego, unit
+from stego import Stego, unit
 from stego_parts import images
-from stego_parts.checkpoint import training_warning
 from stego_parts.clusters import mirror_averaged, segment
-from stego_parts.config import RELEASED, SETTINGS, TERMS, Config
-from stego_parts.features import BILINEAR, Device, dense_features, five_boxes, input_image, to_tensor
-from stego_parts.files import write_bytes
+from stego_parts.config import RELEASED, SETTINGS
+from stego_parts.features import BILINEAR, Device, dense_features, input_image, to_tensor
 from stego_parts.running import Progress, no_progress, or_skip
 
 SHEET_IMAGES = 24  # images up to which the contact sheet shows all
@@ -35,8 +33,6 @@ REGIONS = 6  # of them for each cluster
 SHOWN = 4  # other images that a sheet of correspondences shows
 CANDIDATES = 300  # among how many it looks for them
 HEATMAP_HEIGHT = 200  # pixels: height of its pictures
-CROP_HEIGHT = 112  # pixels: height of the crops that show nearest neighbours
-CROPS = 6  # that are shown with their neighbours
 FEATURES = "backbone features"
 KNOWN = logging.DEBUG  # level at which images are skipped that the fit has named
 
@@ -80,7 +76,8 @@ def fit_sheet(models: Sequence[Stego], *, progress: Progress = no_progress) -> I
         return _comparison_sheet(models, paths, progress)
     if len(paths) > SHEET_IMAGES:
         paths = paths[:: len(paths) // SHEET_SAMPLE][:SHEET_SAMPLE]
-    return drawing.contact_sheet(segmented(model, paths, progress=progress), model)
+    pairs = [(image, mask) for _, image, mask in segmented(model, paths, progress=progress)]
+    return drawing.contact_sheet(pairs, model)
 
 
 def fit_images(model: Stego) -> list[Path]:
@@ -92,13 +89,16 @@ def fit_images(model: Stego) -> list[Path]:
 
 def segmented(
     model: Stego, paths: Sequence[Path], *, progress: Progress = no_progress
-) -> list[tuple[Image.Image, np.ndarray]]:
-    """(picture, mask (H, W) uint8) of images that a fit has seen, as small as its backbone saw them."""
+) -> list[tuple[Path, Image.Image, np.ndarray]]:
+    """(path, picture, mask (H, W) uint8) of images, as small as the backbone sees them.
+
+    The CRF works at the size of a picture on a sheet.
+    """
     size = math.prod(drawing.SHEET_CELL) / 1e6
-    pairs = []
-    for _, picture in _usable(partial(_small_picture, model), paths, "picture", progress, KNOWN):
-        pairs.append((picture.image, model.predict(picture, crf_size=size)))
-    return pairs
+    found = []
+    for path, picture in _usable(partial(_small_picture, model), paths, "picture", progress, KNOWN):
+        found.append((path, picture.image, model.predict(picture, crf_size=size)))
+    return found
 
 
 @torch.inference_mode()
@@ -236,72 +236,6 @@ def description(model: Stego) -> list[str]:
         f"training  {config.steps} steps, preset {config.preset}, seed {config.seed}",
         f"settings  {' '.join(values)}",
     ]
-
-
-def write_report(model: Stego, folder: Path | str) -> None:
-    """Write how the fit went into a folder, as pictures (Fig. 14, 15) and a few words.
-
-    loss.png and similarity.png over the steps; neighbors.png, some crops and their nearest neighbours; report.txt.
-    Raises ValueError for a model that was not fitted in this process: the record of a fit is not saved.
-    """
-    if not ((record := model.record) and record.history):
-        raise ValueError("This model has no history to report; a report is written right after fit.")
-    history, steps = record.history, [entry["step"] for entry in record.history]
-    means = {name: (steps, [entry[name] for entry in history]) for name in TERMS if name in history[-1]}
-    loss = {"loss": (steps, [entry["loss"] for entry in history])}
-    pictures = {
-        "loss": line_chart(loss, title="Loss", x_label="step"),
-        "similarity": line_chart(means, title="Mean similarity of codes", x_label="step"),
-        "neighbors": _neighbor_rows(record, model.config),
-    }
-    _write_pictures(pictures, folder)
-    text = "".join(f"{line}\n" for line in report_lines(model))
-    write_bytes(text.encode(), Path(folder) / "report.txt")
-
-
-def report_lines(model: Stego) -> list[str]:
-    """The report in sentences."""
-    record, last = model.record, model.record.history[-1]
-    similar = ", ".join(f"{name} {last[name]:.2f}" for name in TERMS if name in last)
-    return [
-        f"{len(record.images.unique())} images, {len(record.images)} crops, {last['step'] + 1} steps.",
-        f"Mean similarity of codes at the end: {similar}.",
-        neighbor_line(record),
-        f"The largest cluster covers {model.share.max():.0%}, the smallest {model.share.min():.1%}.",
-        training_warning(record.history) or "Training looks sound.",
-    ]
-
-
-def neighbor_line(record: FitRecord) -> str:
-    """How many of a crop's neighbours are of its own image, in words (App. A.12, Fig. 15)."""
-    own = (record.images[record.neighbors] == record.images[:, None]).sum(1)  # (n,)
-    count = record.neighbors.shape[1]
-    shares = (torch.bincount(own, minlength=count + 1) / len(own)).tolist()
-    return (
-        f"Of a crop's {count} nearest neighbours, {own.float().mean():.1f} are of its own image; crops with 0, 1, ... "
-        f"{count} such: {', '.join(f'{share:.0%}' for share in shares)}."
-    )
-
-
-def _neighbor_rows(record: FitRecord, config: Config) -> Image.Image:
-    """Some crops, evenly spread over all, each before its nearest neighbours."""
-    count, shown = len(record.images), []
-    for crop in range(0, count, max(count // CROPS, 1))[:CROPS]:
-        crops = (crop, *record.neighbors[crop].tolist())
-        try:
-            pictures = [_crop_picture(record, each, config) for each in crops]
-        except (ValueError, FileNotFoundError):
-            continue  # an image is gone since
-        shown.append((Path(record.paths[record.images[crop]]).name, pictures))
-    return image_rows(shown, headings=("a crop", "its nearest neighbours"))
-
-
-def _crop_picture(record: FitRecord, crop: int, config: Config) -> Image.Image:
-    """What a crop shows."""
-    picture = images.read_image(record.paths[record.images[crop]], bands=config.bands)
-    if config.views != "whole":
-        picture = picture.crop(five_boxes(*picture.size)[record.parts[crop]])
-    return _of_height(picture, CROP_HEIGHT)
 
 
 def _of_height(picture: Image.Image, height: int) -> Image.Image:

@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli_parts import drawing
 from cli_parts.drawing import (
     Clusters,
     contact_sheet,
     flow,
     image_rows,
-    line_chart,
     matrix_picture,
     overlay,
     region_sheet,
@@ -100,15 +98,7 @@ def test_matrix_has_its_shares_and_names():
     assert pixels.count([200, 200, 200]) > 800  # two unknown
 
 
-def test_line_chart_draws_what_is_finite():
-    nan = float("nan")
-    chart = line_chart({"a": ([0, 1, 2], [0, 1, nan]), "b": ([], [])}, title="t", x_label="x")
-    above = np.asarray(chart)[:360].reshape(-1, 3)
-    assert (above == drawing.VIVID[0]).all(1).sum() > 100 and not (above == drawing.VIVID[1]).all(1).any()
-
-
-def test_charts_of_nothing_and_of_many_clusters():
-    line_chart({}, title="t", x_label="x")
+def test_sheets_of_nothing():
     assert contact_sheet([], Clusters(distinct_colors(3), ["0", "1", "2"])).mode == "RGB"
     assert region_sheet([]).mode == "RGB"
 

@@ -5,18 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 import torch.nn.functional as F
 from conftest import GAP, LINE, ROW, TOP, run
-from networks import Mean
 from PIL import Image
 
-import stego
 from cli_parts import drawing, sheets
 from cli_parts.drawing import VIVID
 from cli_parts.sheets import HEATMAP_HEIGHT, best_regions, correspondence_sheet
-from stego import Stego
-from stego_parts.config import Config
 
 RED, BLUE, GREEN = (200, 30, 30), (30, 30, 200), (30, 200, 30)
 
@@ -114,39 +109,3 @@ def test_clusters_of_one_name_are_one_row_of_the_sheet(model, scenes, monkeypatc
     shares = [float(caption.split("\n")[1].rstrip("%")) for caption, _, _ in rows]
     assert sum(shares) == pytest.approx(100, abs=0.2)
     assert all(inside.any() for _, _, regions in rows for _, inside in regions)
-
-
-def test_report_draws_the_history(scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr(stego, "load_backbone", lambda *args, **options: Mean())
-    model = Stego.fit(scenes, clusters=2, steps=12)
-    sheets.write_report(model, tmp_path)
-    names = ["loss", "neighbors", "report", "similarity"]
-    assert sorted(path.stem for path in tmp_path.iterdir()) == names
-    assert (
-        "12 steps" in (words := (tmp_path / "report.txt").read_text())
-        and sheets.neighbor_line(model.record) in words
-    )
-    assert [entry["step"] for entry in model.record.history] == [0, 10, 11]
-    model.save(tmp_path / "m.pt")
-    with pytest.raises(ValueError, match="right after fit"):
-        sheets.write_report(Stego.load(tmp_path / "m.pt"), tmp_path)
-
-
-def test_a_crop_of_the_record_is_the_part_of_the_image_it_says(tmp_path):
-    """Two images in quarters of one colour each: crop 5 is the upper left quarter of the second image."""
-    for name, first in (("a", 10), ("b", 110)):
-        quarters = np.array([[first, first + 20], [first + 40, first + 60]], np.uint8)
-        Image.fromarray(quarters.repeat(40, 0).repeat(40, 1)).convert("RGB").save(tmp_path / f"{name}.png")
-    of = torch.arange(2).repeat_interleave(5)  # (10,)
-    neighbors = torch.tensor([[1, 5]] * 10)  # one of image 0, one of image 1
-    record = stego.FitRecord(
-        [tmp_path / "a.png", tmp_path / "b.png"], of, torch.arange(10) % 5, neighbors, []
-    )
-    shown = [
-        sheets._crop_picture(record, crop, Config(views="five")).getpixel((3, 3))[0] for crop in (0, 1, 5, 8)
-    ]
-    assert shown == [10, 30, 110, 170]
-    assert sheets._crop_picture(record, 7, Config(views="whole")).getpixel((3, 3))[0] == 110
-    assert sheets.neighbor_line(record).startswith("Of a crop's 2 nearest neighbours, 1.0 are")
-    mixed = replace(record, neighbors=torch.tensor([[1, 5]] * 5 + [[6, 7]] * 3 + [[1, 2]] * 2))
-    assert sheets.neighbor_line(mixed).endswith("2 such: 20%, 50%, 30%.")
