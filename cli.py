@@ -307,6 +307,7 @@ def evaluate(
       stego eval --images val/ --labels val_labels/ --names classes.txt -o scores/
     """
     from cli_parts import evaluation, labels, outputs
+    from cli_parts.scores import format_scores, write_json
     from cli_parts.sheets import write_figures
     from stego import Stego
 
@@ -315,9 +316,9 @@ def evaluate(
     outputs.check_outputs([], inputs=inputs, folders=[output])
     fitted = Stego.load(model, device=device, weights=weights)
     scores = evaluation.evaluate(fitted, labelled, train=train, crf=crf, progress=progress)
-    click.echo(evaluation.table(scores))
+    click.echo(format_scores(scores))
     if output:
-        evaluation.write_json(scores, output / "scores.json")
+        write_json(scores, output / "scores.json")
         write_figures(scores, fitted, labelled, output)
     progress.summary(f"{scores['images']} images", f"scores.json and figures in {output}" if output else "")
 

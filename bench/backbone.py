@@ -27,17 +27,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from pretrain import IMAGE_SIDE, find_images, learn_dictionary
 from pretrain import square as square_tensor
 
-from cli_parts.evaluation import (
-    PROBE_ROWS,
-    Probe,
-    class_maps,
-    class_shares,
-    confusion_matrix,
-    linear_probe,
-    match_clusters,
-    scores,
-)
+from cli_parts.evaluation import PROBE_ROWS, Probe, class_maps, class_shares, linear_probe
 from cli_parts.labels import SIDE, folder_pairs, read_pair
+from cli_parts.scores import confusion_matrix, match_clusters, measure
 from kmeans import CosineKMeans
 from stego_parts.backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone
 from stego_parts.clusters import unmirror
@@ -117,11 +109,11 @@ def percent(maps: Tensor, labels, classes: int, weight: Tensor, bias: Tensor | N
         found = class_maps({"maps": x[None].float()}, {("maps", "probe"): Probe(weight, bias)}, label.shape)
         mask = found["maps", "probe", False]
         confusion += confusion_matrix(label, mask, n_classes=classes, n_clusters=classes)
-    result = scores(confusion, match_clusters(confusion) if bias is None else np.arange(classes))
+    result = measure(confusion, match_clusters(confusion) if bias is None else np.arange(classes))
     return 100 * np.array([result["accuracy"], result["miou"]])
 
 
-def measure(network, folder: Path, seeds: int):
+def measure_both(network, folder: Path, seeds: int):
     """Linear probe and k-means, each (accuracy, mIoU) in percent, on one labelled set."""
     classes = len((folder / "classes.txt").read_text().split())
     maps, labels = features(network, folder, "train", mirror=False)
@@ -160,7 +152,7 @@ def print_quality(networks: dict, data: Path, sets, seeds: int):
     print("| backbone | " + " | ".join(columns) + " | mean mIoU linear, k-means |")
     print("|---" * (len(columns) + 2) + "|")
     for name, network in networks.items():
-        found = np.array([measure(network, data / folder, seeds) for folder in sets])  # (sets, 2, 2)
+        found = np.array([measure_both(network, data / folder, seeds) for folder in sets])  # (sets, 2, 2)
         cells = [f"{accuracy:.1f} / {miou:.1f}" for accuracy, miou in found.reshape(-1, 2)]
         print(
             f"| {name} | " + " | ".join(cells) + " | {:.1f}, {:.1f} |".format(*found[:, :, 1].mean(0)),

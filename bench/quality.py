@@ -24,8 +24,9 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from backbone import dictionary_backbone
 
-from cli_parts.evaluation import Probe, class_maps, confusion_matrix, match_clusters, scores
+from cli_parts.evaluation import Probe, class_maps
 from cli_parts.labels import folder_pairs, read_pair
+from cli_parts.scores import confusion_matrix, match_clusters, measure
 from stego import cluster_codes, nearest_neighbors, shifts_from_data, train_head, unit
 from stego_parts.backbones import load_backbone
 from stego_parts.clusters import pixels, unmirror
@@ -83,7 +84,7 @@ def score(method: Method, images, classes: int, crf: bool) -> tuple[float, float
         maps = class_maps({"codes": codes}, probes, label.shape, picture if crf else None)
         clusters = maps["codes", "cluster", crf]
         confusion += confusion_matrix(label, clusters, n_classes=classes, n_clusters=len(method.centers))
-    result = scores(confusion, match_clusters(confusion))
+    result = measure(confusion, match_clusters(confusion))
     return 100 * result["miou"], 100 * result["accuracy"]
 
 

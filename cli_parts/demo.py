@@ -13,6 +13,7 @@ from cli_parts import evaluation, sheets
 from cli_parts.drawing import with_legend
 from cli_parts.labels import folder_set
 from cli_parts.outputs import check_folder
+from cli_parts.scores import format_scores, headline, write_json
 from stego import Stego
 from stego_parts.files import write_bytes
 from stego_parts.images import mask_image, read_image, write_image
@@ -67,10 +68,10 @@ def run_demo(folder: Path, *, seed: int = 0, progress: Progress = no_progress) -
     count = len(SCENE_CLASSES)
     model = Stego.fit(paths, clusters=count, backbone="tiny", steps=STEPS, seed=seed, progress=progress)
     scores = evaluation.evaluate(model, val, train=train, seed=seed, progress=progress)
-    most = np.argmax(evaluation.headline(scores)["confusion"], 0)  # (K,) the class that most of a cluster is
+    most = np.argmax(headline(scores)["confusion"], 0)  # (K,) the class that most of a cluster is
     model.rename({k: SCENE_CLASSES[c] for k, c in enumerate(most)})
     model.save(folder / "stego.pt")
-    evaluation.write_json(scores, folder / "scores.json")
+    write_json(scores, folder / "scores.json")
     sheets.write_figures(scores, model, val, folder / "figures")
     write_image(sheets.fit_sheet([model], progress=progress), folder / "stego-fit.png")
     write_image(sheets.cluster_sheet(model, paths, progress=progress), folder / "clusters.png")
@@ -80,7 +81,7 @@ def run_demo(folder: Path, *, seed: int = 0, progress: Progress = no_progress) -
         write_image(mask_image(mask, model.colors), folder / "masks" / path.name)
         write_image(with_legend(image, mask, model), folder / "overlays" / f"{path.stem}.jpg")
         progress("predict", done, len(val.pairs))
-    return evaluation.table(scores)
+    return format_scores(scores)
 
 
 def draw_scene(seed: int, height: int = 240, width: int = 320) -> tuple[Image.Image, np.ndarray]:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from cli_parts import drawing
 from cli_parts.drawing import image_rows, matrix_picture
-from cli_parts.evaluation import both_features, headline, masks_of, protocol_side
+from cli_parts.evaluation import both_features, masks_of, protocol_side
 from cli_parts.fonts import readable
 from cli_parts.labels import LabelledSet
+from cli_parts.scores import headline
 from stego import Stego, unit
 from stego_parts import images
 from stego_parts.clusters import mirror_averaged, segment

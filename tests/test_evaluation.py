@@ -1,6 +1,5 @@
 """The evaluation against slow direct computations; its table, JSON and pictures say the same."""
 
-import itertools
 import json
 from dataclasses import replace
 
@@ -13,20 +12,13 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli_parts import evaluation
-from cli_parts.evaluation import (
-    class_shares,
-    confusion_matrix,
-    evaluate,
-    fit_probes,
-    linear_probe,
-    match_clusters,
-    scores,
-    table,
-)
+from cli_parts.evaluation import class_shares, evaluate, fit_probes, linear_probe
 from cli_parts.labels import image_set
+from cli_parts.scores import confusion_matrix, format_scores, headline, match_clusters, measure, write_json
 from cli_parts.sheets import write_figures
 from crf import dense_crf
-from stego import Stego, pixels
+from stego import Stego
+from stego_parts.clusters import pixels
 from stego_parts.features import dense_features, to_tensor
 from stego_parts.images import IGNORE
 
@@ -76,7 +68,7 @@ def test_every_figure_follows_from_the_confusion(report):
     assert len(report["results"]) == 8  # 2 features x 2 probes x CRF or not
     for result in report["results"]:
         confusion, assignment = np.array(result["confusion"]), np.array(result["assignment"])
-        again = scores(confusion, assignment)
+        again = measure(confusion, assignment)
         assert (result["accuracy"], result["miou"]) == (again["accuracy"], again["miou"])
         expected = match_clusters(confusion) if result["probe"] == "cluster" else np.arange(3)
         assert assignment.tolist() == expected.tolist()
@@ -85,8 +77,8 @@ def test_every_figure_follows_from_the_confusion(report):
 
 
 def test_table_json_and_console_agree(report, tmp_path):
-    evaluation.write_json(report, tmp_path / "scores.json")
-    read, text = json.loads((tmp_path / "scores.json").read_text()), table(report)
+    write_json(report, tmp_path / "scores.json")
+    read, text = json.loads((tmp_path / "scores.json").read_text()), format_scores(report)
     assert read["results"] == report["results"] and read["protocol"] in text
     best = result_of(read, "stego", "cluster", True)
     line = next(line for line in text.splitlines() if line.startswith("stego + CRF"))
@@ -95,7 +87,7 @@ def test_table_json_and_console_agree(report, tmp_path):
     assert line.split()[-4:] == [f"{100 * cell:.1f}" for cell in cells]
     for name, iou in zip(read["classes"], best["iou"]):
         assert f"{100 * iou:.1f}" in next(line for line in text.splitlines() if line.startswith(name))
-    assert evaluation.headline(report) == best
+    assert headline(report) == best
 
 
 def test_pictures(report, model, drawn, tmp_path):
@@ -104,7 +96,7 @@ def test_pictures(report, model, drawn, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["confusion.png", "strips.png"]
     strips = Image.open(tmp_path / "strips.png")
     assert strips.width >= 3 * 320 and strips.height >= 3 * 320
-    label = val.read(int(np.argmax(evaluation.headline(report)["image_accuracy"])))[1]
+    label = val.read(int(np.argmax(headline(report)["image_accuracy"])))[1]
     # the best image's label is the second in its row, below a heading and a caption
     column = np.asarray(strips)[:, 8 + 328 : 8 + 328 + 320].astype(int) @ (1, 256, 65536)  # a number a colour
     assert any(
@@ -252,7 +244,7 @@ def test_codes_with_features_beside_them(scenes, drawn, monkeypatch):
     probes = fit_probes(fitted, val, train=train)
     assert probes["stego", "linear"].weight.shape == (3, fitted.centers.shape[1])
     counts = evaluation.confusions(fitted, val, probes, crf=False)["stego", "linear", False].sum(0)
-    assert scores(counts, range(3))["accuracy"] > 0.6
+    assert measure(counts, range(3))["accuracy"] > 0.6
 
 
 def test_more_clusters_than_classes_are_scored_both_ways(model, drawn, caplog):
@@ -266,13 +258,13 @@ def test_more_clusters_than_classes_are_scored_both_ways(model, drawn, caplog):
         confusion, loose = np.array(result["confusion"]), result["many_to_one"]
         assert loose["accuracy"] == confusion.max(0).sum() / confusion.sum() > result["accuracy"]
         assert loose["assignment"] == confusion.argmax(0).tolist()
-        line = next(x for x in table(report).splitlines() if x.startswith(f"{name}, many-to-one"))
+        line = next(x for x in format_scores(report).splitlines() if x.startswith(f"{name}, many-to-one"))
         assert line.split()[-4:-2] == [f"{100 * loose[key]:.1f}" for key in ("accuracy", "miou")]
 
 
 def test_as_many_clusters_as_classes_have_no_second_score(report, caplog):
     assert all(result["many_to_one"] is None for result in report["results"])
-    assert "many-to-one" not in table(report) and "left over" not in report["protocol"]
+    assert "many-to-one" not in format_scores(report) and "left over" not in report["protocol"]
 
 
 def test_clusters_of_one_name_are_one(model, drawn, caplog):
@@ -358,89 +350,3 @@ def test_probes_of_one_seed_are_the_same(model, drawn):
     train.pairs = train.pairs[:1]
     first, second = (fit_probes(model, val, train=train, seed=3) for _ in range(2))
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(first.values(), second.values()))
-
-
-# ---- the command ------------------------------------------------------------------------------------------
-
-
-def count(labels, clusters, n, k):
-    return [
-        [sum(1 for a, b in zip(labels, clusters) if a == i and b == j) for j in range(k)] for i in range(n)
-    ]
-
-
-def best_hits(counts, n, k):
-    """The most pixels any one-to-one naming of clusters gets right, by trying all."""
-    names = list(range(n)) + [-1] * max(k - n, 0)
-    return max(
-        sum(counts[c][j] for j, c in enumerate(naming) if c >= 0)
-        for naming in itertools.permutations(names, k)
-    )
-
-
-def direct_scores(labels, clusters, assignment, n):
-    """Accuracy and mIoU by sets of pixels."""
-    pixels = [(a, assignment[b]) for a, b in zip(labels, clusters) if a != IGNORE]
-    ious = []
-    for c in range(n):
-        union = sum(1 for a, b in pixels if a == c or b == c)
-        if union:
-            ious.append(sum(1 for a, b in pixels if a == b == c) / union)
-    return sum(1 for a, b in pixels if a == b) / len(pixels), sum(ious) / len(ious)
-
-
-@pytest.mark.parametrize("n, k", [(3, 3), (4, 4), (3, 5), (5, 3), (1, 1), (1, 4), (4, 1)])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_against_direct_computation(n, k, seed):
-    rng = np.random.default_rng(seed)
-    labels, clusters = rng.integers(0, n, 60), rng.integers(0, k, 60)
-    labels[rng.random(60) < 0.2] = IGNORE
-    if n > 2:
-        labels[labels == 1] = 0  # a class that never occurs
-    counts = count(labels, clusters, n, k)
-    confusion = confusion_matrix(labels, clusters, n_classes=n, n_clusters=k)
-    assert confusion.tolist() == counts and confusion.dtype == np.int64
-    assignment = match_clusters(confusion)
-    used = assignment[assignment >= 0]
-    assert len(set(used)) == len(used) == min(n, k)
-    accuracy, miou = direct_scores(labels, clusters, assignment, n)
-    result = scores(confusion, assignment)
-    assert result["accuracy"] == accuracy == best_hits(counts, n, k) / confusion.sum()
-    assert result["miou"] == pytest.approx(miou, abs=1e-12)
-
-
-def test_clusters_without_a_class_are_errors():
-    confusion = np.array([[50, 0, 30], [0, 20, 0]])
-    assignment = match_clusters(confusion)
-    assert assignment.tolist() == [0, 1, -1]
-    assert scores(confusion, assignment)["accuracy"] == 0.7
-    assert scores(confusion, assignment)["iou"] == [50 / 80, 1.0]
-
-
-def test_clusters_may_share_a_class():
-    result = scores(np.array([[50, 0, 30], [0, 20, 10]]), [0, 1, 0])
-    assert result["accuracy"] == 100 / 110 and result["iou"] == [80 / 90, 20 / 30]
-
-
-def test_matching_is_over_the_set_and_not_greedy():
-    confusion = np.array([[10, 9], [9, 0]])  # greedy would take 10 + 0
-    assert match_clusters(confusion).tolist() == [1, 0]
-
-
-@pytest.mark.parametrize(
-    "labels, clusters, message",
-    [
-        ([0, 3], [0, 0], "label values 0..3"),
-        ([0, 1], [0, 7], "cluster values 0..7"),
-        ([0, -1], [0, 0], "-1"),
-        ([0, 1, 1], [0, 1], "one shape"),
-    ],
-)
-def test_values_out_of_range(labels, clusters, message):
-    with pytest.raises(ValueError, match=message):
-        confusion_matrix(labels, clusters, n_classes=2, n_clusters=2)
-
-
-def test_no_labelled_pixel():
-    confusion = confusion_matrix([IGNORE], [0], n_classes=2, n_clusters=2)
-    assert np.isnan(scores(confusion, match_clusters(confusion))["miou"])

@@ -193,14 +193,14 @@ def test_fit_finds_the_parts_of_drawn_scenes(model):
     """Three clusters line up with sky, land and what stands on it; chance is a third."""
     from conftest import draw_scene
 
-    from cli_parts.evaluation import confusion_matrix, match_clusters, scores
+    from cli_parts.scores import confusion_matrix, match_clusters, measure
 
     confusion = np.zeros((3, 3), np.int64)
     for seed in range(100, 108):
         image, labels = draw_scene(seed)
         mask = model.predict(image, crf=False, resolution=160)
         confusion += confusion_matrix(labels, mask, n_classes=3, n_clusters=3)
-    assert scores(confusion, match_clusters(confusion))["miou"] > 0.6
+    assert measure(confusion, match_clusters(confusion))["miou"] > 0.6
 
 
 def test_same_seed_same_model(scenes):
