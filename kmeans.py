@@ -15,6 +15,7 @@ CHUNK = 65_536  # rows compared with the centres at once: 7 MB of cosines for 27
 SEEDING_ROWS = 200  # rows per cluster that take part in the k-means++ seeding
 FORGET = 0.9  # weight of the past in the running sums: about the last ten batches set a centre
 STARVED = 0.02  # a centre with less than this share of a fair part (1 / K) is seeded anew
+AGREEING = 3  # starts of one inertia after which there is no other to expect
 REPAIR_EVERY = 10  # batches between two looks for starved centres
 
 
@@ -23,7 +24,8 @@ class CosineKMeans:
 
     Args:
         n_clusters: number of centres K, at least 1.
-        n_init: independent starts; the one of lowest inertia is kept.
+        n_init: independent starts, at most; the one of lowest inertia is kept.
+        agreement: no further start once the best three have one inertia, but for this share of it; 0: all starts.
         max_iter: mini-batches per start.
         batch_size: rows of one mini-batch.
         seed: same seed, same rows, same threads: same centres.
@@ -32,7 +34,14 @@ class CosineKMeans:
     """
 
     def __init__(
-        self, n_clusters: int, *, n_init: int = 3, max_iter: int = 100, batch_size: int = 8192, seed: int = 0
+        self,
+        n_clusters: int,
+        *,
+        n_init: int = 3,
+        max_iter: int = 100,
+        batch_size: int = 8192,
+        seed: int = 0,
+        agreement: float = 0.0,
     ) -> None:
         if n_clusters < 1:
             raise ValueError(f"n_clusters is {n_clusters}; k-means needs at least 1 cluster.")
@@ -41,6 +50,7 @@ class CosineKMeans:
         self.max_iter = max_iter
         self.batch_size = batch_size
         self.seed = seed
+        self.agreement = agreement
         self._generator = torch.Generator().manual_seed(seed)
         self.cluster_centers_: Any = None
         self.inertia_ = math.inf
@@ -55,20 +65,27 @@ class CosineKMeans:
         kept = x.norm(dim=1) > 0  # (N,)
         if not kept.all():
             x = x[kept]  # (N, d)
-        best_inertia = math.inf
         best_centers = None
+        inertias: list[float] = []
         for _ in range(self.n_init):
             self.cluster_centers_ = None
             self._batches = 0
             for i in range(self.max_iter):
                 self._step(self._draw(x, self.batch_size), last=i + 1 == self.max_iter)
             inertia = self._mean_distance(x)
-            if inertia < best_inertia:
-                best_inertia = inertia
+            if inertia < min(inertias, default=math.inf):
                 best_centers = self.cluster_centers_
-        self.inertia_ = best_inertia
+            inertias.append(inertia)
+            if self.agreement and self._agree(inertias):
+                break
+        self.inertia_ = min(inertias, default=math.inf)
         self.cluster_centers_ = best_centers
         return self
+
+    def _agree(self, inertias: list[float]) -> bool:
+        """Whether the best starts so far have found the same."""
+        lowest = sorted(inertias)[:AGREEING]
+        return len(lowest) == AGREEING and lowest[-1] <= (1 + self.agreement) * lowest[0]
 
     def partial_fit(self, x: Tensor) -> "CosineKMeans":
         """Move the centres by one mini-batch x (B, d); the first batch also seeds them, so it needs B >= K rows."""

@@ -32,11 +32,14 @@ log = logging.getLogger("stego")
 
 PROBE_IMAGES = 2000  # train images that the probes are fitted on, drawn at random from larger sets
 PROBE_ROWS = 400_000  # positions of them
-PROBE_RATE = 5e-3  # Adam, linear probe (App. A.11)
-PROBE_BATCH = 4096  # positions a step
-ROUND = 50  # steps after which the loss of a linear probe is looked at
-CONVERGED = 1e-3  # nats: a fall of the loss over a round below which it stands still
-PATIENCE, ROUNDS = 3, 200  # rounds without a fall that end the training; the greatest number of rounds
+PROBE_BLOCK = 16_384  # positions at once
+WHITENING_ROWS = 20_000  # positions that tell how features vary together
+WHITENING_FLOOR = 1e-4  # of the mean variance, added to that of each direction
+TINY = 1e-12  # of features that do not vary at all
+START_ROWS = 25_000  # positions on which the linear probe is fitted first
+ROUNDS = 100  # steps of L-BFGS, at most: on START_ROWS and on all
+CONVERGED = 1e-4  # nats: a fall of the loss in a step below which it stands still
+AGREEMENT = 0.005  # relative: k-means starts whose inertia differs by less have found the same
 SPARE_CLUSTERS = (
     "%d clusters for %d classes: those left over count as errors. Rows named many-to-one give each cluster to "
     "its majority class, by the labels: compare them with nothing published."
@@ -134,7 +137,7 @@ def fit_probes(
     probes = {(STEGO, CLUSTER): model.probe}
     rows, shares = probe_rows(model, train, seed=seed, progress=progress)
     progress("k-means", 0, 1)
-    kmeans = CosineKMeans(cluster_count(model), n_init=CLUSTER_STARTS, seed=seed)
+    kmeans = CosineKMeans(cluster_count(model), n_init=CLUSTER_STARTS, agreement=AGREEMENT, seed=seed)
     kmeans.fit(rows.float())
     progress("k-means", 1, 1)
     probes[BACKBONE, CLUSTER] = Probe(kmeans.cluster_centers_.to(model.device))
@@ -143,8 +146,8 @@ def fit_probes(
     if not train.classes:
         return probes
     if (STEGO, LINEAR) not in probes:
-        probes[STEGO, LINEAR] = _linear_on_device(model, _codes(model, rows), shares, seed, progress)
-    probes[BACKBONE, LINEAR] = _linear_on_device(model, rows, shares, seed, progress)
+        probes[STEGO, LINEAR] = _linear_on_device(model, _codes(model, rows), shares, progress)
+    probes[BACKBONE, LINEAR] = _linear_on_device(model, rows, shares, progress)
     return probes
 
 
@@ -156,48 +159,71 @@ def cluster_count(model: Stego) -> int:
 @torch.inference_mode()
 def _codes(model: Stego, rows: Tensor) -> Tensor:
     """What is clustered (N, D) of features (N, C), as `both_features` gives it."""
-    parts = [model.head.describe(part.float().to(model.device)).cpu() for part in rows.split(PROBE_BATCH)]
+    parts = [model.head.describe(part.float().to(model.device)).cpu() for part in rows.split(PROBE_BLOCK)]
     return torch.cat(parts)
 
 
-def _linear_on_device(model: Stego, rows: Tensor, shares: Tensor, seed: int, progress: Progress) -> Probe:
-    probe = linear_probe(rows, shares, seed=seed, progress=progress)
+def _linear_on_device(model: Stego, rows: Tensor, shares: Tensor, progress: Progress) -> Probe:
+    probe = linear_probe(rows, shares, progress=progress)
     assert probe.bias is not None
     return Probe(probe.weight.to(model.device), probe.bias.to(model.device))
 
 
-def linear_probe(rows: Tensor, shares: Tensor, *, seed: int = 0, progress: Progress = no_progress) -> Probe:
-    """Softmax regression from features (N, D) to shares of classes (N, n) by Adam, until the loss stands still.
+def linear_probe(rows: Tensor, shares: Tensor, *, progress: Progress = no_progress) -> Probe:
+    """Softmax regression from features (N, D) to shares of classes (N, n) by L-BFGS, until the loss stands still.
 
-    The cross entropy is that of the labelled pixels of each position. Features are standardised on the way,
-    which changes the path and not the goal. When it stands still: CONVERGED, PATIENCE, ROUNDS.
+    The cross entropy is that of the labelled pixels of each position. Features are whitened on the way, and the first
+    steps see a part of the positions, which changes the path and not the goal. When it stands still: CONVERGED, ROUNDS.
     """
-    rows, shares = rows[shares.sum(1) > 0], shares[shares.sum(1) > 0]
-    if not len(rows):
+    labelled = shares.sum(1) > 0
+    if not labelled.any():
         raise ValueError("Not one labelled pixel in the train images; the linear probe needs labels.")
-    mean, deviation = rows.float().mean(0), rows.float().std(0, correction=0) + 1e-6
-    layer = torch.nn.Linear(rows.shape[1], shares.shape[1]).to(rows.device)
-    torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=PROBE_RATE)
-    generator = torch.Generator().manual_seed(seed)
-    best, still = math.inf, 0
-    for done in range(ROUNDS):
-        progress("probe", done, ROUNDS)
-        total = 0.0
-        for part in torch.randint(len(rows), (ROUND, min(PROBE_BATCH, len(rows))), generator=generator):
-            logits = layer((rows[part].float() - mean) / deviation)
-            loss = -(shares[part] * logits.log_softmax(1)).sum(1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
-        loss = total / ROUND
-        best, still = (loss, 0) if loss < best - CONVERGED else (best, still + 1)
-        if still == PATIENCE:
-            break
-    progress("probe", ROUNDS, ROUNDS)
-    weight = layer.weight.detach() / deviation
-    return Probe(weight, layer.bias.detach() - weight @ mean)
+    rows = rows[labelled]
+    shares = shares[labelled]
+    mean, whitening = _whitening(rows[:: max(len(rows) // WHITENING_ROWS, 1)].float())
+    weight = torch.zeros(shares.shape[1], rows.shape[1])  # of whitened features
+    bias = torch.zeros(shares.shape[1])
+    every = max(len(rows) // START_ROWS, 1)
+    progress("probe", 0, 1)
+    for some in (slice(None, None, every), slice(None)):
+        optimizer = torch.optim.LBFGS(
+            [weight, bias], max_iter=ROUNDS, tolerance_change=CONVERGED, line_search_fn="strong_wolfe"
+        )
+        optimizer.step(partial(_set_gradients, weight, bias, rows[some], shares[some], mean, whitening))
+    progress("probe", 1, 1)
+    folded = weight @ whitening.T
+    return Probe(folded, bias - folded @ mean)
+
+
+def _whitening(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) of rows (N, D) and a matrix (D, D) after which they vary alike in all directions."""
+    mean = rows.mean(0)
+    centered = rows - mean
+    variance, directions = torch.linalg.eigh(centered.T @ centered / len(rows))
+    variance = variance.clamp(min=0)
+    floor = WHITENING_FLOOR * variance.mean() + TINY
+    return mean, directions / (variance + floor).sqrt()
+
+
+def _set_gradients(
+    weight: Tensor, bias: Tensor, rows: Tensor, shares: Tensor, mean: Tensor, whitening: Tensor
+) -> Tensor:
+    """The loss of a linear probe, weight (n, D) and bias (n,) of whitened features; leaves its gradients in both."""
+    folded = weight @ whitening.T  # (n, D), of features as they are
+    offset = bias - folded @ mean
+    loss = torch.zeros(())
+    of_folded = torch.zeros_like(folded)
+    of_offset = torch.zeros_like(offset)
+    for block, share in zip(rows.split(PROBE_BLOCK), shares.split(PROBE_BLOCK)):
+        x = block.float()
+        log_chance = (x @ folded.T + offset).log_softmax(1)  # (B, n)
+        loss -= (share * log_chance).sum()
+        residual = log_chance.exp() * share.sum(1, keepdim=True) - share  # (B, n)
+        of_folded += residual.T @ x
+        of_offset += residual.sum(0)
+    weight.grad = (of_folded - of_offset[:, None] * mean) @ whitening / len(rows)
+    bias.grad = of_offset / len(rows)
+    return loss / len(rows)
 
 
 # ---- the evaluation (Sec. 4) ------------------------------------------------------------------------------

@@ -161,6 +161,27 @@ def test_linear_probe_reaches_the_optimum():
     assert reached.item() < 1.01 * closure().item()
 
 
+def test_linear_probe_of_features_that_vary_together():
+    """Neighbouring channels say nearly the same, which leaves first-order steps on half the way."""
+    torch.manual_seed(0)
+    sources = torch.randn(4000, 6)
+    rows = (sources @ torch.randn(6, 40) + 0.05 * torch.randn(4000, 40)).half()
+    classes = (sources[:, :3] + 0.5 * torch.randn(4000, 3)).argmax(1)
+    probe = linear_probe(rows, F.one_hot(classes, 3).float())
+    reached = F.cross_entropy(rows.float() @ probe.weight.T + probe.bias, classes)
+    weight = torch.zeros(3, 6, requires_grad=True)  # on what the channels were made of
+    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(sources @ weight.T, classes)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert reached.item() < closure().item() + 1e-3
+
+
 def test_class_shares():
     label = np.array([[0, 0, 1, 1], [0, 2, 1, IGNORE], [2] * 4, [2] * 4], np.uint8)
     assert class_shares(label, 3, 2).tolist() == [[0.75, 0, 0.25], [0, 0.75, 0], [0, 0, 1], [0, 0, 1]]
