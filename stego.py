@@ -26,7 +26,7 @@ from stego_parts import clusters, running
 from stego_parts.backbones import CUSTOM, load_backbone
 from stego_parts.checkpoint import FitCheckpoint, Training, training_warning
 from stego_parts.config import RELEASED, Config, fit_config, recluster_config, source_names
-from stego_parts.features import RESOLUTION, TokenCache, dense_features, encode, input_image
+from stego_parts.features import RESOLUTION, TokenCache, dense_features, encode
 from stego_parts.files import Sources, find_images
 from stego_parts.images import Picture, distinct_colors, read_picture
 from stego_parts.models import check_backbone, check_model, damaged, read_model, write_model
@@ -475,10 +475,6 @@ class Stego:
         """A path, a PIL image or an array (H, W, 3) uint8 as the model sees it, in the bands that it was fitted on."""
         return read_picture(image, bands=self.config.bands)
 
-    def input_image(self, image: Any, *, resolution: int = RESOLUTION) -> Any:
-        """A PIL image as small as the backbone sees it: its shorter side `resolution` pixels."""
-        return input_image(image, self.backbone.patch, resolution=resolution)
-
     @torch.inference_mode()
     def predict(
         self,
@@ -523,8 +519,7 @@ class Stego:
         codes = self._image_codes(picture.image, **options)[0].float()  # (1, D, h, w)
         described = [(codes, self.probe.adapted(codes, picture))]
         shares = clusters.probabilities(picture.image, described, crf=crf, crf_size=crf_size)[0].cpu().numpy()
-        valid = picture.positions(*shares.shape[1:])
-        return shares if valid is None else shares * valid
+        return shares * picture.positions(*shares.shape[1:])
 
     def _image_codes(
         self,
@@ -537,9 +532,8 @@ class Stego:
     ) -> tuple[Tensor, int]:
         """Codes (1, D, h, w) of one picture of any size, and the side of its tiles, 0 if it was seen whole."""
         tile = self.config.tile if tile is None else tile
-        patch = self.backbone.patch
         codes, side = image_codes(
-            self.codes, image, tile, resolution=resolution, patch=patch, progress=progress
+            self.codes, image, tile, resolution=resolution, patch=self.backbone.patch, progress=progress
         )
         return smooth(codes) if smooth else codes, side
 

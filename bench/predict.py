@@ -21,7 +21,7 @@ from common import network_of, random_model, seconds
 
 import cli
 from cli_parts.outputs import Job, Writer
-from stego_parts.features import RESOLUTION, to_tensor
+from stego_parts.features import RESOLUTION, input_image, to_tensor
 from stego_parts.files import find_images
 from stego_parts.images import read_image
 
@@ -40,7 +40,7 @@ def main(images, backbone, limit, threads, rounds):
     paths = [path for path, _ in find_images([images])][:limit]
     inputs = []
     for path in paths:
-        x = to_tensor(model.input_image(read_image(path)))[None]
+        x = to_tensor(input_image(read_image(path), model.backbone.patch))[None]
         inputs.append(torch.cat([x, x.flip(-1)]))
     found = []
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stego import Stego
 from stego_parts.clusters import Probe, mirror_averaged
-from stego_parts.features import MEAN, RESOLUTION, STD
+from stego_parts.features import MEAN, RESOLUTION, STD, input_image
 from stego_parts.files import replacing
 from stego_parts.images import read_image
 from stego_parts.running import Progress, no_progress
@@ -52,7 +52,7 @@ def write_onnx(
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ValueError(f'ONNX needs {" and ".join(missing)}; get it with `pip install "stego[onnx]"`.')
     picture = Image.new("RGB", (RESOLUTION, RESOLUTION)) if image is None else read_image(image)
-    width, height = model.input_image(picture).size
+    width, height = input_image(picture, model.backbone.patch).size
     progress("export", 0, 1)
     scores = Scores(model).eval()
     x = torch.zeros(1, 3, height, width, device=model.device)

@@ -54,7 +54,7 @@ def _usable(
 def _small_picture(model: Stego, path: Path) -> images.Picture:
     """An image, as small as the backbone sees it."""
     picture = model.read(path)
-    return picture.resized(model.input_image(picture.image))
+    return picture.resized(input_image(picture.image, model.backbone.patch))
 
 
 def _write_pictures(pictures: dict[str, Image.Image], folder: Path | str) -> None:
@@ -173,9 +173,7 @@ def _regions(model: Stego, small: images.Picture) -> dict[int, tuple[float, Imag
     cosines = probe.dot_products(codes)[0]  # (K, h, w)
     mask = small.masked(segment(picture, [(codes, probe)], crf=False)[0])  # (H, W)
     won = cosines.clamp(min=0) * (cosines == cosines.amax(0))
-    valid = small.positions(*won.shape[1:])
-    if valid is not None:
-        won = won * torch.from_numpy(valid).to(won.device)
+    won = won * torch.from_numpy(small.positions(*won.shape[1:])).to(won.device)
     merged = torch.from_numpy(model.merged).to(won.device, torch.int64)
     won = torch.zeros_like(won).index_add_(0, merged, won)
     side = max(round(min(won.shape[1:]) * REGION), 1)

@@ -82,10 +82,9 @@ class Probe(NamedTuple):
 
         picture: the image, if some of it may hold no data, which then says nothing.
         """
-        valid = picture.positions(*codes.shape[2:]) if picture else None
-        rows = codes.flatten(2)  # (1, D, h * w)
-        if valid is not None and valid.any():
-            codes = rows[..., torch.from_numpy(valid.ravel()).to(rows.device)][..., None]  # (1, D, n, 1)
+        if picture is not None and picture.valid is not None:
+            valid = torch.from_numpy(picture.positions(*codes.shape[2:])).to(codes.device)  # (h, w)
+            codes = codes[..., valid][..., None] if valid.any() else codes  # (1, D, n, 1)
         centers = adapted_centers(codes, self.weight, self.adaptation)
         return self._replace(weight=centers, adaptation=0.0)
 

@@ -65,12 +65,12 @@ class Picture(NamedTuple):
 
     def resized(self, image: Image.Image) -> "Picture":
         """The same with its image in another size."""
-        return Picture(image, self.positions(image.height, image.width))
+        return Picture(image, None if self.valid is None else self.positions(image.height, image.width))
 
-    def positions(self, height: int, width: int) -> np.ndarray | None:
-        """Which cells of a grid (height, width) over the image hold data in half of their pixels; None: all do."""
+    def positions(self, height: int, width: int) -> np.ndarray:
+        """Which cells of a grid over the image hold data in half of their pixels: (height, width) bool."""
         if self.valid is None:
-            return None
+            return np.ones((height, width), bool)
         shares = Image.fromarray(self.valid.astype(np.uint8) * 255)
         return np.asarray(shares.resize((width, height), Image.Resampling.BOX)) >= 128
 

@@ -3,7 +3,10 @@
 import io
 import os
 import struct
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 from PIL import Image
 from tiffs import DEFLATE, tiff_of
 
-from stego_parts import depth
+from stego_parts import depth, images
 from stego_parts.images import distinct_colors, mask_image, read_image, to_lab, write_image
 
 RAMP = np.linspace(0, 255, 16 * 12).reshape(12, 16)
@@ -213,6 +216,33 @@ def test_own_colours_are_kept():
     colours = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
     rgb = np.asarray(mask_image(np.array([[0, 1]], np.uint8), colours).convert("RGB"))
     assert rgb.tolist() == [[[1, 2, 3], [4, 5, 6]]]
+
+
+def test_readers_of_one_mosaic_decode_it_once(tmp_path, monkeypatch):
+    """Sixteen threads that ask for windows of it at the same time, and for those of another one after that."""
+    for name in ("a", "b"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
+            tmp_path / f"{name}.png"
+        )
+    decoded = []
+    together = threading.Barrier(16)
+    read = images.read_picture
+
+    def counted(source, **options):
+        decoded.append(source)
+        time.sleep(0.05)  # so that others come in between
+        return read(source, **options)
+
+    def window(i, name):
+        together.wait()
+        return np.asarray(read(images.Window(tmp_path / f"{name}.png", (4 * i, 0, 4 * i + 4, 64))).image)
+
+    monkeypatch.setattr(images, "read_picture", counted)
+    for name in ("a", "b"):
+        with ThreadPoolExecutor(16) as pool:
+            parts = list(pool.map(window, range(16), name * 16))
+        assert np.array_equal(np.concatenate(parts, 1), np.asarray(Image.open(tmp_path / f"{name}.png")))
+    assert decoded == [tmp_path / "a.png", tmp_path / "b.png"]
 
 
 def test_unknown_format(tmp_path):
