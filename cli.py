@@ -179,10 +179,8 @@ def predict(
     Examples:
       stego predict img.jpg -o mask.png
       stego predict folder/ "more/*.png" -o out/ --overlay
-      stego predict img.jpg -o road.png --only road,3 --resolution 480
       stego predict mosaic.tif -o mask.tif --tile 1000
       stego predict folder/ -o coco.json --format coco --min-area 50
-      stego predict folder/ -o shares.csv --format csv --limit 9
       stego predict @list.txt --dry-run
       stego predict frames/ -o out/ --format overlay --smooth
       stego predict img.jpg -o dog.png --format cutout --only dog
@@ -194,12 +192,11 @@ def predict(
     formats = outputs.check_formats(kind, images, output, **options)
     del options["overlay"]
     only = options.pop("only")
-    min_area = options.pop("min_area")
     skip_existing = options.pop("skip_existing")
     jobs, document = outputs.plan_outputs(images, output, formats, model, limit, made_in(model.parent))
     fitted = Stego.load(model, device=device, weights=weights)
     keep = fitted.select(only) if only else None
-    writer = outputs.Writer(fitted, kind, keep, min_area, options)
+    writer = outputs.Writer(fitted, kind, keep, options.pop("min_area"), options)
     todo = [job for job in jobs if not (skip_existing and writer.is_done(job))]
     skipped = f", {len(jobs) - len(todo)} skipped" if skip_existing else ""
     if dry_run:
@@ -209,9 +206,8 @@ def predict(
         return
     done = segment_all(progress, writer, todo, document)
     piped = str(output) == outputs.PIPE
-    place = "stdout" if piped else document or output
-    what = " and ".join(FORMATS[each].plural for each in formats)
-    progress.summary(f"{done} of {len(todo)} images{skipped}", f"{what} in {place}", err=piped)
+    what = f"{' and '.join(FORMATS[each].plural for each in formats)} in {'stdout' if piped else document or output}"
+    progress.summary(f"{done} of {len(todo)} images{skipped}", what, err=piped)
     sys.exit(0 if done == len(todo) else 1)
 
 

@@ -12,7 +12,7 @@ matter of minutes: the backbone is frozen and nothing is augmented, so every cro
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kmeans import CosineKMeans
 from stego_parts import clusters, running
 from stego_parts.backbones import CUSTOM, load_backbone
-from stego_parts.checkpoint import FitCheckpoint, Training, training_warning
+from stego_parts.checkpoint import FitCheckpoint, FitRecord, Training, training_warning
 from stego_parts.config import RELEASED, Config, fit_config, recluster_config, source_names
 from stego_parts.features import RESOLUTION, TokenCache, dense_features, encode
 from stego_parts.files import Sources, find_images
@@ -299,21 +299,6 @@ def sample_codes(describe: Describe, cache: TokenCache, count: int) -> Tensor:
 
 
 # ---- the model -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class FitRecord:
-    """What a fit leaves for a report, in its own process: it is not saved.
-
-    paths: of all images; images, parts (n,): the image of each crop, and which of its crops it is; neighbors
-    (n, <= 7): its nearest neighbours; history: see `train_head`.
-    """
-
-    paths: list
-    images: Tensor
-    parts: Tensor
-    neighbors: Tensor
-    history: list[dict]
 
 
 class Stego:

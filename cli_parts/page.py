@@ -9,8 +9,8 @@ from PIL import Image
 
 from cli_parts.drawing import VIVID, overlay, region_picture
 from cli_parts.sheets import best_regions, cluster_shares, description, hex_color, segmented
-from stego import FitRecord, Stego
-from stego_parts.checkpoint import training_warning
+from stego import Stego
+from stego_parts.checkpoint import FitRecord, training_warning
 from stego_parts.config import TERMS
 from stego_parts.files import write_bytes
 from stego_parts.images import IGNORE, write_image

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,21 @@ def features_key(paths: Sequence, backbone_sha256: str, config: Config) -> dict:
     known = backbone_sha256 or os.urandom(16).hex()  # a callable may have changed since
     key = dict(version=6, images=images, backbone=known, stride=config.stride)
     return key | dict(views=config.views, cache_size=config.cache_size, tile=config.tile, bands=config.bands)
+
+
+@dataclass
+class FitRecord:
+    """What a fit leaves for a report, in its own process: it is not saved.
+
+    paths: of all images; images, parts (n,): the image of each crop, and which of its crops it is; neighbors
+    (n, <= 7): its nearest neighbours; history: see `train_head`.
+    """
+
+    paths: list
+    images: Tensor
+    parts: Tensor
+    neighbors: Tensor
+    history: list[dict]
 
 
 class Training:

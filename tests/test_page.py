@@ -13,6 +13,7 @@ from PIL import Image
 import stego
 from cli_parts import page
 from stego import Stego
+from stego_parts.checkpoint import FitRecord
 
 VOID = {"meta", "img", "input", "br"}
 HOSTILE = '<script>alert("x")</script> & Straße'
@@ -111,7 +112,7 @@ def test_images_are_evenly_spread():
 
 
 def test_neighbours_in_words(tmp_path):
-    record = stego.FitRecord(
+    record = FitRecord(
         [tmp_path / "a.png", tmp_path / "b.png"],
         torch.arange(2).repeat_interleave(5),
         torch.arange(5).repeat(2),
