@@ -1,10 +1,15 @@
 """The command line: parses, calls the library, prints. What all commands share is in cli_parts/console.py."""
 
 import os
+import signal
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+if Path(sys.argv[0]).stem in ("stego", "cli"):  # as a program, not imported by one
+    # Ctrl-C while modules load ends it in silence, not with a traceback; `Commands.invoke` sets Python's handler again
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import click
 

@@ -8,6 +8,7 @@ imported inside the commands, so that --help and --version answer at once.
 import ctypes
 import functools
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -91,6 +92,8 @@ class Commands(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         progress = context.obj = Progress()
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return super().invoke(context)
         except KeyboardInterrupt:

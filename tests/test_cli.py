@@ -1,5 +1,7 @@
 """What all commands have in common: help, one sentence for every error, what goes to stdout, how much is said."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 from conftest import FAST, run
 from PIL import Image
 
+import cli
 from stego import Stego
 
 pytestmark = pytest.mark.usefixtures("short_sheet")
@@ -26,13 +29,20 @@ def test_help_loads_no_torch():
     assert "stego, version" in result.stdout and "Examples:" in result.stdout
 
 
-def test_what_the_command_line_knows_is_the_librarys():
-    import cli
-    from cli_parts import outputs
-    from stego_parts import config
-
-    assert cli.NOTICE == config.NOTICE
-    assert cli.WRITTEN.keys() == outputs.SUFFIXES.keys()
+def test_an_interruption_while_modules_load_is_no_traceback(tmp_path):
+    """A click that is interrupted while it is imported, once by the program and once by a module that imports it."""
+    (tmp_path / "click.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    )
+    tool = Path(cli.__file__)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(tool.parent)])}
+    run_tool = [sys.executable, str(tool), "--help"]
+    program = subprocess.run(run_tool, capture_output=True, text=True, timeout=60, env=environment)
+    assert program.returncode == -signal.SIGINT and program.stderr == ""
+    module = [sys.executable, "-c", "import cli"]
+    assert (
+        "KeyboardInterrupt" in subprocess.run(module, capture_output=True, text=True, env=environment).stderr
+    )
 
 
 # ---- nothing stale -------------------------------------------------------------------------------------------
