@@ -142,7 +142,9 @@ def test_a_full_disk_leaves_the_old_outputs_alone(model, tmp_path, monkeypatch, 
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir()}
     fill_up(monkeypatch, after)
     result = CliRunner().invoke(main, ["predict", "scene.png", "-o", "mask.png", *FAST])
-    assert result.exit_code == 1 and "no space left" in result.output and "Traceback" not in result.output
+    assert result.exit_code == 1 and "no space left on device" in result.output
+    for word in ("Traceback", "Errno", ".part"):
+        assert word not in result.output
     with pytest.raises(OSError):
         model.save("stego.pt")
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir()} == before
@@ -180,19 +182,6 @@ def fill_up(monkeypatch, after: int):
 
     for place in ("builtins.open", "io.open"):  # Pillow's, and pathlib's
         monkeypatch.setattr(place, limited(open))
-
-
-def test_a_model_from_a_stranger(tmp_path, monkeypatch):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "touched"),)
-
-    monkeypatch.chdir(tmp_path)
-    SCENE.save("scene.png")
-    torch.save({"format": "stego", "version": 1, "config": Evil()}, "stego.pt")
-    result = CliRunner().invoke(main, ["predict", "scene.png"])
-    assert result.exit_code == 2 and "damaged stego model" in result.output
-    assert not (tmp_path / "touched").exists()
 
 
 FORGED = {

@@ -82,16 +82,14 @@ def resnet_file(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(
-    "height, width, stride, dilated", [(224, 224, 32, ()), (96, 160, 16, (4,)), (96, 160, 8, (3, 4))]
-)
+@pytest.mark.parametrize("stride, dilated", [(16, (4,)), (8, (3, 4))])
 @torch.inference_mode()
-def test_resnet(resnet_file, height, width, stride, dilated):
+def test_dilated_layers_are_those_of_a_plain_resnet(resnet_file, stride, dilated):
     torch.manual_seed(0)
-    x = torch.randn(1, 3, height, width)
+    x = torch.randn(1, 3, 96, 160)
     got = load_backbone("dino_resnet50", weights=resnet_file, stride=stride)(x)
     want = plain_resnet(x, torch.load(resnet_file), dilated)
-    assert got.shape == (1, 2048, height // stride, width // stride) and 0.1 < want.mean() < 1
+    assert got.shape == (1, 2048, 96 // stride, 160 // stride) and 0.1 < want.mean() < 1
     torch.testing.assert_close(got, want, **CLOSE)
 
 
