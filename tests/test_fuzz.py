@@ -119,6 +119,7 @@ def test_models(model, tmp_path, capsys):
         for key, value in state["head"].items()
     }  # small: most mutations hit what matters
     state["centers"] = state["centers"][:, :9].clone()
+    state["config"]["code_size"] = 9
     for legacy in (False, True):
         torch.save(state, tmp_path / f"{legacy}.pt", _use_new_zipfile_serialization=not legacy)
     seeds = [(tmp_path / f"{legacy}.pt").read_bytes() for legacy in (False, True)]
