@@ -6,12 +6,20 @@ from typing import Any
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from stego_parts.files import DESCRIPTION
 from stego_parts.images import IGNORE, TIFF
 from stego_parts.tiff import NO_DATA, read_tags
 
-DOUBLE, SHORT, ASCII = 12, 3, 2  # types of TIFF tags
-PIXEL_SCALE, TRANSFORMATION, GEO_KEYS, DESCRIPTION = 33550, 34264, 34735, 270  # TIFF tags
-MODEL_TYPE, LINEAR_UNIT, PROJECTED, METRE = 1024, 3076, 1, 9001  # of GEO_KEYS: two keys, a value of each
+DOUBLE = 12  # types of TIFF tags
+SHORT = 3
+ASCII = 2
+PIXEL_SCALE = 33550  # TIFF tags
+TRANSFORMATION = 34264
+GEO_KEYS = 34735
+MODEL_TYPE = 1024  # two of GEO_KEYS, and a value of each
+PROJECTED = 1
+LINEAR_UNIT = 3076
+METRE = 9001
 GEO_TAGS = dict.fromkeys((PIXEL_SCALE, 33922, TRANSFORMATION, 34736), DOUBLE)  # GeoTIFF 1.1
 GEO_TAGS |= {GEO_KEYS: SHORT, 34737: ASCII, 42112: ASCII, NO_DATA: ASCII}  # the last two are GDAL's
 
@@ -34,7 +42,8 @@ def pixel_area(tags: dict) -> float | None:
     keys = {key: value for key, place, _, value in zip(*[entries] * 4) if place == 0}
     if keys.get(MODEL_TYPE) != PROJECTED or keys.get(LINEAR_UNIT, METRE) != METRE:
         return None
-    scale, matrix = np.ravel(tags.get(PIXEL_SCALE, ())), np.ravel(tags.get(TRANSFORMATION, ()))
+    scale = np.ravel(tags.get(PIXEL_SCALE, ()))
+    matrix = np.ravel(tags.get(TRANSFORMATION, ()))
     area = 0.0
     if len(scale) >= 2:
         area = abs(float(scale[0] * scale[1]))

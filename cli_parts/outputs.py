@@ -14,7 +14,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ from stego_parts.files import (
     write_bytes,
 )
 from stego_parts.models import read_model
-from stego_parts.running import no_progress, prefetch
+from stego_parts.running import Progress, no_progress, prefetch
 from stego_parts.weights import fingerprint
 
 READ_AHEAD = 3  # images decoded before the one that is segmented
@@ -51,8 +51,20 @@ NAME_BYTES = 255  # of a file's name, at most, on nearly every file system
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
-def check_formats(kind, sources, output, *, overlay, only, min_area, skip_existing, smooth, crf, **_):
-    """The formats, a list, that options of predict ask for; ValueError for what does not go together."""
+def check_formats(
+    kind: str,
+    sources: tuple[str, ...],
+    output: Path | str,
+    *,
+    overlay: bool,
+    only: list[str],
+    min_area: int,
+    skip_existing: bool,
+    smooth: bool,
+    crf: bool,
+    **_: Any,
+) -> list[str]:
+    """The formats that options of predict ask for; ValueError for what does not go together."""
     two = overlay and kind != "overlay"
     piped = str(output) == PIPE
     form = FORMATS[kind]
@@ -77,7 +89,12 @@ def check_formats(kind, sources, output, *, overlay, only, min_area, skip_existi
     return [kind, "overlay"] if two else [kind]
 
 
-def check_outputs(files, *, inputs=(), folders=()):
+def check_outputs(
+    files: Iterable[tuple[Path | None, tuple[str, ...]]],
+    *,
+    inputs: Iterable[Path | str] = (),
+    folders: Iterable[Path | None] = (),
+) -> None:
     """ValueError for an output that cannot be written, or that would replace an input or another output.
 
     files: (path, suffixes) pairs, no suffixes for a model, which may have any but an image's. A path of None,
@@ -103,15 +120,15 @@ def check_outputs(files, *, inputs=(), folders=()):
         if not suffixes and path.suffix.lower() in IMAGE_SUFFIXES:
             raise ValueError(f"The model {path} has the name of an image; choose one like stego.pt.")
         written.add(path.resolve())
-    folders = {folder for folder in folders if folder}
-    for folder in folders:
+    wanted = {folder for folder in folders if folder}
+    for folder in wanted:
         if any(path.parent == folder.resolve() for path in read):
             raise ValueError(f"The folder {folder} has inputs in it; choose another for outputs.")
-    for folder in {path.parent for path in written} | folders:
+    for folder in {path.parent for path in written} | wanted:
         check_folder(folder)
 
 
-def check_replacing(outputs, match, overwrite: bool):
+def check_replacing(outputs: Iterable[Path], match: Path | None, overwrite: bool) -> None:
     """ValueError where a fit would replace a model with named clusters, or what is no model, unasked."""
     same = match and match.resolve()
     for output in (each for each in outputs if not overwrite and each.exists() and each.resolve() != same):
@@ -127,7 +144,7 @@ def check_replacing(outputs, match, overwrite: bool):
             )
 
 
-def check_folder(folder: Path):
+def check_folder(folder: Path) -> None:
     """ValueError for a folder that can neither be written to nor made."""
     there = next(each for each in (folder, *folder.parents) if each.exists())
     if not there.is_dir():
@@ -242,7 +259,8 @@ class Writer:
     @functools.cached_property
     def note(self) -> str:
         """What outputs depend on beside their images, as a hash: the model, its names and colours, the options."""
-        model, palette = self.model, torch.from_numpy(self.model.palette)
+        model = self.model
+        palette = torch.from_numpy(model.palette)
         tensors = {**model.head.state_dict(), "centers": model.centers, "palette": palette}
         parts = [fingerprint(tensors), model.backbone_sha256, model.config.adaptation, model.names, self.keep]
         parts.append(sorted((self.options | {"min_area": self.min_area}).items()))
@@ -258,14 +276,14 @@ class Writer:
         changed = job.source.stat().st_mtime
         return changed > time.time() or min(path.stat().st_mtime for path in job.targets.values()) >= changed
 
-    def results(self, jobs: list[Job], progress=no_progress) -> Iterator[tuple]:
+    def results(self, jobs: list[Job], progress: Progress = no_progress) -> Iterator[tuple[Job, Any]]:
         """(job, what `write` returned, or the error) for each; threads read and write meanwhile."""
         check_memory(self.model.backbone, self.options["resolution"], device=self.model.device)
         segment = self.model.probabilities if FORMATS[self.kind].from_probabilities else self.model.predict
         average = functools.lru_cache(1)(lambda folder: FrameAverage())  # each folder is another video
         pictures = prefetch(lambda job: _attempt(self.model.read, job.source), jobs, window=READ_AHEAD)
 
-        def segment_next(job, picture):
+        def segment_next(job: Job, picture: images.Picture) -> np.ndarray:
             smooth = average(job.source.parent) if self.options["smooth"] else None
             return segment(picture, **self.options | dict(smooth=smooth, progress=progress))
 
@@ -287,7 +305,7 @@ class Writer:
             entry["clusters"] = cluster_shares(result, self.clusters, area, valid=picture.valid)
         return entry
 
-    def write_one(self, kind: str, target: Path, job: Job, image: Image.Image, result: np.ndarray):
+    def write_one(self, kind: str, target: Path, job: Job, image: Image.Image, result: np.ndarray) -> None:
         """One output of an image."""
         note = f"{kind} {self.note}"
         if kind == "npz":
@@ -297,11 +315,12 @@ class Writer:
         elif kind == "overlay":
             images.write_image(with_legend(image, result, self.model), target, note=note, form="PNG")
         else:
-            picture, tags = images.mask_image(result, self.model.colors), georaster.geo_tags(job.source)
+            picture = images.mask_image(result, self.model.colors)
+            tags = georaster.geo_tags(job.source)
             form = "TIFF" if kind == "tif" else "PNG"
             images.write_image(picture, target, note=note, form=form, tags=georaster.mask_tags(tags, note))
 
-    def write_document(self, entries: list[dict], target: Path):
+    def write_document(self, entries: list[dict], target: Path) -> None:
         """The one file of a format that has one for all images."""
         if self.kind == "csv":
             text = table(entries)
@@ -312,7 +331,7 @@ class Writer:
         write_bytes(text.encode(errors="surrogateescape"), target)
 
 
-def _attempt(function, *args):
+def _attempt(function: Callable, *args: Any) -> Any:
     """What a function returns, or the error that it or one before it ended with."""
     try:
         for each in args:
@@ -323,9 +342,10 @@ def _attempt(function, *args):
         return error
 
 
-def packed_arrays(probabilities: np.ndarray, labels, image: Image.Image, note: str) -> bytes:
+def packed_arrays(probabilities: np.ndarray, labels: list[str], image: Image.Image, note: str) -> bytes:
     """An .npz file of probabilities (K, h, w), with a note in it."""
-    packed, size = io.BytesIO(), [image.height, image.width]
+    packed = io.BytesIO()
+    size = [image.height, image.width]
     np.savez_compressed(packed, probabilities=probabilities.astype(np.float16), names=labels, size=size)
     with zipfile.ZipFile(packed, "a") as archive:
         archive.comment = note.encode()

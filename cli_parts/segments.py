@@ -48,20 +48,27 @@ def outline(region: Region) -> np.ndarray:
     Edges join corners in pairs: first and second, third and fourth, ... of a row of points, and of a column.
     """
     pixels = np.pad(region.inside, 1)
-    nw, ne, sw, se = pixels[:-1, :-1], pixels[:-1, 1:], pixels[1:, :-1], pixels[1:, 1:]  # (h + 1, w + 1) each
-    falling, rising = nw & se & ~(ne | sw), ne & sw & ~(nw | se)
+    nw = pixels[:-1, :-1]  # (h + 1, w + 1), as the next three
+    ne = pixels[:-1, 1:]
+    sw = pixels[1:, :-1]
+    se = pixels[1:, 1:]
+    falling = nw & se & ~(ne | sw)
+    rising = ne & sw & ~(nw | se)
     y, x = np.nonzero(nw ^ ne ^ sw ^ se | falling | rising)
     index = np.repeat(np.arange(len(y)), 1 + (falling | rising)[y, x])
     second = np.diff(index, prepend=-1) == 0  # the corner to the right of two at a point
-    y, x = y[index], x[index]
+    y = y[index]
+    x = x[index]
     by_column = np.lexsort((second ^ rising[y, x], y, x))  # which of the two is the upper one
     beside = np.arange(len(x)) ^ 1
     above = np.empty_like(by_column)
     above[by_column] = by_column[beside]
-    corners, beside, above = [0, 1], beside.tolist(), above.tolist()
-    while above[corners[-1]]:
-        corners.append(above[corners[-1]])
-        corners.append(beside[corners[-1]])
+    across = beside.tolist()
+    down = above.tolist()
+    corners = [0, 1]
+    while down[corners[-1]]:
+        corners.append(down[corners[-1]])
+        corners.append(across[corners[-1]])
     return np.stack([x + region.x, y + region.y], 1)[corners]
 
 
@@ -112,7 +119,7 @@ def coco_annotations(mask: np.ndarray, min_area: int = 0) -> list[dict]:
     ]
 
 
-def run_lengths(region: Region, size) -> dict:
+def run_lengths(region: Region, size: tuple[int, ...]) -> dict:
     """COCO's compressed run-length encoding of a region in an image of a size (H, W).
 
     Lengths of runs in column order, outside first; from the fourth on the difference to the one two before;
@@ -129,7 +136,8 @@ def run_lengths(region: Region, size) -> dict:
     for run in runs.tolist():
         more = True
         while more:
-            group, run = run & 31, run >> 5
+            group = run & 31
+            run = run >> 5
             more = run != (-1 if group & 16 else 0)  # the fifth bit is the sign
             characters.append(48 + group + 32 * more)
     return {"size": [height, width], "counts": bytes(characters).decode()}

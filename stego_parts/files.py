@@ -186,7 +186,8 @@ def decoded_lines(content: bytes, name: Path | str) -> list[str]:
 
 def _visible_files(source: Path) -> Iterator[Path]:
     """The files in a folder and below that are not hidden; each folder once, links to folders last."""
-    seen, pending = set(), [source]
+    seen = set()
+    pending = [source]
     for top in pending:  # grows on the way
         for folder, folders, names in os.walk(top):
             folders[:] = [name for name in folders if not name.startswith(".")]

@@ -38,7 +38,8 @@ OTHER_KINDS = dict.fromkeys(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv
 OTHER_KINDS |= dict.fromkeys((".heic", ".heif"), " Store it as JPEG: `heif-convert IN.heic OUT.jpg`.")
 TIFF = (".tif", ".tiff")
 FORMS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"} | dict.fromkeys(TIFF, "TIFF")  # as Pillow says
-LIGHTNESS, CHROMA = (35, 90), (25, 85)  # CIELAB: neither near-black nor near-white, neither grey nor neon
+LIGHTNESS = (35, 90)  # of CIELAB: neither near-black nor near-white
+CHROMA = (25, 85)  # neither grey nor neon
 
 
 # ---- the door in -----------------------------------------------------------------------------------------------
@@ -345,8 +346,10 @@ def _distinct_colors() -> np.ndarray:
     lab = to_lab(grid)
     ranges = ((lab[:, 0], LIGHTNESS), (np.hypot(lab[:, 1], lab[:, 2]), CHROMA))
     fits = np.all([(low < values) & (values < high) for values, (low, high) in ranges], 0)
-    grid, lab = grid[fits], lab[fits].T.copy()  # (n, 3), (3, n)
-    colors, distance = np.zeros((IGNORE + 1, 3), np.uint8), np.full(len(grid), np.inf)
+    grid = grid[fits]  # (n, 3)
+    lab = lab[fits].T.copy()  # (3, n)
+    colors = np.zeros((IGNORE + 1, 3), np.uint8)
+    distance = np.full(len(grid), np.inf)
     latest = int(np.abs(grid - FIRST_COLOR).sum(1).argmin())
     for k in range(IGNORE):
         colors[k] = grid[latest]

@@ -28,9 +28,12 @@ BYTEWISE = {
     34925,
     50000,
 }  # LZW, deflate, PackBits, deflate, LZMA, Zstandard: strings of bytes
-WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # photometric interpretations
+WHITE_IS_ZERO = 0  # photometric interpretations
+BLACK_IS_ZERO = 1
+RGB = 2
 ALPHA = (1, 2)  # ExtraSamples: associated and unassociated alpha
-DIFFERENCES, FLOAT_BYTES = 2, 3  # predictors
+DIFFERENCES = 2  # predictors
+FLOAT_BYTES = 3
 
 
 class Chunk(NamedTuple):
