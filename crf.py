@@ -29,6 +29,7 @@ SMOOTH_COMPAT = 3.0  # weight
 NORM_EPS = 1e-20  # added to the kernel's row sums, as the authors' library does
 TRUNCATE = 4.0  # sigmas at which the small Gaussian ends; what is left out is 6e-5 of its mass
 MIN_SIGMA = 0.2  # pixels or levels; points 5 sigmas apart no longer meet in the lattice: less changes nothing
+COLUMNS = 48  # classes of problems that share an image, computed side by side; more of them are slower again
 STRIP = 25_000  # pixels processed at once on the CPU: their temporaries stay in cache
 MAX_KEY = 2**62 - 1  # lattice vertices have int64 keys, and one bit is left for a mark
 MAX_PIXELS = (2**31 - 1) // 6  # int32 indices, six vertices a pixel
@@ -84,8 +85,9 @@ def dense_crf(
     if smooth_compat:
         kernels.append(_smooth_kernel(B, H, W, rows, smooth_sxy, smooth_compat, device))
     problems = scores.to(device).reshape(-1, B, scores.shape[-3], H, W)  # (S, B, C, H, W); S or B is 1
-    q = [_mean_field(each, kernels, iterations, rows * W, delay) for each in problems]
-    return torch.cat(q).permute(0, 3, 1, 2).reshape(scores.shape).to(scores.device)  # (S B, C, H, W) at first
+    parts = problems.split(max(1, COLUMNS // scores.shape[-3]))
+    q = [_mean_field(part, kernels, iterations, rows * W, delay) for part in parts]
+    return torch.cat(q).reshape(scores.shape).to(scores.device)  # (S, B, C, H, W) at first
 
 
 def _supported_device(device: torch.device) -> torch.device:
@@ -96,26 +98,29 @@ def _supported_device(device: torch.device) -> torch.device:
 def _mean_field(scores: Tensor, kernels: list[Kernel], iterations: int, strip: int, delay: int) -> Tensor:
     """Q <- softmax(scores + sum of K Q) (paper, Algorithm 1), strip by strip; a kernel turns Q into a
     function that returns the messages to pixels a..b. The small Gaussian reads Q of the `delay` strips before
-    its own: a strip is overwritten that much later."""
-    B, C, H, W = scores.shape
-    logits = scores.float().permute(0, 2, 3, 1).contiguous().view(-1, C)  # (N, C), N = B H W
-    q = logits.softmax(1)  # (N, C)
+    its own: a strip is overwritten that much later.
+
+    scores and what is returned: (S, B, C, H, W). S problems of one image stand side by side in the columns of Q, so
+    that the kernels look up each neighbour once for all of them."""
+    S, B, C, H, W = scores.shape
+    logits = scores.float().permute(1, 3, 4, 0, 2).contiguous().view(-1, S, C)  # (N, S, C), N = B H W
+    q = logits.softmax(2)  # (N, S, C)
     if not torch.isfinite(q.sum()):  # one NaN spoils the sum; a test of each would need more memory
         raise ValueError("scores contain NaN, +inf or a pixel of -inf only; need a finite one at each pixel")
     for _ in range(iterations if kernels else 0):
-        messages = [kernel(q) for kernel in kernels]
+        messages = [kernel(q.view(-1, S * C)) for kernel in kernels]
         waiting: list[tuple[Tensor, Tensor]] = []  # energies of strips, and where their Q goes
         for a in range(0, len(q), strip):
             b = min(a + strip, len(q))
-            energy, *others = (message(a, b) for message in messages)  # (b - a, C) each
-            energy += logits[a:b]
+            energy, *others = (message(a, b) for message in messages)  # (b - a, S C) each
+            energy += logits[a:b].view(-1, S * C)
             for other in others:
                 energy += other
-            waiting.append((energy, q[a:b]))
+            waiting.append((energy.view(-1, S, C), q[a:b]))
             while len(waiting) > (delay if b < len(q) else 0):
                 energy, old = waiting.pop(0)
-                torch.softmax(energy, 1, out=old)
-    return q.view(B, H, W, C)
+                torch.softmax(energy, 2, out=old)
+    return q.view(B, H, W, S, C).permute(3, 0, 4, 1, 2)
 
 
 def _colour_kernel(image: Tensor, sxy: float, srgb: float, weight: float) -> Kernel:
