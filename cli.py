@@ -41,10 +41,11 @@ from cli_parts.console import (
     verbosity_options,
     versions,
 )
-from cli_parts.formats import FORMATS
+from cli_parts.formats import FORMATS, PICTURE
 from stego_parts.config import NOTICE, PRESETS, parse_settings
 
 MODEL_SUFFIXES = (".pt", ".pth", ".ckpt")
+STDOUT = Path("-")  # as an output
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -193,6 +194,7 @@ def predict(
     """
     from cli_parts import outputs
     from stego import Stego
+    from stego_parts.files import PIPE
 
     formats = outputs.check_formats(kind, images, output, **options)
     del options["overlay"]
@@ -210,7 +212,7 @@ def predict(
         progress.summary(f"{len(todo)} images{skipped}", "nothing was written", err=True)
         return
     done = segment_all(progress, writer, todo, document)
-    piped = str(output) == outputs.PIPE
+    piped = output == STDOUT
     what = f"{' and '.join(FORMATS[each].plural for each in formats)} in {'stdout' if piped else document or output}"
     progress.summary(f"{done} of {len(todo)} images{skipped}", what, err=piped)
     sys.exit(0 if done == len(todo) else 1)
@@ -396,7 +398,7 @@ def show_model(
     paths = [path for path, _ in find_images(images, exclude=made_in(model.parent))] if images else []
     is_page = sheet is not None and sheet.suffix == page.SUFFIX
     folders = [page.pictures_folder(sheet)] if sheet and is_page else []
-    suffixes = (*outputs.PICTURE, page.SUFFIX)
+    suffixes = (*PICTURE, page.SUFFIX)
     outputs.check_outputs([(sheet, suffixes)], inputs=[*paths, model], folders=folders)
     fitted = Stego.load(model, device=device, weights=weights)
     print_model(fitted, [*sheets.description(fitted), *sheets.cluster_lines(fitted)])
@@ -444,7 +446,7 @@ def show_points(
     if not image.is_file():
         raise ValueError(f"{image} is not an image file; --at is about points of one, name it first.")
     others = [path for path, _ in find_images(images[1:])] if images[1:] else []
-    outputs.check_outputs([(output, outputs.PICTURE)], inputs=[image, *others])
+    outputs.check_outputs([(output, PICTURE)], inputs=[image, *others])
     fitted = Stego.load(model, device=device, weights=weights) if model else None
     place = pick_device(device)
     network = fitted.backbone if fitted else load_backbone(backbone, weights=weights, device=place)

@@ -190,9 +190,9 @@ def training_loss(head: nn.Module, f: Tensor, g: Tensor, f_knn: Tensor, config: 
     A term whose lambda is 0 is not computed.
     """
 
-    def term(name: str, *pair: Tensor) -> Tensor:
+    def term(name: str, f: Tensor, g: Tensor, s: Tensor, t: Tensor) -> Tensor:
         b = getattr(config, f"b_{name}")
-        loss = correlation_loss(*pair, b, centering=config.centering, zero_clamp=config.zero_clamp)
+        loss = correlation_loss(f, g, s, t, b, centering=config.centering, zero_clamp=config.zero_clamp)
         return getattr(config, f"lambda_{name}") * loss
 
     same_image = torch.cat([f, g], 1)  # (B, 2P, C): shares its dropout
@@ -230,20 +230,20 @@ def train_head(
     optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE, fused=fused)
     run = Training(head, optimizer, config, len(cache), checkpoint)
     network = running.data_parallel(head)
-    for step in range(run.step, config.steps):
+    for step in range(run.step, run.steps):
         anchor = run.next_crops()
         partner = neighbors[anchor, torch.randint(neighbors.shape[1], anchor.shape)]
         f, g = cache.sample(anchor, 2 * POSITIONS).split(POSITIONS, 1)
         f_knn = cache.sample(partner, POSITIONS)
         loss = training_loss(network, f, g, f_knn, config)
-        if step % LOOK_EVERY == 0 or step + 1 == config.steps:
+        if step % LOOK_EVERY == 0 or step + 1 == run.steps:
             run.history.append({"step": step, "loss": loss.item()} | code_similarities(head, f, f_knn))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         run.step = step + 1
         run.save()
-        progress("training", run.step, config.steps)
+        progress("training", run.step, run.steps)
     return head.half().float().requires_grad_(False).eval(), run.history
 
 
@@ -282,7 +282,7 @@ def cluster_codes(
             f"{count} clusters are more than there are positions to cluster; ask for fewer or give more images."
         )
     kmeans = CosineKMeans(count, n_init=CLUSTER_STARTS, seed=config.seed)
-    kmeans.fit(clusters.resample_by_density(codes, config.evenness))
+    kmeans.fit(clusters.resample_by_density(codes, config.evenness or 0.0))
     share = torch.bincount(kmeans.predict(codes), minlength=count) / len(codes)
     order = share.argsort(descending=True, stable=True)
     progress("clusters", 1, 1)
@@ -364,7 +364,7 @@ class Stego:
         config = fit_config(preset, backbone=named, **settings)  # what is wrong shows before the work begins
         paths = fit_paths(images, config)
         device = pick_device(device)
-        options = dict(weights=weights, stride=config.stride, device=device)
+        options: dict = dict(weights=weights, stride=config.stride, device=device)
         network = load_backbone(backbone or config.backbone, **options, progress=progress is not no_progress)
         known = dict(stride=network.patch, images=source_names(sources or images))
         config = config.on_backbone(network.name, **known)
@@ -442,7 +442,7 @@ class Stego:
     @property
     def probe(self) -> clusters.Probe:
         """What tells the clusters by codes."""
-        return clusters.Probe(self.centers, None, self.merged, self.config.adaptation)
+        return clusters.Probe(self.centers, None, self.merged, self.config.adaptation or 0.0)
 
     def features(self, x: Tensor) -> Tensor:
         """The backbone's features of normalised images: (B, 3, H, W) float -> (B, C, H / patch, W / patch)."""

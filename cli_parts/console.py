@@ -87,6 +87,18 @@ class Progress:
             click.echo(f"{what}, {seconds}" + (f": {outputs}" if outputs else ""), err=err)
 
 
+class NotBegun(click.ClickException):
+    """What is wrong with a command itself."""
+
+    exit_code = 2
+
+
+class Failed(click.ClickException):
+    """What went wrong in the work."""
+
+    exit_code = 1
+
+
 class Commands(click.Group):
     """The commands; whatever one ends with becomes one sentence and an exit code, by one rule."""
 
@@ -103,9 +115,8 @@ class Commands(click.Group):
         except BrokenPipeError:  # the reader has seen enough: click ends in silence
             raise
         except (ValueError, OSError) as error:
-            failure = click.ClickException(error_message(error))
-            failure.exit_code = 1 if progress.stage else 2
-            raise failure from error
+            kind = Failed if progress.stage else NotBegun
+            raise kind(error_message(error)) from error
 
 
 def error_message(error: Exception) -> str:
@@ -160,7 +171,7 @@ def limit_pixels(context: click.Context, parameter: click.Parameter, megapixels:
 
 def network_options(command: Callable) -> Callable:
     """Options of everything that runs the backbone; the hidden one is named by the error that it avoids."""
-    limit = dict(type=POSITIVE, callback=limit_pixels, expose_value=False, hidden=True)
+    limit: dict = dict(type=POSITIVE, callback=limit_pixels, expose_value=False, hidden=True)
     device = "cpu, cuda, cuda:1, mps; auto takes CUDA where there is one."
     command = option("--max-megapixels", help="Refuse larger images.  [default: 179]", **limit)(command)
     command = option("--weights", type=PATH, help="The backbone's, as a file.  [default: cached]")(command)

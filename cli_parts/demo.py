@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -307,10 +307,10 @@ class _Scene:
                 panes.append(self.upright(wall, (i + 0.28) / count, (i + 0.74) / count, y, y + 1.5))
         return panes
 
-    def house(self, *box: Any) -> None:
-        """A house with windows; box: see `block`."""
+    def house(self, x: float, other: float, z: float, end: float, low: float, high: float) -> None:
+        """A house with windows; its box: see `block`."""
         colour = WALLS[self.rng.integers(5)] + self.rng.normal(0, 8, 3)
-        self.block(*box, BUILDING, colour, windows=True)
+        self.block(x, other, z, end, low, high, BUILDING, colour, windows=True)
 
     def car(self, x: float, z: float) -> None:
         """A car whose middle is x metres to the right and whose end is z metres ahead."""

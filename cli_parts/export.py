@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,9 @@ class Scores(nn.Module):
 
     def __init__(self, model: Stego) -> None:
         super().__init__()
+        self.centers: Tensor
+        self.mean: Tensor
+        self.std: Tensor
         self.backbone = model.backbone
         self.head = model.head
         self.adaptation = model.config.adaptation or 0.0
@@ -56,8 +60,8 @@ def write_onnx(
     progress("export", 0, 1)
     scores = Scores(model).eval()
     x = torch.zeros(1, 3, height, width, device=model.device)
-    options = dict(input_names=["image"], output_names=["scores"], dynamo=True, verbose=False)
-    program = torch.onnx.export(scores, (x,), **options)
+    options: dict = dict(input_names=["image"], output_names=["scores"], dynamo=True, verbose=False)
+    program: Any = torch.onnx.export(scores, (x,), **options)
     program.model.metadata_props["names"] = json.dumps(model.labels)
     with replacing(path) as part:
         program.save(part, external_data=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 from cli_parts import datasets, labels, outputs, page, sheets
 from cli_parts.console import FEATURES, Progress, log, made_in, print_model
+from cli_parts.formats import PICTURE
 from stego import Stego
 from stego_parts.checkpoint import end_fit, kept_features
 from stego_parts.config import NOTICE, fit_config
@@ -43,6 +44,7 @@ class FitPlan:
         self.features = output.with_name(FEATURES)
         self.scratch = output.with_name(f"{output.name}.scratch")
         self.sheet = output.with_name(f"{output.stem}-fit.png")
+        self.models: dict[Path, int | None]
         if counts and len(counts) > 1:
             self.models = {output.with_stem(f"{output.stem}-{count}"): count for count in counts}
         else:
@@ -57,7 +59,7 @@ class FitPlan:
 
     def check(self, paths: list, others: list, match: Path | None) -> None:
         """ValueError for an output that cannot be written, or would replace an input or a model with names."""
-        written = [*((file, ()) for file in self.models), (self.sheet, outputs.PICTURE)]
+        written = [*((file, ()) for file in self.models), (self.sheet, PICTURE)]
         inputs = [*paths, *(path for path in others if path)]
         outputs.check_outputs(written, inputs=inputs, folders=[self.report])
         outputs.check_replacing(self.models, match, self.overwrite)

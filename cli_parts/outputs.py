@@ -25,7 +25,7 @@ from PIL import Image
 
 from cli_parts import georaster
 from cli_parts.drawing import cutout, with_legend
-from cli_parts.formats import FORMATS, JSON, PICTURE  # noqa: F401 (the last two are for the commands)
+from cli_parts.formats import FORMATS
 from cli_parts.segments import cluster_shares, coco_annotations, coco_document, table
 from stego_parts import images
 from stego_parts.clusters import FrameAverage

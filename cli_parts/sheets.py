@@ -380,7 +380,7 @@ def _examples(best: dict, model: Stego, labelled: LabelledSet) -> Image.Image:
         image, label = labelled.read(i, side=protocol_side(model.backbone.patch), bands=model.config.bands)
         found = masks_of(both_features(model, image), probes, image, crf=best["crf"])
         predicted = of_cluster[found["stego", "cluster", best["crf"]]]  # (H, W)
-        masks = [images.mask_image(mask, palette).convert("RGB") for mask in (label, predicted)]
+        masks = [images.mask_image(mask, palette).convert("RGB") for mask in (np.asarray(label), predicted)]
         name = labelled.pairs[i][0].name
         rows.append((f"{what}: {name}, accuracy {accuracy[i]:.1%}", [image, *masks]))
     names = dict(zip(_readable_classes(labelled.classes), palette.tolist()))

@@ -175,7 +175,7 @@ class Training:
     ) -> None:
         self.head = head
         self.optimizer = optimizer
-        self.steps = config.steps
+        self.steps = config.steps or 0  # None only where no backbone was chosen
         self.checkpoint = checkpoint if process_count() == 1 else None
         self.crops = crops
         self.batch = crops_a_step(config, crops)

@@ -74,7 +74,7 @@ class Config:
         missing = {option: value for option, value in suited.items() if getattr(self, option) is None}
         return replace(self, backbone=name, **missing | known)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.preset == RELEASED:
             return  # the reference's checkpoints do not tell
         for field in fields(self):

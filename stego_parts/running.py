@@ -103,8 +103,10 @@ def process_group() -> Iterator[tuple[int, int]]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    from torch.distributed.rendezvous import rendezvous  # missing where torch has no distributed part
+
     try:
-        store, number, count = next(dist.rendezvous("env://", timeout=MEETING))
+        store, number, count = next(rendezvous("env://", timeout=MEETING))
         store.set_timeout(WAITING)
         dist.init_process_group(store=store, rank=number, world_size=count, timeout=WAITING)
         yield rank(), process_count()
