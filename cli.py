@@ -45,7 +45,7 @@ from cli_parts.formats import FORMATS, PICTURE
 from stego_parts.config import NOTICE, PRESETS, parse_settings
 
 MODEL_SUFFIXES = (".pt", ".pth", ".ckpt")
-STDOUT = Path("-")  # as an output
+STDOUT = "-"  # as an output
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -194,7 +194,6 @@ def predict(
     """
     from cli_parts import outputs
     from stego import Stego
-    from stego_parts.files import PIPE
 
     formats = outputs.check_formats(kind, images, output, **options)
     del options["overlay"]
