@@ -146,6 +146,8 @@ def test_what_pillow_reads_is_read_and_the_rest_named(here, caplog):
     (here / "in").mkdir()
     picture = Image.fromarray(draw_scene(0)[0])
     for name, form in (("a.jpg", "JPEG"), ("b.avif", "AVIF"), ("c.jfif", "JPEG")):
+        if form == "AVIF" and ".avif" not in Image.registered_extensions():
+            pytest.skip("this Pillow has no AVIF")
         picture.save(f"in/{name}", form)
     for name in ("d.HEIC", "e.heic", "notes.txt", ".hidden.txt"):
         (here / "in" / name).write_bytes(b"x")

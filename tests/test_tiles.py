@@ -87,7 +87,7 @@ def test_tiles_cover_larger_images_alone(tmp_path):
     found = tiles_of([*paths, tmp_path / "broken.png"], 200)
     assert found[0] == paths[0] and found[-1] == tmp_path / "broken.png"
     for path, side in zip(paths[1:], (120, 200)):
-        seen = np.zeros(image_size(path)[::-1], int)
+        seen = np.zeros(image_size(path), int)
         whole = np.asarray(Image.open(path))
         for window in (each for each in found if isinstance(each, Window) and each.path == path):
             left, top, right, bottom = window.box
@@ -102,7 +102,8 @@ def test_size_as_displayed(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # to be turned by a quarter
     Image.new("RGB", (40, 30)).save(tmp_path / "turned.jpg", exif=exif)
-    assert image_size(tmp_path / "turned.jpg") == read_image(tmp_path / "turned.jpg").size == (30, 40)
+    assert image_size(tmp_path / "turned.jpg") == (40, 30)  # (H, W)
+    assert read_image(tmp_path / "turned.jpg").size == (30, 40)
 
 
 @pytest.mark.usefixtures("short_sheet")
