@@ -48,6 +48,7 @@ def same(a: Stego, b: Stego) -> bool:
     return all(torch.equal(x, y) for x, y in [*heads, (a.centers, b.centers), (a.share, b.share)])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_killed_at_random_moments(images, expected):
     """SIGKILL at ten random moments, among them while features are computed; each time the fit goes on from there."""

@@ -25,7 +25,7 @@ from stego_parts.weights import read_checkpoint
 CASES = int(os.environ.get("STEGO_FUZZ", "2000"))
 SHARE = {"images": 0.55, "labels": 0.15, "models": 0.2, "commands": 0.1}
 FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM")
-pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow and scipy warn of odd files
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]  # Pillow and scipy warn of odd files
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 MODULES = {"stego.py", "crf.py", "kmeans.py", "cli.py"}
 BUILD = "import setuptools.build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"

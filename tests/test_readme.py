@@ -19,6 +19,8 @@ from PIL import Image
 import cli
 from cli_parts.demo import SCENE_CLASSES
 
+pytestmark = pytest.mark.long  # needs a Unix shell
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text() + "\n" + (ROOT / "docs" / "USAGE.md").read_text()
 COMMANDS = cli.main.commands

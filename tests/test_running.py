@@ -56,6 +56,7 @@ def images(tmp_path):
 
 
 @needs_gloo
+@pytest.mark.long
 def test_two_processes_fit_one_model(images, tmp_path):
     run = start_two(images, tmp_path / "two.pt", "-v")
     stdout, stderr = run.communicate(timeout=240)
@@ -72,6 +73,7 @@ def test_two_processes_fit_one_model(images, tmp_path):
 
 
 @needs_gloo
+@pytest.mark.long
 def test_a_killed_peer_ends_the_others_in_a_sentence(images, tmp_path):
     run = start_two(images, tmp_path / "two.pt", steps=100_000)
     kept = tmp_path / "two.pt.scratch"
@@ -87,6 +89,7 @@ def test_a_killed_peer_ends_the_others_in_a_sentence(images, tmp_path):
 
 
 @needs_gloo
+@pytest.mark.long
 def test_nothing_readable_ends_both(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(2):
@@ -104,6 +107,7 @@ def test_a_batch_is_shared_out(monkeypatch):
 
 
 @needs_gloo
+@pytest.mark.long
 def test_a_process_whose_torchrun_is_gone_ends(monkeypatch):
     with socket.socket() as free:
         free.bind(("localhost", 0))
