@@ -1,5 +1,7 @@
 """`stego demo`: fit, predict and score on drawn scenes; everything that comes out lies in one folder."""
 
+import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -9,28 +11,43 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFilter
 
-from cli_parts import evaluation, sheets
-from cli_parts.drawing import with_legend
+from cli_parts import evaluation, page, sheets
+from cli_parts.drawing import contact_sheet, with_legend
 from cli_parts.labels import folder_set
 from cli_parts.outputs import check_folder
 from cli_parts.scores import format_scores, headline, write_json
 from stego import Stego
+from stego_parts.config import NOTICE
 from stego_parts.files import write_bytes
 from stego_parts.images import mask_image, read_image, write_image
 from stego_parts.running import Progress, no_progress
 
-SCENE_CLASSES = ("sky", "hills", "grass", "road", "building", "tree", "car")
+# What is drawn, and which of the classes it is: hills are woods far away, trees are woods nearby
 SKY, HILLS, GRASS, ROAD, BUILDING, TREE, CAR = range(7)
+SCENE_CLASSES = ("sky", "woods", "meadow", "road", "building", "car")
+CLASS_OF = np.array([0, 1, 2, 3, 4, 1, 5], np.uint8)  # (7,)
 EYE = 2.2  # metres from the ground to the camera
 HAZE = 120  # metres after which two thirds of a colour are that of the horizon
 WALLS = ((178, 150, 120), (160, 96, 78), (200, 190, 170), (140, 138, 140), (196, 168, 110))
 PAINTS = ((170, 30, 30), (40, 60, 120), (215, 215, 218), (40, 42, 46), (120, 125, 130), (200, 160, 40))
 
-SCENES = {"train": 30, "val": 30}  # three minutes on two cores
-STEPS = 300  # as in `fit`
+SCENES = {"train": 20, "val": 8}
+STEPS = 150  # half as many as in `fit`: the images are fewer, too
+BACKBONE = "auto"  # the best that is in the torch cache or can be fetched, else tiny
+DRAWING, FITTING, SCORING, SHOWING = STAGES = (
+    "Drawing scenes of roads, with labels",
+    "Fitting: what recurs in the train scenes, without their labels",
+    "Scoring on the val scenes, beside k-means on the backbone's features",
+    "Writing masks, overlays and the page",
+)
+# How long a stage takes with tiny, in times that drawing a scene does
+COSTS = {DRAWING: 28, FITTING: 145, SCORING: 110, SHOWING: 90}
+
+log = logging.getLogger("stego")
+
 # What a demo leaves in its folder, as patterns
 FILES = """images/*/scene??.png labels/*/scene??.png masks/scene??.png overlays/scene??.jpg figures/*.png
-classes.txt stego.pt stego-fit.png clusters.png scores.json""".split()
+index-pictures/*.jpg index.html classes.txt stego.pt sheet.png scores.json""".split()
 Shape = Sequence  # corners (x, y) in pixels, or the box of an ellipse
 
 
@@ -43,49 +60,71 @@ def check_demo_folder(folder: Path) -> None:
             raise ValueError(f"{path} is in {folder}, and no demo made it; name a new folder with -o.")
 
 
-def draw_scenes(folder: Path, *, seed: int, progress: Progress = no_progress) -> None:
+def draw_scenes(folder: Path, *, progress: Progress = no_progress) -> None:
     """images/ and labels/ with the scenes of each split, and classes.txt, as `stego eval` reads them."""
     total = sum(SCENES.values())
     number = 0
     for split, count in SCENES.items():
         for _ in range(count):
-            image, labels = draw_scene(1000 * seed + number)
+            image, labels = draw_scene(number)
             name = f"scene{number:02d}.png"
             write_image(image, folder / "images" / split / name, note="")
-            write_image(Image.fromarray(labels), folder / "labels" / split / name, note="")
+            write_image(Image.fromarray(CLASS_OF[labels]), folder / "labels" / split / name, note="")
             number += 1
             progress("drawing", number, total)
     write_bytes("".join(f"{name}\n" for name in SCENE_CLASSES).encode(), folder / "classes.txt")
 
 
-def run_demo(folder: Path, *, seed: int = 0, progress: Progress = no_progress) -> str:
-    """Leave images, labels, a model, masks, overlays, sheets and scores in a folder; returns the scores, as a table."""
-    draw_scenes(folder, seed=seed, progress=progress)
+def run_demo(folder: Path, *, progress: Progress = no_progress) -> str:
+    """Leave images, labels, a model, masks, overlays, a page and scores in a folder; returns the scores, as a table.
+
+    Says at each stage what is done and about how long it will take.
+    """
+    say_stage(DRAWING)
+    began = time.monotonic()
+    draw_scenes(folder, progress=progress)
+    unit = (time.monotonic() - began) / COSTS[DRAWING]
     names = folder / "classes.txt"
     train = folder_set(folder / "images/train", folder / "labels/train", names=names)
     val = folder_set(folder / "images/val", folder / "labels/val", names=names)
     paths = [path for path, _ in train.pairs]
-    count = len(SCENE_CLASSES)
-    model = Stego.fit(paths, clusters=count, backbone="tiny", steps=STEPS, seed=seed, progress=progress)
-    scores = evaluation.evaluate(model, val, train=train, seed=seed, progress=progress)
+    say_stage(FITTING, unit)
+    model = Stego.fit(paths, clusters=len(SCENE_CLASSES), backbone=BACKBONE, steps=STEPS, progress=progress)
+    say_stage(SCORING, unit)
+    scores = evaluation.evaluate(model, val, train=train, progress=progress)
     most = np.argmax(headline(scores)["confusion"], 0)  # (K,) the class that most of a cluster is
     model.rename({k: SCENE_CLASSES[c] for k, c in enumerate(most)})
     model.save(folder / "stego.pt")
     write_json(scores, folder / "scores.json")
+    say_stage(SHOWING, unit)
     sheets.write_figures(scores, model, val, folder / "figures")
-    write_image(sheets.fit_sheet([model], progress=progress), folder / "stego-fit.png")
-    write_image(sheets.cluster_sheet(model, paths, progress=progress), folder / "clusters.png")
-    for done, (path, _) in enumerate(val.pairs, 1):
-        image = read_image(path)
-        mask = model.predict(image)
-        write_image(mask_image(mask, model.colors), folder / "masks" / path.name)
-        write_image(with_legend(image, mask, model), folder / "overlays" / f"{path.stem}.jpg")
-        progress("predict", done, len(val.pairs))
+    page.write_page(model, folder / "index.html", paths, progress=progress)
+    _write_masks(model, [path for path, _ in val.pairs], folder, progress)
     return format_scores(scores)
 
 
+def say_stage(stage: str, unit: float = 0.0) -> None:
+    """Say what begins and about how long it takes; unit: seconds that drawing a scene took here, if that is known."""
+    number = STAGES.index(stage) + 1
+    about = f", about {max(round(unit * COSTS[stage]), 1)} s with tiny" if unit else ""
+    log.log(NOTICE, "%d/%d %s%s.", number, len(STAGES), stage, about)
+
+
+def _write_masks(model: Stego, paths: Sequence[Path], folder: Path, progress: Progress) -> None:
+    """masks/ and overlays/ of images, and a sheet of all."""
+    pairs = []
+    for done, path in enumerate(paths, 1):
+        image = read_image(path)
+        mask = model.predict(image)
+        pairs.append((image, mask))
+        write_image(mask_image(mask, model.colors), folder / "masks" / path.name)
+        write_image(with_legend(image, mask, model), folder / "overlays" / f"{path.stem}.jpg")
+        progress("predict", done, len(paths))
+    write_image(contact_sheet(pairs, model), folder / "sheet.png")
+
+
 def draw_scene(seed: int, height: int = 240, width: int = 320) -> tuple[Image.Image, np.ndarray]:
-    """A synthetic road through a town or a landscape, and its labels (H, W) uint8 into SCENE_CLASSES."""
+    """A synthetic road through a town or a landscape, and what is where, (H, W) uint8: SKY to CAR."""
     rng = np.random.default_rng(seed)
     scene = _Scene(rng, height, width)
     half = rng.uniform(3.2, 5)  # half the road's width, metres
@@ -124,7 +163,7 @@ def _things(scene: "_Scene", half: float, town: bool) -> list[_Thing]:
             choice = rng.random()
             if town and choice < 0.7:
                 end = z + rng.uniform(7, 14)
-                box = (side * near, side * (near + rng.uniform(7, 12)), z, end, 0, rng.uniform(5, 14))
+                box = (side * near, side * (near + rng.uniform(7, 12)), z, end, rng.uniform(5, 14))
                 things.append(_Thing(z, scene.house, box))
                 z = end
             elif choice < 0.85:
@@ -209,9 +248,11 @@ class _Scene:
     ) -> None:
         """Fill a region (H, W) bool with a textured colour, paler with its distance z: a number or (H, W)."""
         dy, dx = self.rng.choice((-1, 1), 2)
-        texture = 1 + grain * self.grain + patches * self.patches[::dy, ::dx]
-        clear = np.broadcast_to(np.exp(-np.asarray(z) / HAZE), self.shape)[region][:, None]  # (n, 1)
-        self.pixels[region] = clear * np.asarray(colour) * texture[region][:, None] + (1 - clear) * self.pale
+        texture = 1 + grain * self.grain[region] + patches * self.patches[::dy, ::dx][region]  # (n,)
+        clear = np.exp(-np.asarray(z) / HAZE)
+        if clear.ndim:
+            clear = clear[region][:, None]  # (n, 1)
+        self.pixels[region] = clear * np.asarray(colour) * texture[:, None] + (1 - clear) * self.pale
         self.labels[region] = label
 
     def shade(self, left: float, right: float, z: float, end: float, height: float) -> None:
@@ -307,10 +348,10 @@ class _Scene:
                 panes.append(self.upright(wall, (i + 0.28) / count, (i + 0.74) / count, y, y + 1.5))
         return panes
 
-    def house(self, x: float, other: float, z: float, end: float, low: float, high: float) -> None:
-        """A house with windows; its box: see `block`."""
+    def house(self, x: float, other: float, z: float, end: float, high: float) -> None:
+        """A house with windows; see `block`."""
         colour = WALLS[self.rng.integers(5)] + self.rng.normal(0, 8, 3)
-        self.block(x, other, z, end, low, high, BUILDING, colour, windows=True)
+        self.block(x, other, z, end, 0, high, BUILDING, colour, windows=True)
 
     def car(self, x: float, z: float) -> None:
         """A car whose middle is x metres to the right and whose end is z metres ahead."""

@@ -99,7 +99,7 @@ def spread(paths: Sequence[Path], count: int) -> list[Path]:
 def _heading(model: Stego, count: int) -> str:
     lines = escape("\n".join(description(model)))
     return (
-        f"<h1>{len(model.centers)} clusters, shown on {count} images</h1>\n"
+        f"<h1>{len(np.unique(model.merged))} clusters, shown on {count} images</h1>\n"
         f"<details><summary>How the model was made</summary><pre>{lines}</pre></details>"
     )
 

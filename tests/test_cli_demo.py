@@ -7,7 +7,7 @@ def test_a_demo_stays_out_of_the_way(here, monkeypatch):
     from cli_parts.demo import check_demo_folder, draw_scenes
 
     monkeypatch.setattr("cli_parts.demo.SCENES", {"train": 1, "val": 1})
-    draw_scenes(here / "demo", seed=0)
+    draw_scenes(here / "demo")
     check_demo_folder(here / "demo")  # a second one may go there
     check_demo_folder(here / "new")
     (here / "demo/images/train/holiday.png").touch()

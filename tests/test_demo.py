@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cli_parts.demo import BUILDING, CAR, GRASS, ROAD, SCENE_CLASSES, SKY, TREE, draw_scene
+from cli_parts.demo import BUILDING, CAR, CLASS_OF, GRASS, ROAD, SCENE_CLASSES, SKY, TREE, draw_scene
 
 
 @pytest.fixture(scope="module")
@@ -12,15 +12,16 @@ def drawn():
 
 
 def test_scenes_are_labelled_pictures(drawn):
-    shares = np.zeros(len(SCENE_CLASSES))
+    assert set(CLASS_OF.tolist()) == set(range(len(SCENE_CLASSES)))
+    shares = np.zeros(len(CLASS_OF))
     for image, labels in drawn:
         assert image.mode == "RGB" and image.size == (128, 96)
-        assert labels.shape == (96, 128) and labels.dtype == np.uint8 and labels.max() < len(SCENE_CLASSES)
+        assert labels.shape == (96, 128) and labels.dtype == np.uint8 and labels.max() < len(CLASS_OF)
         assert labels[:, 40:90].min() == SKY and labels[-1, 64] in (
             ROAD,
             CAR,
         )  # the sky above, a road underfoot
-        shares += np.bincount(labels.ravel(), minlength=len(SCENE_CLASSES)) / labels.size / len(drawn)
+        shares += np.bincount(labels.ravel(), minlength=len(CLASS_OF)) / labels.size / len(drawn)
     assert (shares > 0.005).all() and shares.sum() == pytest.approx(1)
 
 
@@ -34,7 +35,7 @@ def test_what_is_drawn_looks_its_part(drawn):
     """Sky is bluer than red, grass green; trees and buildings have texture or windows: not flat areas of paint."""
     pixels = np.concatenate([np.asarray(image, float).reshape(-1, 3) for image, _ in drawn])
     labels = np.concatenate([labels.ravel() for _, labels in drawn])
-    mean = {c: pixels[labels == c].mean(0) for c in range(len(SCENE_CLASSES))}
+    mean = {c: pixels[labels == c].mean(0) for c in range(len(CLASS_OF))}
     assert mean[SKY][2] > mean[SKY][0] and mean[GRASS].argmax() == 1 and mean[TREE].argmax() == 1
     assert np.ptp(mean[ROAD]) < 12  # grey
     for image, labels in drawn:

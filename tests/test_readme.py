@@ -63,6 +63,7 @@ def place(tmp_path_factory, scenes):
         patch.chdir(folder)
         patch.setattr("cli_parts.demo.SCENES", {"train": 2, "val": 1})
         patch.setattr("cli_parts.demo.STEPS", 10)
+        patch.setattr("cli_parts.demo.BACKBONE", "tiny")
         patch.setattr("cli_parts.evaluation.ROUNDS", 1)  # of the linear probe
         patch.setattr("cli_parts.evaluation.PROBE_ROWS", 4000)
         patch.setattr("cli_parts.sheets.SHEET_IMAGES", 1)  # that the picture of a fit shows
@@ -114,12 +115,14 @@ def test_demo_leaves_everything(place):
     folder, said = place
     demo = folder / "stego-demo"
     names = {path.relative_to(demo).as_posix() for path in demo.rglob("*") if path.is_file()}
+    assert "index-pictures/photo0.jpg" in names
+    names = {name for name in names if not name.startswith("index-pictures/")}
     scenes = ["train/scene00.png", "train/scene01.png", "val/scene02.png"]
     assert names == {f"{kind}/{name}" for kind in ("images", "labels") for name in scenes} | {
         "classes.txt",
         "stego.pt",
-        "stego-fit.png",
-        "clusters.png",
+        "sheet.png",
+        "index.html",
         "scores.json",
         "figures/confusion.png",
         "figures/strips.png",
