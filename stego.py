@@ -39,7 +39,6 @@ Describe = Callable[[Tensor], Tensor]  # tokens (..., C) -> what is clustered (.
 POSITIONS = 121  # positions of an image that enter a step: 11 x 11 (Sec. 4)
 NEIGHBORS = 7  # nearest neighbours x_knn is drawn from (Sec. 4)
 DERANGEMENTS = 5  # ways a batch is shuffled for x_rand, averaged (reference implementation)
-LEARNING_RATE = 5e-4  # Adam, no schedule (App. A.11)
 DROPOUT = 0.1  # share of channels dropped (reference implementation)
 # b's from the data: standard deviations from the mean correspondence.
 SHIFTS = {"b_self": -0.5, "b_knn": -0.5, "b_rand": 2.0}
@@ -227,7 +226,7 @@ def train_head(
     if head.feature_weight:
         head.mean.copy_(unit(cache.sample(torch.randperm(len(cache))[:MEAN_CROPS], POSITIONS)).mean((0, 1)))
     fused = cache.device.type == "cuda" or None
-    optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE, fused=fused)
+    optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate, fused=fused)
     run = Training(head, optimizer, config, len(cache), checkpoint)
     network = running.data_parallel(head)
     for step in range(run.step, run.steps):
@@ -238,6 +237,7 @@ def train_head(
         loss = training_loss(network, f, g, f_knn, config)
         if step % LOOK_EVERY == 0 or step + 1 == run.steps:
             run.history.append({"step": step, "loss": loss.item()} | code_similarities(head, f, f_knn))
+        optimizer.param_groups[0]["lr"] = config.learning_rate_at(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

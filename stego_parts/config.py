@@ -16,9 +16,10 @@ MAX_CLUSTERS = 255  # masks are 8 bit and 255 means "ignore"
 RELEASED = "released"  # the preset of models that the reference implementation made
 KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 KINDS[tuple] = "one or three numbers from 1, 4,3,2 say,"
-KINDS |= {int | None: KINDS[int], float | None: "a number", str | None: KINDS[str]}
-LEAST = dict(steps=1, batch_size=1, code_size=1, tile=0, feature_weight=0, adaptation=0)
+KINDS |= {bool | None: KINDS[bool], int | None: KINDS[int], float | None: "a number", str | None: KINDS[str]}
+LEAST = dict(steps=1, learning_rate=0, batch_size=1, code_size=1, tile=0, feature_weight=0, adaptation=0)
 LEAST |= {f"lambda_{term}": 0 for term in TERMS}
+PUBLISHED_RATE = dict(learning_rate=5e-4, decay=False)  # App. A.11
 NOTED_SOURCES = 16  # folders, patterns and files given to fit up to which a model notes their names
 
 
@@ -36,6 +37,8 @@ class Config:
     clusters: int = 27  # 1 to 255
     seed: int = 0
     steps: int | None = None
+    learning_rate: float | None = None  # of Adam
+    decay: bool | None = None  # the learning rate falls linearly to 0 over the steps
     batch_size: int = 16  # crops a step
     code_size: int = 70
     lambda_self: float = 0.67
@@ -46,7 +49,7 @@ class Config:
     )
     b_knn: float | None = None
     b_rand: float | None = None
-    centering: bool = True  # spatial centering (Eq. 3)
+    centering: bool | None = None  # spatial centering (Eq. 3)
     zero_clamp: bool = True  # Sec. 3.2
     views: str | None = None  # one of VIEWS
     evenness: float | None = None  # 0 to 1; 0: clusters follow what is frequent, 1: also what is rare
@@ -64,6 +67,7 @@ class Config:
     def from_saved(cls, saved: dict) -> "Config":
         """The config in a model file, without options that this version does not have."""
         saved = saved | {"clusters": saved.get("clusters", saved.get("classes"))}  # its name in older files
+        saved = PUBLISHED_RATE | saved  # that of all fits before there was a choice
         known = {field.name: saved[field.name] for field in fields(cls) if field.name in saved}
         tuples = {name: tuple(saved.get(name, ())) for name in ("images", "bands")}
         return cls(**known | tuples)
@@ -73,6 +77,11 @@ class Config:
         suited = SUITED.get(name, SUITED["others"])
         missing = {option: value for option, value in suited.items() if getattr(self, option) is None}
         return replace(self, backbone=name, **missing | known)
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a training step, counted from 0."""
+        assert self.learning_rate is not None and self.steps is not None  # filled in by on_backbone
+        return self.learning_rate * (1 - step / self.steps if self.decay else 1)
 
     def __post_init__(self) -> None:
         if self.preset == RELEASED:
@@ -118,11 +127,19 @@ def check_kind(name: str, kind: Any, value: object) -> None:
 
 # What suits a backbone, by what was measured with it, where neither the user nor a preset says otherwise.
 SUITED: dict[str, dict] = {
-    "tiny": dict(steps=300, views="windows", evenness=1.0, adaptation=8.0),
-    "others": dict(steps=2000, views="five", evenness=0.0, adaptation=0.0),
+    "tiny": PUBLISHED_RATE | dict(steps=300, centering=True, views="windows", evenness=1.0, adaptation=8.0),
+    "others": dict(
+        steps=1000,
+        learning_rate=2e-3,
+        decay=True,
+        centering=False,
+        views="windows",
+        evenness=0.5,
+        adaptation=8.0,
+    ),
 }
 # Each with the backbone that it was tuned for; `--preset` and `--dataset` take that one unless another is named.
-_PUBLISHED = dict(views="five", evenness=0.0, adaptation=0.0)
+_PUBLISHED = PUBLISHED_RATE | dict(centering=True, views="five", evenness=0.0, adaptation=0.0)
 _SMALL = _PUBLISHED | dict(backbone="dino_vits8_300ep", b_self=0.18, b_knn=0.12, b_rand=0.46, steps=5000)
 _BASE = _PUBLISHED | dict(backbone="dino_vitb8", steps=7000, batch_size=32)
 _CITY_LAMBDAS = dict(lambda_self=1.00, lambda_knn=0.58, lambda_rand=0.91)
@@ -201,7 +218,7 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
 def parse_value(name: str, text: str) -> Any:
     """The value of a setting from its text; KeyError, TypeError or ValueError for what is none."""
     kind = SETTINGS[name]
-    if kind is bool:
+    if kind in (bool, bool | None):
         return {"true": True, "false": False}[text]
     if kind in (str, str | None):
         return text

@@ -33,10 +33,19 @@ def test_presets_are_the_published_ones():
     names = "backbone lambda_self lambda_knn lambda_rand b_self b_knn b_rand code_size steps batch_size views centering"
     for preset, values in want.items():
         assert tuple(getattr(fit_config(preset), name) for name in names.split()) == values
+        published = fit_config(preset).on_backbone("dino_vits8")
+        assert (published.learning_rate, published.decay) == (5e-4, False)
     assert set(config.PRESETS) == set(want) | {"default"}
 
 
+def test_models_of_before_say_the_rate_they_were_trained_with():
+    assert config.Config.from_saved({"steps": 5, "clusters": 3}).learning_rate == 5e-4
+
+
 def test_settings_are_read_from_text():
+    assert config.parse_settings(["decay=false", "learning_rate=0.001"]) == dict(
+        decay=False, learning_rate=0.001
+    )
     texts = ["b_self=0.3", "b_knn=data", "centering=false", "views=whole", "batch_size=4", "stride=16"]
     assert config.parse_settings(texts) == dict(
         b_self=0.3, b_knn=None, centering=False, views="whole", batch_size=4, stride=16

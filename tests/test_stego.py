@@ -231,6 +231,26 @@ def test_training_moves_the_loss(scenes):
     assert losses[1] < losses[0]
 
 
+def test_the_learning_rate_falls_to_zero_where_it_decays():
+    config = fit_config(steps=4, learning_rate=1.0, decay=True)
+    assert [config.learning_rate_at(step) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert fit_config(steps=4, learning_rate=1.0, decay=False).learning_rate_at(3) == 1.0
+
+
+def test_the_decay_reaches_the_optimizer(monkeypatch):
+    """With a rate of nothing the head stays where it began, so the rate of each step is the config's."""
+    monkeypatch.setattr(Config, "learning_rate_at", lambda self, step: 0.0)
+    cache = filled_cache(torch.randn(4, 8, 6, 6))
+    config = fit_config(
+        steps=3, learning_rate=1.0, decay=True, batch_size=2, b_self=0.1, b_knn=0.1, b_rand=0.1
+    )
+    heads = []
+    for steps in (1, 3):
+        torch.manual_seed(0)
+        heads.append(stego.train_head(cache, nearest_neighbors(cache.means), replace(config, steps=steps))[0])
+    assert torch.equal(heads[0].linear.weight, heads[1].linear.weight)
+
+
 def test_one_image_is_enough(tmp_path, scenes):
     Image.open(scenes / "scene00.png").save(tmp_path / "only.png")
     mask = Stego.fit(tmp_path, clusters=2, backbone="tiny", steps=3).predict(tmp_path / "only.png", crf=False)
@@ -290,7 +310,7 @@ def test_shifts_follow_the_features():
     shifts = {}
     for common in (0.0, 2.0):
         cache = filled_cache(torch.randn(20, 16, 20, 20) + common)
-        shifts[common] = stego.shifts_from_data(cache, nearest_neighbors(cache.means), Config())
+        shifts[common] = stego.shifts_from_data(cache, nearest_neighbors(cache.means), Config(centering=True))
     for name in stego.SHIFTS:
         assert shifts[2.0][name] > shifts[0.0][name] + 0.3
     scattered = 1 / 16**0.5  # standard deviation of random cosines
@@ -306,11 +326,14 @@ def test_what_is_given_is_kept_and_the_rest_from_the_data(scenes):
 
 
 def test_defaults_go_with_the_backbone(scenes, monkeypatch):
-    """The published way where features were learned from millions of images, what was measured for it with tiny."""
+    """What was measured with transformers for them and others, and with tiny for it; presets stay as published."""
     monkeypatch.setattr(stego, "load_backbone", lambda *args, **options: Mean())
     other = Stego.fit(scenes / "sub", clusters=2, backbone="dinov2_vits14", steps=1).config
-    assert (other.views, other.evenness) == ("five", 0.0)
-    assert fit_config().on_backbone("mean").steps == 2000
+    assert (other.views, other.evenness, other.adaptation) == ("windows", 0.5, 8.0)
+    assert (other.learning_rate, other.decay) == (2e-3, True)
+    assert fit_config().on_backbone("mean").steps == 1000
+    published = fit_config("small").on_backbone("dinov2_vits14")
+    assert (published.learning_rate, published.decay, published.evenness) == (5e-4, False, 0.0)
     tiny = fit_config().on_backbone("tiny")
     assert (tiny.views, tiny.steps, tiny.b_self, tiny.preset) == ("windows", 300, None, "default")
 
@@ -340,16 +363,17 @@ def test_a_look_at_the_similarities():
 
 
 @pytest.mark.parametrize("b, word", [(-1.0, "collapsed"), (1.0, "scattered"), (None, None)])
-def test_bad_runs_are_named_in_words(b, word, monkeypatch):
+def test_bad_runs_are_named_in_words(b, word):
     """Pressure that is all positive puts every code in one place, all negative drives them apart."""
     torch.manual_seed(0)
-    monkeypatch.setattr(stego, "LEARNING_RATE", 5e-3)  # bad quickly
     kinds = (
         torch.randint(2, (20, 12, 12)) + 2 * (torch.arange(20) % 2)[:, None, None]
     )  # two of four in each crop
     parts = torch.randn(4, 16)[kinds].permute(0, 3, 1, 2)  # (crops, C, h, w)
     cache = filled_cache(parts + 0.5 * torch.randn(parts.shape))
-    neighbors, options = nearest_neighbors(cache.means), fit_config(clusters=2, steps=60, batch_size=8)
+    neighbors = nearest_neighbors(cache.means)
+    quick = dict(steps=60, learning_rate=5e-3, decay=False, centering=True)  # bad quickly
+    options = fit_config(clusters=2, batch_size=8, **quick)
     shifts = (
         stego.shifts_from_data(cache, neighbors, options) if b is None else dict(b_self=b, b_knn=b, b_rand=b)
     )
