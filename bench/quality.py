@@ -115,18 +115,28 @@ def scored_images(network: Any, pairs: list) -> list[Scored]:
 
 
 @torch.inference_mode()
-def score(method: Method, images: list[Scored], classes: int, crf: bool) -> tuple[float, float]:
-    """mIoU and accuracy in percent."""
-    count = len(method.centers)
-    probe = Probe(method.centers, adaptation=method.adaptation)
-    confusion = np.zeros((classes, count), np.int64)
+def score(
+    methods: dict[str, Method], images: list[Scored], classes: int, crf: bool
+) -> dict[str, list[float]]:
+    """{name: mIoU and accuracy in percent}; all have one lattice of the CRF."""
+    confusion = {name: np.zeros((classes, len(method.centers)), np.int64) for name, method in methods.items()}
     for features, picture, label in images:
-        plain, mirrored = method.on_map(features.float()).chunk(2)  # (1, D, h, w) each
-        codes = (plain + mirrored.flip(-1)) / 2
-        mask = segment(picture, [(codes, probe.adapted(codes))], crf=crf)[0]
-        confusion += confusion_matrix(label, mask, n_classes=classes, n_clusters=count)
-    result = measure(confusion, match_clusters(confusion))
-    return 100 * result["miou"], 100 * result["accuracy"]
+        described = [described_by(method, features.float()) for method in methods.values()]
+        masks = segment(picture, described, crf=crf)
+        for counts, mask in zip(confusion.values(), masks):
+            counts += confusion_matrix(label, mask, n_classes=classes, n_clusters=counts.shape[1])
+    found = {}
+    for name, counts in confusion.items():
+        result = measure(counts, match_clusters(counts))
+        found[name] = [100 * result["miou"], 100 * result["accuracy"]]
+    return found
+
+
+def described_by(method: Method, features: Tensor) -> tuple[Tensor, Probe]:
+    """Codes (1, D, h, w) from features (2, C, h, w) of an image and its mirror image, and the probe in this image."""
+    plain, mirrored = method.on_map(features).chunk(2)  # (1, D, h, w) each
+    codes = (plain + mirrored.flip(-1)) / 2
+    return codes, Probe(method.centers, adaptation=method.adaptation).adapted(codes)
 
 
 def raw_kmeans(cache: TokenCache, config: Config) -> Method:
@@ -157,21 +167,22 @@ def run_set(network: Any, split: Split, variants: dict[str, Config], seeds: int,
             caches[config.views] = encode(network, split.images, config)
     rows: dict[tuple[str, bool], list] = {}
     for seed in range(seeds):
-        for name, method in methods(caches, variants, seed):
-            for sharp in (False, True) if crf else (False,):
-                rows.setdefault((name, sharp), []).append(score(method, images, split.classes, sharp))
+        methods = fit_methods(caches, variants, seed)
+        for sharp in (False, True) if crf else (False,):
+            for name, values in score(methods, images, split.classes, sharp).items():
+                rows.setdefault((name, sharp), []).append(values)
     return {key: np.array(values) for key, values in rows.items()}  # (seeds, 2) each
 
 
-def methods(caches: dict, variants: dict[str, Config], seed: int) -> list[tuple[str, Method]]:
+def fit_methods(caches: dict, variants: dict[str, Config], seed: int) -> dict[str, Method]:
     """Both baselines and the variants, fitted with a seed."""
     first = replace(next(iter(variants.values())), seed=seed)
     cache = caches[first.views]
     plain = raw_kmeans(cache, replace(first, evenness=0.0, adaptation=0.0))
-    made = [(PLAIN, plain), (SAME, raw_kmeans(cache, first))]
+    methods = {PLAIN: plain, SAME: raw_kmeans(cache, first)}
     for name, config in variants.items():
-        made.append((name, fitted(caches[config.views], replace(config, seed=seed))))
-    return made
+        methods[name] = fitted(caches[config.views], replace(config, seed=seed))
+    return methods
 
 
 def chosen(network: Any, presets: bool, **settings: Any) -> dict[str, Config]:
