@@ -191,7 +191,8 @@ def training_loss(head: nn.Module, f: Tensor, g: Tensor, f_knn: Tensor, config: 
 
     def term(name: str, f: Tensor, g: Tensor, s: Tensor, t: Tensor) -> Tensor:
         b = getattr(config, f"b_{name}")
-        loss = correlation_loss(f, g, s, t, b, centering=config.centering, zero_clamp=config.zero_clamp)
+        how = dict(centering=bool(config.centering), zero_clamp=config.zero_clamp)
+        loss = correlation_loss(f, g, s, t, b, **how)
         return getattr(config, f"lambda_{name}") * loss
 
     same_image = torch.cat([f, g], 1)  # (B, 2P, C): shares its dropout
@@ -226,7 +227,7 @@ def train_head(
     if head.feature_weight:
         head.mean.copy_(unit(cache.sample(torch.randperm(len(cache))[:MEAN_CROPS], POSITIONS)).mean((0, 1)))
     fused = cache.device.type == "cuda" or None
-    optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate, fused=fused)
+    optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate_at(0), fused=fused)
     run = Training(head, optimizer, config, len(cache), checkpoint)
     network = running.data_parallel(head)
     for step in range(run.step, run.steps):
