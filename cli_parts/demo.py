@@ -34,12 +34,11 @@ PAINTS = ((170, 30, 30), (40, 60, 120), (215, 215, 218), (40, 42, 46), (120, 125
 SCENES = {"train": 20, "val": 8}
 STEPS = 100  # a third of those of `fit`: the images are few, and more of them change nothing
 BACKBONE = "auto"  # the best that is in the torch cache or can be fetched, else tiny
-DRAWING, FITTING, SCORING, SHOWING = STAGES = (
-    "Drawing scenes of roads, with labels",
-    "Fitting: what recurs in the train scenes, without their labels",
-    "Scoring on the val scenes, beside k-means on the backbone's features",
-    "Writing masks, overlays and the page",
-)
+DRAWING = "Drawing scenes of roads, with labels"
+FITTING = "Fitting: what recurs in the train scenes, without their labels"
+SCORING = "Scoring on the val scenes, beside k-means on the backbone's features"
+SHOWING = "Writing masks, overlays and the page"
+STAGES = (DRAWING, FITTING, SCORING, SHOWING)
 # How long a stage takes with tiny, in times that drawing a scene does
 COSTS = {DRAWING: 28, FITTING: 110, SCORING: 80, SHOWING: 90}
 
