@@ -82,7 +82,7 @@ def main(version: bool, verbose: bool) -> None:
 @main.command(short_help="Find what recurs in images.")
 @click.argument("images", nargs=-1)
 @option("-k", "--clusters", type=cluster_counts, metavar="K", help="How many: 12, or 8,12,20.  [default: 27]")
-@option("--classes", "clusters", type=cluster_counts, hidden=True)  # its older name
+@option("--classes", "clusters", type=cluster_counts, hidden=True, help="Its older name.  [default: 27]")
 @option("-o", "--output", default=MODEL, type=PATH, help="The model.")
 @dataset_options
 @option("--preset", type=click.Choice(list(PRESETS)), help="Hyper-parameters.  [default: default]")
