@@ -1,5 +1,6 @@
 """What all commands have in common: help, one sentence for every error, what goes to stdout, how much is said."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import FAST, run
 from PIL import Image
 
@@ -129,6 +131,28 @@ def test_progress_on_a_terminal(monkeypatch, capsys):
     for done in range(1, 4):
         progress("training", done, 3)
     assert "training 3/3" in capsys.readouterr().err
+
+
+def test_progress_without_a_terminal(monkeypatch, capsys):
+    """A line at the start of each stage, and at most one a minute, with how long the rest will take."""
+    from cli_parts import console
+
+    clock = iter([0.0, 0.0, 10.0, 70.0, 80.0, 90.0])  # of the start and of each call
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    console.log.setLevel(logging.INFO)
+    progress = console.Progress()
+    for stage, done in (("features", 0), ("features", 1), ("features", 7), ("features", 8), ("training", 0)):
+        progress(stage, done, 14)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == ["features 0/14", "features 7/14  1:10 left", "training 0/14"]
+
+
+def test_version_tells_what_it_stands_on():
+    from cli_parts.console import versions
+
+    said = versions()
+    assert f"torch {torch.__version__.split('+')[0]}" in said and "pillow " in said and " threads" in said
 
 
 def test_quiet_and_verbose(here, scenes, saved):
