@@ -182,7 +182,7 @@ def plan_outputs(
     form = FORMATS[formats[0]]
     found = image_on_stdin() if PIPE in sources else None
     if found is None:
-        found = find_images(sources, exclude=[Path(output), *exclude])
+        found = with_distinct_places(find_images(sources, exclude=[Path(output), *exclude]))
     jobs = _jobs(found, output, formats, limit)
     document = None
     if form.document:
@@ -191,6 +191,15 @@ def plan_outputs(
     inputs = [model, *(path for path, _ in found if isinstance(path, Path))]
     check_outputs([*files, (document, form.suffixes)], inputs=inputs)
     return jobs, document
+
+
+def with_distinct_places(found: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    """Images and their places; where two in several folders have one place, all lie below the folder of all."""
+    if len({place for _, place in found}) == len(found):
+        return found
+    paths = [Path(os.path.abspath(path)) for path, _ in found]
+    folder = os.path.commonpath([path.parent for path in paths])
+    return [(path, whole.relative_to(folder)) for (path, _), whole in zip(found, paths)]
 
 
 def image_on_stdin() -> list[tuple[Any, Path]] | None:

@@ -92,3 +92,16 @@ def test_a_cutout_is_as_opaque_as_its_clusters_are_likely(here, scenes, named):
     assert q.size < 25_000 and np.abs(small - q).mean() < 0.02
     run("predict", "photo.jpg", "-o", "sky.png", "--only", "sky,block", "--crf-size", 0.02, "--skip-existing")
     assert Image.open("sky.png").mode == "P"  # a mask is another thing than a cutout of the same name
+
+
+def test_one_name_in_several_folders(here, scenes, saved):
+    """Two images that both are 0001.png below what names them: outputs and documents tell their folders."""
+    for folder, i in (("a", 0), ("b", 1)):
+        Path("photos", folder).mkdir(parents=True)
+        Image.open(scenes / f"scene0{i}.png").save(f"photos/{folder}/0001.png")
+    command = ("predict", "photos/a", "photos/b", "-m", saved, *FAST)
+    run(*command, "-o", "out")
+    assert [Path(f"out/{folder}/0001.png").is_file() for folder in "ab"] == [True, True]
+    run(*command, "-o", "all.json", "--format", "json")
+    names = [image["file_name"] for image in json.loads(Path("all.json").read_text())["images"]]
+    assert names == ["a/0001.png", "b/0001.png"]
