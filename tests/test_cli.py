@@ -38,13 +38,14 @@ def test_an_interruption_while_modules_load_is_no_traceback(tmp_path):
     )
     tool = Path(cli.__file__)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(tool.parent)])}
-    run_tool = [sys.executable, str(tool), "--help"]
-    program = subprocess.run(run_tool, capture_output=True, text=True, timeout=60, env=environment)
+    options = dict(capture_output=True, text=True, timeout=60, env=environment)
+    options["preexec_fn"] = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # may be ignored around the tests
+    program = subprocess.run([sys.executable, str(tool), "--help"], **options)
     assert program.returncode == -signal.SIGINT and program.stderr == ""
-    module = [sys.executable, "-c", "import cli"]
-    assert (
-        "KeyboardInterrupt" in subprocess.run(module, capture_output=True, text=True, env=environment).stderr
-    )
+    module = subprocess.run([sys.executable, "-c", "import cli"], **options)
+    assert "KeyboardInterrupt" in module.stderr
 
 
 # ---- words and codes -----------------------------------------------------------------------------------------
