@@ -27,12 +27,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from pretrain import IMAGE_SIDE, find_images, learn_dictionary
 from pretrain import square as square_tensor
 
-from cli_parts.evaluation import PROBE_ROWS, Probe, class_maps, class_shares, linear_probe
+from cli_parts.evaluation import PROBE_ROWS, class_shares, linear_probe
 from cli_parts.labels import SIDE, folder_pairs, read_pair
 from cli_parts.scores import confusion_matrix, match_clusters, measure
 from kmeans import CosineKMeans
 from stego_parts.backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone
-from stego_parts.clusters import unmirror
+from stego_parts.clusters import Probe, mirror_averaged, upsampled_argmax
 from stego_parts.features import to_tensor
 from stego_parts.tiny import Dictionary, Tiny
 
@@ -89,7 +89,8 @@ def features(network, folder: Path, split: str, *, mirror: bool):
     for pair in folder_pairs(folder / "images" / split, folder / "labels" / split):
         image, label = read_pair(*pair, side=math.ceil(SIDE / network.patch) * network.patch)
         x = to_tensor(image)[None]
-        maps.append((unmirror(network(torch.cat([x, x.flip(-1)]))) if mirror else network(x)).half())
+        seen = mirror_averaged(x, network, nn.Identity())[0] if mirror else network(x)  # (1, C, h, w)
+        maps.append(seen.half())
         labels.append(label)
     return torch.cat(maps), labels
 
@@ -106,8 +107,8 @@ def percent(maps: Tensor, labels, classes: int, weight: Tensor, bias: Tensor | N
     """(accuracy, mIoU) in percent of a linear probe, or without bias of clusters after Hungarian matching."""
     confusion = np.zeros((classes, classes), np.int64)
     for x, label in zip(maps, labels):
-        found = class_maps({"maps": x[None].float()}, {("maps", "probe"): Probe(weight, bias)}, label.shape)
-        mask = found["maps", "probe", False]
+        scores = Probe(weight, bias).dot_products(x[None].float())[0]  # (classes, h, w)
+        mask = upsampled_argmax(scores, *label.shape)
         confusion += confusion_matrix(label, mask, n_classes=classes, n_clusters=classes)
     result = measure(confusion, match_clusters(confusion) if bias is None else np.arange(classes))
     return 100 * np.array([result["accuracy"], result["miou"]])
@@ -122,7 +123,7 @@ def measure_both(network, folder: Path, seeds: int):
     sample, clusters = rows[:KMEANS_ROWS].float(), []
     for seed in range(seeds):
         clusters.append(percent(*val, classes, CosineKMeans(classes, seed=seed).fit(sample).cluster_centers_))
-    return percent(*val, classes, *linear_probe(rows, shares)), np.mean(clusters, 0)
+    return percent(*val, classes, *linear_probe(rows, shares)[:2]), np.mean(clusters, 0)
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------
