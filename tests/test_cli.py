@@ -36,15 +36,14 @@ def test_an_interruption_while_modules_load_is_no_traceback(tmp_path):
     (tmp_path / "click.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
     )
-    tool = Path(cli.__file__)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(tool.parent)])}
+    (tmp_path / "stego").write_text("import cli\ncli.main()\n")  # as pip writes it
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent)}
     options = dict(capture_output=True, text=True, timeout=60, env=environment)
-    options["preexec_fn"] = lambda: signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # may be ignored around the tests
-    program = subprocess.run([sys.executable, str(tool), "--help"], **options)
+    # it may be ignored around the tests
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    program = subprocess.run([sys.executable, tmp_path / "stego", "--help"], **options)
     assert program.returncode == -signal.SIGINT and program.stderr == ""
-    module = subprocess.run([sys.executable, "-c", "import cli"], **options)
+    module = subprocess.run([sys.executable, "-c", "import cli"], cwd=tmp_path, **options)
     assert "KeyboardInterrupt" in module.stderr
 
 
@@ -86,7 +85,6 @@ def test_an_interruption_while_modules_load_is_no_traceback(tmp_path):
         (["predict", "small.png", "-m", "MODEL"], 1, "smaller than one patch"),
         (["predict", "ok.png", "-m", "MODEL", "-o", "mask.jpg"], 2, "not a .png"),
         (["predict", "ok.png", "small.png", "-m", "MODEL", "-o", "mask.png"], 2, "into one output"),
-        (["predict", "void2", "void3", "-m", "MODEL", "-o", "out"], 2, "would both be written to out/ok.png"),
         (["predict", "ok.png", "-m", "MODEL", "--resolution", "7"], 2, "at least 8"),
         (["predict", "ok.png", "-m", "MODEL", "--crf-size", "0"], 2, "x>0"),
         (["predict", "ok.png", "-m", "MODEL", "--only", "2,"], 2, "empty name"),
