@@ -132,10 +132,8 @@ def exact_crf(
         across = torch.einsum("kl,jld->jkd", columns, q.view(H, W, -1))
         return torch.einsum("ij,jkd->ikd", rows, across).reshape(q.shape)
 
-    kernels = [
-        (weight, apply, apply(torch.ones(H * W, 1)).rsqrt())
-        for weight, apply in ((compat, bilateral), (smooth_compat, smooth))
-    ]
+    pairs = ((compat, bilateral), (smooth_compat, smooth))
+    kernels = [(weight, apply, apply(torch.ones(H * W, 1)).rsqrt()) for weight, apply in pairs]
     logits = scores.permute(2, 3, 0, 1).reshape(H * W, K, C)
     q = logits.softmax(2)
     for _ in range(iterations):

@@ -70,9 +70,8 @@ def tiff_of(
             for left in range(0, width, columns):
                 part = band[top : top + rows, left : left + columns]
                 if tile:
-                    part = np.pad(
-                        part, ((0, tile - part.shape[0]), (0, tile - part.shape[1]), (0, 0)), "edge"
-                    )
+                    margin = ((0, tile - part.shape[0]), (0, tile - part.shape[1]), (0, 0))
+                    part = np.pad(part, margin, "edge")
                 chunks.append(packed(predicted(part, predictor), compression, len(part)))
     if photometric is None:
         photometric = 2 if bands >= 3 else 1
