@@ -121,14 +121,18 @@ def cluster_name(k: int, labels: Sequence[str]) -> str:
 
 def segment_legend(masks: Iterable[np.ndarray], clusters: Colored, width: int, *, em: int) -> Image.Image:
     """The clusters in masks (H, W), the largest first, in lines of `width` pixels; em: pixels."""
-    sizes = np.zeros(len(clusters.labels), int)  # (K,) pixels
-    for mask in masks:
-        sizes += np.bincount(mask.ravel(), minlength=IGNORE + 1)[: len(sizes)]
     entries = []
-    for k in np.argsort(-sizes, kind="stable").tolist():
-        if sizes[k]:
-            entries.append((cluster_name(k, clusters.labels), tuple(clusters.colors[k].tolist())))
+    for k in largest_first(masks, len(clusters.labels)):
+        entries.append((cluster_name(k, clusters.labels), tuple(clusters.colors[k].tolist())))
     return legend(entries, width, em=em)
+
+
+def largest_first(masks: Iterable[np.ndarray], count: int) -> list[int]:
+    """Which of `count` clusters are in masks (H, W), the one with most pixels first."""
+    sizes = np.zeros(count, int)  # (K,) pixels
+    for mask in masks:
+        sizes += np.bincount(mask.ravel(), minlength=IGNORE + 1)[:count]
+    return [k for k in np.argsort(-sizes, kind="stable").tolist() if sizes[k]]
 
 
 def with_legend(image: Image.Image, mask: np.ndarray, clusters: Colored) -> Image.Image:

@@ -77,9 +77,8 @@ def train(progress: Progress, images: tuple, plan: FitPlan, options: dict) -> di
     paths = plan.find_images(images, [options["weights"]])
     plan.check(paths, [options["weights"]], options["match"])
     match = earlier_model(options.pop("match"), options["device"])
-    keep = (
-        plan.keep_features and not plan.scratch.exists()
-    )  # what an interrupted fit has left is gone on with
+    # what an interrupted fit has left is gone on with
+    keep = plan.keep_features and not plan.scratch.exists()
     scratch = plan.features if keep else plan.scratch
     with process_group() as (rank, count):
         if count == 1:

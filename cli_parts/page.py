@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cli_parts.drawing import VIVID, overlay, region_picture
+from cli_parts.drawing import VIVID, largest_first, overlay, region_picture
 from cli_parts.sheets import best_regions, cluster_shares, description, hex_color, segmented
 from stego import Stego
 from stego_parts.checkpoint import FitRecord, training_warning
 from stego_parts.config import TERMS
 from stego_parts.files import write_bytes
-from stego_parts.images import IGNORE, write_image
+from stego_parts.images import write_image
 from stego_parts.running import Progress, no_progress
 
 SUFFIX = ".html"
@@ -125,8 +125,7 @@ def _photo_section(model: Stego, folder: Path, paths: Sequence[Path], progress: 
 
 def _names_in(mask: np.ndarray, model: Stego) -> str:
     """The clusters in a mask (H, W), the largest first, with their colours."""
-    sizes = np.bincount(mask.ravel(), minlength=IGNORE + 1)[: len(model.labels)]  # (K,)
-    present = [k for k in np.argsort(-sizes, kind="stable").tolist() if sizes[k]]
+    present = largest_first([mask], len(model.labels))
     return " ".join(f"<span>{_patch(hex_color(model.colors[k]))}{_name(model, k)}</span>" for k in present)
 
 
