@@ -144,8 +144,8 @@ def _smooth_kernel(
     B: int, H: int, W: int, rows: int, sigma: float, weight: float, device: torch.device
 ) -> Kernel:
     """Small Gaussian in two passes, both weighted sums of gathered rows: image rows, then pixels in a row."""
-    above, vertical = (t.to(device) for t in _taps(H, B, sigma))  # (B H, T)
-    beside, horizontal = (t.to(device) for t in _taps(W, rows, sigma))  # (rows W, T')
+    above, vertical = _taps(H, B, sigma, device)  # (B H, T)
+    beside, horizontal = _taps(W, rows, sigma, device)  # (rows W, T')
     horizontal *= weight
 
     def message(q: Tensor, a: int, b: int) -> Tensor:
@@ -158,7 +158,7 @@ def _smooth_kernel(
     return lambda q: partial(message, q)
 
 
-def _taps(n: int, copies: int, sigma: float) -> tuple[Tensor, Tensor]:
+def _taps(n: int, copies: int, sigma: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """The symmetrically normalised n x n Gaussian, `copies` times down the diagonal: columns and values of
     the entries in its rows, both (copies n, 2 radius + 1)."""
     radius = min(math.ceil(TRUNCATE * sigma), n - 1)
@@ -168,8 +168,9 @@ def _taps(n: int, copies: int, sigma: float) -> tuple[Tensor, Tensor]:
     other = other.clamp_(0, n - 1)
     scale = tap.sum(1).rsqrt()
     tap = tap * scale[:, None] * scale[other]
-    other = torch.arange(copies)[:, None, None] * n + other  # (copies, n, 2 radius + 1)
-    return other.view(copies * n, -1).int(), tap.repeat(copies, 1)
+    first = torch.arange(copies, device=device) * n
+    other = first[:, None, None] + other.to(device)  # (copies, n, 2 radius + 1)
+    return other.view(copies * n, -1).int(), tap.to(device).repeat(copies, 1)
 
 
 def _gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
