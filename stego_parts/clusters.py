@@ -28,6 +28,7 @@ from stego_parts.images import Picture, distinct_colors
 LOGIT_SCALE = 2.0  # cosine to a centre -> score of its cluster for the CRF (reference implementation)
 CRF_SIZE = 0.5  # megapixels at which the CRF runs on larger photos
 BLOCK_VALUES = 1_000_000  # numbers of a large photo that are upsampled at once: temporaries stay in cache
+GPU_BLOCK_VALUES = 32_000_000  # the same on a GPU, which wants few large kernels: temporaries of 0.5 GB
 ADAPTATION_ROWS = 100_000  # codes, at most, that stand for those of a large image
 ADAPTATION_ROUNDS = 4  # assignments after which the centres of an image hardly move
 # Of a frame against the average of those before it. Of a still scene with noise a fifth of the flicker is left, in a
@@ -134,7 +135,8 @@ def upsample_row_blocks(maps: Tensor, height: int, width: int) -> Iterator[tuple
     """Maps (C, h, w) upsampled bilinearly, in blocks of rows: yields (rows, (C, rows, width)), in bounded memory."""
     channels, h, _ = maps.shape
     wide = F.interpolate(maps[None], (h, width), mode="bilinear", align_corners=False)[0]  # (C, h, width)
-    for rows in torch.arange(height).split(max(BLOCK_VALUES // (width * channels), 1)):
+    values = GPU_BLOCK_VALUES if maps.is_cuda else BLOCK_VALUES
+    for rows in torch.arange(height).split(max(values // (width * channels), 1)):
         y = ((rows + 0.5) * h / height - 0.5).clamp(0, h - 1).to(maps.device)
         above = y.floor().long()
         below = (above + 1).clamp(max=h - 1)
