@@ -76,11 +76,11 @@ def train(progress: Progress, images: tuple, plan: FitPlan, options: dict) -> di
     """
     paths = plan.find_images(images, [options["weights"]])
     plan.check(paths, [options["weights"]], options["match"])
-    match = earlier_model(options.pop("match"), options["device"])
     # what an interrupted fit has left is gone on with
     keep = plan.keep_features and not plan.scratch.exists()
     scratch = plan.features if keep else plan.scratch
-    with process_group() as (rank, count):
+    with process_group(options["device"]) as (rank, count):
+        match = earlier_model(options.pop("match"), options["device"])  # on this process's GPU
         if count == 1:
             progress.go_on = "the same command goes on"
         if rank:  # the first process says the rest

@@ -93,16 +93,17 @@ def same_shape_batches(items: Iterable, most: int) -> Iterator[list]:
 
 
 @contextmanager
-def process_group() -> Iterator[tuple[int, int]]:
+def process_group(device: str | torch.device = "auto") -> Iterator[tuple[int, int]]:
     """Join the processes that torchrun started; yields this one's rank and their count: 0 and 1 without torchrun.
 
-    Raises ValueError in place of torch's error when another process has ended: nothing waits for it.
+    device: where they will work; on "cuda" each takes the GPU of its number. Raises ValueError where there is none, and
+    in place of torch's error when another process has ended: nothing waits for it.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
         yield rank(), process_count()
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if str(device) in ("auto", "cuda") and torch.cuda.is_available():
+        _take_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
     from torch.distributed.rendezvous import rendezvous  # missing where torch has no distributed part
 
     try:
@@ -117,6 +118,16 @@ def process_group() -> Iterator[tuple[int, int]]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _take_gpu(number: int, count: int) -> None:
+    """Work on the GPU of this number of `count`."""
+    if number >= count:
+        raise ValueError(
+            f"Process {number} has no GPU of its own, this machine has {count}; start at most {count} processes a "
+            "machine, or use --device cpu."
+        )
+    torch.cuda.set_device(number)
 
 
 def process_count() -> int:

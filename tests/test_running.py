@@ -22,7 +22,7 @@ from stego_parts.config import Config
 from stego_parts.running import pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = ["-k", "3", "--backbone", "tiny", "--set", "batch_size=4", "--set", "cache_size=0.003"]
+OPTIONS = ["-k", "3", "--backbone", "tiny", "--device", "cpu", "--set", "batch_size=4", "--set", "cache_size=0.003"]
 
 needs_gloo = pytest.mark.skipif(not dist.is_available() or sys.platform != "linux", reason="needs gloo")
 
@@ -116,8 +116,24 @@ def test_a_process_whose_torchrun_is_gone_ends(monkeypatch):
     for name, value in (launched | {"TORCHELASTIC_RUN_ID": "none"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(running, "MEETING", timedelta(seconds=1))
-    with pytest.raises(ValueError, match="has ended; start all of them again"), running.process_group():
+    with pytest.raises(ValueError, match="has ended; start all of them again"), running.process_group("cpu"):
         raise AssertionError("joined nobody")
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(running, "MEETING", timedelta(0))
+    launched = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in (launched | {"TORCHELASTIC_RUN_ID": "none"}).items():
+        monkeypatch.setenv(name, value)
+    for number, device, reason in ((1, "auto", "ended"), (2, "cuda", "machine has 2"), (2, "cpu", "ended")):
+        monkeypatch.setenv("LOCAL_RANK", str(number))
+        with pytest.raises(ValueError, match=reason), running.process_group(device):
+            raise AssertionError("joined nobody")
+    assert taken == [1]
 
 
 def test_batches_are_of_one_shape_in_order():
