@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,11 +59,34 @@ def to_tensor(image: Image.Image) -> Tensor:
 def dense_features(backbone: Any, x: Tensor, device: Device = "cpu", *, exact: bool = False) -> Tensor:
     """Images (B, 3, H, W) -> their features (B, C, h, w) float32, on a device.
 
-    A published backbone runs in float16 on a GPU (cosines differ by 4e-5 on average) unless `exact`.
+    A published backbone runs in float16 on a GPU (cosines differ by 4e-5 on average) unless `exact`, everything else in
+    full float32. Images that a GPU has no memory for at once pass through it in halves; ValueError where it has none
+    for one.
     """
     half = torch.device(device).type == "cuda" and backbone.name in BACKBONES and not exact
-    with torch.autocast("cuda", torch.float16, enabled=half):
-        return backbone(to_device(x, device)).float()
+    try:
+        with full_float32(), torch.autocast("cuda", torch.float16, enabled=half):
+            return backbone(to_device(x, device)).float()
+    except torch.OutOfMemoryError:  # what it holds is freed when this clause ends
+        if len(x) == 1:
+            height, width = x.shape[2:]
+            raise ValueError(
+                f"The memory of {device} is too small for one image of {width} x {height} pixels with {backbone.name}; "
+                "use --device cpu, or in predict a smaller --resolution."
+            ) from None
+    parts = [dense_features(backbone, part, device, exact=exact) for part in x.chunk(2)]
+    return torch.cat(parts)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """A GPU's convolutions in float32: by default torch lets cuDNN round what goes in to TF32, ten bits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def input_size(

@@ -49,6 +49,38 @@ def test_a_gpu_computes_in_float16_unless_exact(monkeypatch):
     assert [enabled for *_, enabled in seen] == [False, True, False] and seen[1][1] == torch.float16
 
 
+def test_convolutions_are_in_full_float32(monkeypatch):
+    """Not in TF32, torch's default on a GPU, which is as before afterwards; no GPU here, so the switch is read."""
+    for before in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+        network = Mean()
+        network.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+        seen: list = []
+        features.dense_features(network, torch.zeros(1, 3, 16, 16))
+        assert seen == [False] and torch.backends.cudnn.allow_tf32 is before
+
+
+class Small(Mean):
+    """A backbone on a GPU with memory for so many pixels."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room
+
+    def forward(self, x):
+        if x[:, 0].numel() > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(x)
+
+
+def test_images_pass_in_halves_where_memory_is_short():
+    x = torch.rand(5, 3, 16, 24)
+    found = features.dense_features(Small(2 * 16 * 24), x)
+    assert torch.equal(found, features.dense_features(Mean(), x))
+    with pytest.raises(ValueError, match="one image of 24 x 16 pixels.*--device cpu"):
+        features.dense_features(Small(16 * 24 - 1), x)
+
+
 def test_encode_is_the_backbone_on_every_crop(scenes):
     paths = sorted(scenes.glob("*.png"))
     cache = encode(Mean(), paths, Config(views="five"))
