@@ -51,13 +51,14 @@ def test_a_gpu_computes_in_float16_unless_exact(monkeypatch):
 
 def test_convolutions_are_in_full_float32(monkeypatch):
     """Not in TF32, torch's default on a GPU, which is as before afterwards; no GPU here, so the switch is read."""
+    seen = []
+    network = Mean()
+    network.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
     for before in (True, False):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
-        network = Mean()
-        network.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
-        seen: list = []
         features.dense_features(network, torch.zeros(1, 3, 16, 16))
-        assert seen == [False] and torch.backends.cudnn.allow_tf32 is before
+        assert torch.backends.cudnn.allow_tf32 is before
+    assert seen == [False, False]
 
 
 class Small(Mean):

@@ -22,7 +22,18 @@ from stego_parts.config import Config
 from stego_parts.running import pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = ["-k", "3", "--backbone", "tiny", "--device", "cpu", "--set", "batch_size=4", "--set", "cache_size=0.003"]
+OPTIONS = [
+    "-k",
+    "3",
+    "--backbone",
+    "tiny",
+    "--device",
+    "cpu",
+    "--set",
+    "batch_size=4",
+    "--set",
+    "cache_size=0.003",
+]
 
 needs_gloo = pytest.mark.skipif(not dist.is_available() or sys.platform != "linux", reason="needs gloo")
 
