@@ -6,6 +6,8 @@ depthwise 7 x 7 blocks (Liu et al. 2022, "A ConvNet for the 2020s") reads it, an
 form, weighs the directions of both by how well they are shared between neighbouring positions.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,9 @@ from torch import Tensor, nn
 SIDE = 8  # pixels: of a dictionary patch
 STRIDE = 4  # pixels: from one patch to the next
 SCALES = (1, 3, 7, 15)  # sides, in positions of 8 pixels, of the windows over which activations are averaged
+LANES = 32  # positions that torch sums side by side; only strips of whole lanes give the same bits as the whole map
+LEAST_ROWS = 4  # of a strip of distances, which stays in the processor's cache
+CHANNELS_LAST = torch.channels_last  # ten times as fast to pool
 
 
 class Dictionary(nn.Module):
@@ -43,7 +48,7 @@ class Dictionary(nn.Module):
         # Projecting first and pooling then is the same, and pools far fewer channels.
         maps = [F.conv2d(near, part[:, :, None, None]) for part in self.project.chunk(len(SCALES), 1)]
         pooled = sum(_box(part, side) for part, side in zip(maps, SCALES))  # (B, channels, h, w)
-        return pooled - (self.project @ self.mean)[:, None, None]
+        return (pooled - (self.project @ self.mean)[:, None, None]).contiguous()
 
     def pooled(self, x: Tensor) -> Tensor:
         """Activations averaged over each window: (B, scales * atoms, h, w)."""
@@ -56,17 +61,32 @@ class Dictionary(nn.Module):
         x = F.pad(x, (margin,) * 4, mode="reflect")
         white = F.conv2d(x, self.whiten, self.whiten_bias, stride=STRIDE)  # (B, dims, 2h, 2w)
         dots = F.conv2d(white, self.atom[:, :, None, None])  # (B, atoms, 2h, 2w)
-        norms = white.square().sum(1, keepdim=True) + self.atom.square().sum(1)[:, None, None]
-        distance = (norms - 2 * dots).clamp(min=0).sqrt()
-        near = (distance.mean(1, keepdim=True) - distance).clamp(min=0)
-        return F.avg_pool2d(near, self.patch // STRIDE)  # (B, atoms, h, w)
+        of_patches = white.square().sum(1, keepdim=True)  # (B, 1, 2h, 2w)
+        of_atoms = self.atom.square().sum(1)[:, None, None]  # (atoms, 1, 1)
+        rows = max(LANES // math.gcd(dots.shape[3], LANES), LEAST_ROWS)
+        near = []
+        for norm, dot in zip(of_patches.split(rows, 2), dots.split(rows, 2)):
+            distance = (norm + of_atoms).sub_(dot.mul_(2)).clamp_(min=0).sqrt_()  # (B, atoms, rows, 2w)
+            mean = distance.mean(1, keepdim=True)
+            near.append(_halved(torch.sub(mean, distance, out=distance).clamp_(min=0)))
+        return torch.cat(near, 2)
+
+
+def _halved(x: Tensor) -> Tensor:
+    """Mean over 2 x 2 windows, half as high and wide: in half the time of avg_pool2d, and the same bits."""
+    upper = x[:, :, 0::2]  # (B, C, h, 2w)
+    lower = x[:, :, 1::2]
+    total = upper[..., 0::2] + upper[..., 1::2]  # (B, C, h, w)
+    total += lower[..., 0::2]
+    total += lower[..., 1::2]
+    return total.div_(4)
 
 
 def _box(x: Tensor, side: int) -> Tensor:
     """Mean over side x side windows, edges repeated; the size stays."""
     if side == 1:
         return x
-    x = F.pad(x, (side // 2,) * 4, mode="replicate")
+    x = F.pad(x, (side // 2,) * 4, mode="replicate").contiguous(memory_format=CHANNELS_LAST)
     return F.avg_pool2d(F.avg_pool2d(x, (side, 1), stride=1), (1, side), stride=1)
 
 
@@ -97,7 +117,7 @@ class Trunk(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(self.enter(x.contiguous(memory_format=torch.channels_last)))
+        x = self.blocks(self.enter(x.contiguous(memory_format=CHANNELS_LAST)))
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, width, h, w)
 
 

@@ -83,6 +83,18 @@ def test_pooling_after_projecting_is_the_same(tiny):
     assert torch.allclose((dictionary.project @ slow).view_as(dictionary(x)), dictionary(x), atol=1e-4)
 
 
+@pytest.mark.parametrize("height, width", [(8, 8), (72, 40), (136, 24)])
+def test_activations_are_mean_distance_less_distance(tiny, height, width):
+    """Patch by patch, whatever the strips of rows in which they are computed."""
+    x, dictionary = torch.randn(2, 3, height, width), tiny.dictionary
+    patches = torch.nn.functional.unfold(torch.nn.functional.pad(x, (2,) * 4, mode="reflect"), 8, stride=4)
+    white = patches.transpose(1, 2) @ dictionary.whiten.flatten(1).T + dictionary.whiten_bias  # (B, N, dims)
+    distance = torch.cdist(white, dictionary.atom[None], compute_mode="donot_use_mm_for_euclid_dist")
+    near = (distance.mean(2, keepdim=True) - distance).clamp(min=0)  # (B, N, atoms)
+    near = near.unflatten(1, (height // 8, 2, width // 8, 2)).mean((2, 4)).permute(0, 3, 1, 2)
+    assert torch.allclose(dictionary.activations(x), near, atol=1e-4)
+
+
 def test_weight_file_is_small_half_precision_and_safe():
     assert TINY_FILE.stat().st_size <= 12e6
     state = torch.load(TINY_FILE, weights_only=True)
