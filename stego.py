@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kmeans import CosineKMeans
 from stego_parts import clusters, running
+from stego_parts.adam import Adam
 from stego_parts.backbones import CUSTOM, load_backbone
 from stego_parts.checkpoint import FitCheckpoint, FitRecord, Training, training_warning
 from stego_parts.config import RELEASED, Config, fit_config, recluster_config, source_names
@@ -226,8 +227,7 @@ def train_head(
     head = Head(channels, config.code_size, feature_weight=config.feature_weight).to(cache.device)
     if head.feature_weight:
         head.mean.copy_(unit(cache.sample(torch.randperm(len(cache))[:MEAN_CROPS], POSITIONS)).mean((0, 1)))
-    fused = cache.device.type == "cuda" or None
-    optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate_at(0), fused=fused)
+    optimizer = Adam(head.parameters())
     run = Training(head, optimizer, config, len(cache), checkpoint)
     network = running.data_parallel(head)
     for step in range(run.step, run.steps):
@@ -238,10 +238,8 @@ def train_head(
         loss = training_loss(network, f, g, f_knn, config)
         if step % LOOK_EVERY == 0 or step + 1 == run.steps:
             run.history.append({"step": step, "loss": loss.item()} | code_similarities(head, f, f_knn))
-        optimizer.param_groups[0]["lr"] = config.learning_rate_at(step)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
+        optimizer.step(config.learning_rate_at(step))
         run.step = step + 1
         run.save()
         progress("training", run.step, run.steps)

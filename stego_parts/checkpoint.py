@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stego_parts.adam import Adam
 from stego_parts.config import NOTICE, Config
 from stego_parts.features import USED, TokenCache
 from stego_parts.files import replacing
@@ -44,7 +45,7 @@ class FitCheckpoint:
         features = features_key(paths, backbone_sha256, config)
         if features != from_first(lambda: features):
             raise ValueError("The processes see other images or options than each other; give each the same.")
-        fit = {"features": features, "config": asdict(config)}
+        fit = {"features": features, "config": asdict(config), "version": 2}
         self.keys = {"features": features, "fit": fit, "training": fit}  # what each state depends on
         self.folder = Path(folder)
         self.cache: TokenCache | None = None
@@ -166,12 +167,7 @@ class Training:
     """
 
     def __init__(
-        self,
-        head: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: Config,
-        crops: int,
-        checkpoint: FitCheckpoint | None,
+        self, head: nn.Module, optimizer: Adam, config: Config, crops: int, checkpoint: FitCheckpoint | None
     ) -> None:
         self.head = head
         self.optimizer = optimizer
