@@ -25,7 +25,7 @@ from stego_parts import images
 from stego_parts.clusters import mirror_averaged, segment
 from stego_parts.config import RELEASED, SETTINGS
 from stego_parts.features import BILINEAR, Device, dense_features, input_image, to_tensor
-from stego_parts.running import Progress, no_progress, or_skip
+from stego_parts.running import Progress, no_progress, or_skip, side_by_side
 
 SHEET_IMAGES = 24  # images up to which the contact sheet shows all
 SHEET_SAMPLE = 12  # how many of more it shows
@@ -96,9 +96,17 @@ def segmented(
     The CRF works at the size of a picture on a sheet.
     """
     size = math.prod(drawing.SHEET_CELL) / 1e6
+    _ = model.backbone  # is loaded here, not by each thread
+
+    def segment_one(path: Path) -> tuple[Path, Image.Image, np.ndarray] | None:
+        picture = or_skip(_small_picture, model, path, level=KNOWN)
+        return picture and (path, picture.image, model.predict(picture, crf_size=size))
+
     found = []
-    for path, picture in _usable(partial(_small_picture, model), paths, "picture", progress, KNOWN):
-        found.append((path, picture.image, model.predict(picture, crf_size=size)))
+    for done, result in enumerate(side_by_side(segment_one, paths, model.device), 1):
+        if result is not None:
+            found.append(result)
+        progress("picture", done, len(paths))
     return found
 
 

@@ -5,7 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from stego import Stego
 from stego_parts import running
 from stego_parts.checkpoint import crops_a_step
 from stego_parts.config import Config
-from stego_parts.running import pick_device
+from stego_parts.running import pick_device, side_by_side
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = [
@@ -165,3 +167,44 @@ def test_batches_are_of_one_shape_in_order():
 
 def test_device_auto_is_there():
     assert pick_device("auto").type in ("cpu", "cuda") and pick_device("cpu").type == "cpu"
+
+
+@pytest.fixture
+def two_threads():
+    """torch works with two threads, whatever the environment says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def threads_of_a_new_thread() -> int:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+def test_items_share_the_threads_and_stay_in_order(two_threads):
+    meeting = threading.Barrier(2, timeout=20)  # passed only by two at once
+
+    def work(item: int) -> tuple[int, int]:
+        meeting.wait()
+        return item, torch.get_num_threads()
+
+    assert list(side_by_side(work, range(6))) == [(item, 1) for item in range(6)]
+    assert torch.get_num_threads() == threads_of_a_new_thread() == 2
+
+
+def test_what_an_item_raises_is_raised_and_threads_are_as_before(two_threads):
+    def work(item: int) -> int:
+        if item == 3:
+            raise ValueError("no")
+        return item
+
+    with pytest.raises(ValueError, match="no"):
+        list(side_by_side(work, range(6)))
+    assert torch.get_num_threads() == threads_of_a_new_thread() == 2
+
+
+def test_on_a_gpu_items_come_one_by_one_in_the_thread_that_asks(two_threads):
+    threads = list(side_by_side(lambda _: threading.get_ident(), range(3), "cuda"))
+    assert threads == [threading.get_ident()] * 3
