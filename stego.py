@@ -416,7 +416,8 @@ class Stego:
     @property
     def merged(self) -> np.ndarray:
         """(K,) uint8: for each cluster the lowest of those with its name, itself if it has none."""
-        return np.array([self.labels.index(label) for label in self.labels], np.uint8)
+        labels = self.labels
+        return np.array([labels.index(label) for label in labels], np.uint8)
 
     @property
     def colors(self) -> np.ndarray:

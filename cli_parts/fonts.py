@@ -75,6 +75,7 @@ def _source_of(text: str) -> tuple[str, int] | None:
     return None
 
 
+@cache
 def _has_letters(letters: Font, text: str) -> bool:
     """Whether a font has all letters of a text; spaces and marks of format need none."""
     missing = _look(letters, NO_LETTER)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from stego_parts.files import write_bytes
 from stego_parts.images import IGNORE
@@ -52,6 +51,8 @@ def match_clusters(confusion: Any) -> np.ndarray:
 
     confusion: (n_classes, K) counts. Returns (K,) int64: the class of each cluster, -1 for a cluster left over.
     """
+    from scipy.optimize import linear_sum_assignment  # here: a third of a second that no fit needs
+
     confusion = np.asarray(confusion)
     classes, clusters = linear_sum_assignment(confusion, maximize=True)
     assignment = np.full(confusion.shape[1], -1, dtype=np.int64)
