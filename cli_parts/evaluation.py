@@ -26,7 +26,7 @@ from stego_parts.clusters import Probe, mirror_averaged, segment
 from stego_parts.config import RELEASED
 from stego_parts.features import dense_features, to_tensor
 from stego_parts.files import find_images
-from stego_parts.running import Progress, no_progress, or_skip, prefetch
+from stego_parts.running import Progress, no_progress, or_skip, prefetch, side_by_side
 
 log = logging.getLogger("stego")
 
@@ -175,24 +175,25 @@ def linear_probe(rows: Tensor, shares: Tensor, *, progress: Progress = no_progre
     The cross entropy is that of the labelled pixels of each position. Features are whitened on the way, and the first
     steps see a part of the positions, which changes the path and not the goal. When it stands still: CONVERGED, ROUNDS.
     """
+    from scipy.optimize import minimize  # torch's L-BFGS would load a compiler: two seconds
+
     labelled = shares.sum(1) > 0
     if not labelled.any():
         raise ValueError("Not one labelled pixel in the train images; the linear probe needs labels.")
     rows = rows[labelled]
     shares = shares[labelled]
     mean, whitening = _whitening(rows[:: max(len(rows) // WHITENING_ROWS, 1)].float())
-    weight = torch.zeros(shares.shape[1], rows.shape[1])  # of whitened features
-    bias = torch.zeros(shares.shape[1])
+    solution = np.zeros(shares.shape[1] * (rows.shape[1] + 1))
     every = max(len(rows) // START_ROWS, 1)
+    options = dict(maxiter=ROUNDS, ftol=CONVERGED)
     progress("probe", 0, 1)
     for some in (slice(None, None, every), slice(None)):
-        optimizer = torch.optim.LBFGS(
-            [weight, bias], max_iter=ROUNDS, tolerance_change=CONVERGED, line_search_fn="strong_wolfe"
-        )
-        optimizer.step(partial(_set_gradients, weight, bias, rows[some], shares[some], mean, whitening))
+        data = (rows[some], shares[some], mean, whitening)
+        solution = minimize(
+            _probe_loss, solution, data, jac=True, method="L-BFGS-B", options=options
+        ).x  # (n * (D + 1),)
     progress("probe", 1, 1)
-    folded = weight @ whitening.T
-    return Probe(folded, bias - folded @ mean)
+    return Probe(*_unwhitened(solution, shares.shape[1], mean, whitening))
 
 
 def _whitening(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,25 +206,31 @@ def _whitening(rows: Tensor) -> tuple[Tensor, Tensor]:
     return mean, directions / (variance + floor).sqrt()
 
 
-def _set_gradients(
-    weight: Tensor, bias: Tensor, rows: Tensor, shares: Tensor, mean: Tensor, whitening: Tensor
-) -> Tensor:
-    """The loss of a linear probe, weight (n, D) and bias (n,) of whitened features; leaves its gradients in both."""
-    folded = weight @ whitening.T  # (n, D), of features as they are
-    offset = bias - folded @ mean
-    loss = torch.zeros(())
-    of_folded = torch.zeros_like(folded)
-    of_offset = torch.zeros_like(offset)
+def _unwhitened(solution: np.ndarray, classes: int, mean: Tensor, whitening: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (n, D) and bias (n,) for features as they are, of a probe (n * (D + 1),) of whitened ones."""
+    both = torch.from_numpy(solution.astype(np.float32)).view(classes, -1)  # (n, D + 1)
+    weight = both[:, :-1] @ whitening.T
+    return weight, both[:, -1] - weight @ mean
+
+
+def _probe_loss(
+    solution: np.ndarray, rows: Tensor, shares: Tensor, mean: Tensor, whitening: Tensor
+) -> tuple[float, np.ndarray]:
+    """The loss of a linear probe (n * (D + 1),) of whitened features, and its gradient."""
+    weight, bias = _unwhitened(solution, shares.shape[1], mean, whitening)
+    loss = 0.0
+    of_weight = torch.zeros_like(weight)
+    of_bias = torch.zeros_like(bias)
     for block, share in zip(rows.split(PROBE_BLOCK), shares.split(PROBE_BLOCK)):
         x = block.float()
-        log_chance = (x @ folded.T + offset).log_softmax(1)  # (B, n)
-        loss -= (share * log_chance).sum()
+        log_chance = (x @ weight.T + bias).log_softmax(1)  # (B, n)
+        loss -= float((share * log_chance).sum())
         residual = log_chance.exp() * share.sum(1, keepdim=True) - share  # (B, n)
-        of_folded += residual.T @ x
-        of_offset += residual.sum(0)
-    weight.grad = (of_folded - of_offset[:, None] * mean) @ whitening / len(rows)
-    bias.grad = of_offset / len(rows)
-    return loss / len(rows)
+        of_weight += residual.T @ x
+        of_bias += residual.sum(0)
+    of_whitened = (of_weight - of_bias[:, None] * mean) @ whitening  # (n, D)
+    gradient = torch.cat([of_whitened, of_bias[:, None]], 1) / len(rows)  # (n, D + 1)
+    return loss / len(rows), gradient.flatten().numpy().astype(np.float64)
 
 
 # ---- the evaluation (Sec. 4) ------------------------------------------------------------------------------
@@ -257,24 +264,29 @@ def masks_of(
     return masks
 
 
-@torch.inference_mode()
 def confusions(
     model: Stego, labelled: LabelledSet, probes: Probes, *, crf: bool = True, progress: Progress = no_progress
 ) -> dict[tuple[str, str, bool], np.ndarray]:
     """{(features, probe, crf): (images, n_classes, K) int64} of every probe on every image, also after a CRF."""
     side = protocol_side(model.backbone.patch)
     n_classes = len(labelled.classes)
+
+    @torch.inference_mode()
+    def count(pair: tuple[Image.Image, np.ndarray]) -> dict[tuple[str, str, bool], np.ndarray]:
+        image, label = pair
+        matrices = {}
+        for key, mask in masks_of(both_features(model, image), probes, image, crf=crf).items():
+            n_clusters = len(probes[key[:2]].weight)
+            matrices[key] = confusion_matrix(label, mask, n_classes=n_classes, n_clusters=n_clusters)
+        return matrices
+
     counts: dict[tuple[str, str, bool], list[np.ndarray]] = {}
-    read = partial(labelled.read, side=side, bands=model.config.bands)
-    pairs = prefetch(read, range(len(labelled.pairs)))
-    for done, (image, label) in enumerate(pairs, 1):
-        masks = masks_of(both_features(model, image), probes, image, crf=crf)
-        for (features, name, with_crf), mask in masks.items():
-            n_clusters = len(probes[features, name].weight)
-            matrix = confusion_matrix(label, mask, n_classes=n_classes, n_clusters=n_clusters)
-            counts.setdefault((features, name, with_crf), []).append(matrix)
+    pairs = prefetch(partial(labelled.read, side=side, bands=model.config.bands), range(len(labelled.pairs)))
+    for done, matrices in enumerate(side_by_side(count, pairs, model.device), 1):
+        for key, matrix in matrices.items():
+            counts.setdefault(key, []).append(matrix)
         progress("evaluate", done, len(labelled.pairs))
-    return {key: np.stack(matrices) for key, matrices in counts.items()}
+    return {key: np.stack(each) for key, each in counts.items()}
 
 
 def evaluate(
