@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from kmeans import CosineKMeans
 from stego_parts import clusters, running
-from stego_parts.adam import Adam
 from stego_parts.backbones import CUSTOM, load_backbone
 from stego_parts.checkpoint import FitCheckpoint, FitRecord, Training, training_warning
 from stego_parts.config import RELEASED, Config, fit_config, recluster_config, source_names
@@ -31,6 +30,7 @@ from stego_parts.features import RESOLUTION, TokenCache, dense_features, encode
 from stego_parts.files import Sources, find_images
 from stego_parts.images import Picture, distinct_colors, read_picture
 from stego_parts.models import check_backbone, check_model, damaged, read_model, write_model
+from stego_parts.optimizers import Adam
 from stego_parts.running import Progress, from_first, no_progress, pick_device, to_device
 from stego_parts.tiles import image_codes, label_image, tiles_of
 

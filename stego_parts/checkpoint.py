@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stego_parts.adam import Adam
 from stego_parts.config import NOTICE, Config
 from stego_parts.features import USED, TokenCache
 from stego_parts.files import replacing
+from stego_parts.optimizers import Adam
 from stego_parts.running import from_first, process_count, rank
 from stego_parts.tiles import tiles_of
 

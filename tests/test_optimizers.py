@@ -6,7 +6,7 @@ import sys
 import torch
 from torch import nn
 
-from stego_parts.adam import Adam
+from stego_parts.optimizers import Adam
 
 
 def two_networks() -> tuple[nn.Module, nn.Module]:
@@ -57,7 +57,7 @@ def test_goes_on_from_a_state():
 def test_a_fit_loads_no_compiler():
     program = (
         "import sys, torch, stego\n"
-        "from stego_parts.adam import Adam\n"
+        "from stego_parts.optimizers import Adam\n"
         "head = stego.Head(4, 3)\n"
         "optimizer = Adam(head.parameters())\n"
         "head(torch.ones(2, 4)).sum().backward()\n"
