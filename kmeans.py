@@ -5,6 +5,10 @@ k-means is Dhillon & Modha 2001, mini-batches are Sculley 2010, the seeding is A
 """
 
 import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from typing import Any
 
 import torch
@@ -17,6 +21,7 @@ FORGET = 0.9  # weight of the past in the running sums: about the last ten batch
 STARVED = 0.02  # a centre with less than this share of a fair part (1 / K) is seeded anew
 AGREEING = 3  # starts of one inertia after which there is no other to expect
 REPAIR_EVERY = 10  # batches between two looks for starved centres
+LEARNED = ("cluster_centers_", "inertia_", "_sums", "_counts", "_batches")  # by the best of the starts
 
 
 class CosineKMeans:
@@ -28,7 +33,7 @@ class CosineKMeans:
         agreement: no further start once the best three have one inertia, but for this share of it; 0: all starts.
         max_iter: mini-batches per start.
         batch_size: rows of one mini-batch.
-        seed: same seed, same rows, same threads: same centres.
+        seed: same seed, same rows, same threads: same centres; of several starts also with other threads.
 
     Learned: `cluster_centers_` (K, d) unit rows, `inertia_` mean of 1 - cosine over the rows last fitted.
     """
@@ -65,22 +70,71 @@ class CosineKMeans:
         kept = x.norm(dim=1) > 0  # (N,)
         if not kept.all():
             x = x[kept]  # (N, d)
-        best_centers = None
+        best: CosineKMeans | None = None
         inertias: list[float] = []
-        for _ in range(self.n_init):
-            self.cluster_centers_ = None
-            self._batches = 0
-            for i in range(self.max_iter):
-                self._step(self._draw(x, self.batch_size), last=i + 1 == self.max_iter)
-            inertia = self._mean_distance(x)
-            if inertia < min(inertias, default=math.inf):
-                best_centers = self.cluster_centers_
-            inertias.append(inertia)
+        for start in self._starts(x):
+            self._generator = start._generator  # whoever draws next goes on from there
+            if best is None or start.inertia_ < best.inertia_:
+                best = start
+            inertias.append(start.inertia_)
             if self.agreement and self._agree(inertias):
                 break
-        self.inertia_ = min(inertias, default=math.inf)
-        self.cluster_centers_ = best_centers
+        if best:
+            self.__dict__ |= {name: best.__dict__[name] for name in LEARNED}
         return self
+
+    def _starts(self, x: Tensor) -> Iterator["CosineKMeans"]:
+        """Each start in turn; on the CPU as many at once as torch has threads, each with one of them."""
+        states = self._random_states(len(x))
+        threads = torch.get_num_threads()
+        workers = min(threads, self.n_init) if x.is_cpu else 1
+        if workers <= 1:
+            yield from (self._start(x, state) for state in states)
+            return
+        try:
+            # one step on two threads takes three quarters of the time
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                pending = deque(pool.submit(self._start, x, state) for state in states)
+                try:
+                    while pending:
+                        yield pending.popleft().result()
+                finally:
+                    for each in pending:
+                        each.cancel()
+        finally:
+            torch.set_num_threads(threads)  # for threads that begin later
+
+    def _start(self, x: Tensor, random_state: Tensor) -> "CosineKMeans":
+        """One start on unit rows x (N, d): this k-means with what it has learned."""
+        start = copy(self)
+        start._generator = torch.Generator()
+        start._generator.set_state(random_state)
+        start.cluster_centers_ = None
+        start._batches = 0
+        for i in range(self.max_iter):
+            start._step(start._draw(x, self.batch_size), last=i + 1 == self.max_iter)
+        start.inertia_ = start._mean_distance(x)
+        return start
+
+    def _random_states(self, rows: int) -> list[Tensor]:
+        """The generator's state at the beginning of each start, the same however many run at once.
+
+        Draws what a start draws, but for repairs, which are rare.
+        """
+        generator = torch.Generator()
+        generator.set_state(self._generator.get_state())
+        states = []
+        for _ in range(self.n_init):
+            states.append(generator.get_state())
+            batch = min(rows, self.batch_size)
+            _random_rows(rows, batch, generator)
+            _random_rows(batch, SEEDING_ROWS * self.n_clusters, generator)
+            torch.randint(2, (), generator=generator)
+            for _ in range(self.n_clusters - 1):
+                torch.multinomial(torch.ones(2), self._trials, replacement=True, generator=generator)
+            for _ in range(self.max_iter - 1):
+                _random_rows(rows, batch, generator)
+        return states
 
     def _agree(self, inertias: list[float]) -> bool:
         """Whether the best starts so far have found the same."""
@@ -121,17 +175,21 @@ class CosineKMeans:
                 f"Got {len(x)} non-zero rows for {self.n_clusters} clusters; k-means needs at least one row a cluster, "
                 "partial_fit in its first batch: give more rows or ask for fewer clusters."
             )
-        trials = 2 + int(math.log(self.n_clusters))  # the usual greedy variant
         centers = [x[torch.randint(len(x), (), generator=self._generator)]]
         distance = 1 - x @ centers[0]  # (n,) half the squared chord
         while len(centers) < self.n_clusters:
             weight = distance.clamp(min=1e-12).cpu()
-            drawn = torch.multinomial(weight, trials, replacement=True, generator=self._generator)
+            drawn = torch.multinomial(weight, self._trials, replacement=True, generator=self._generator)
             candidate = torch.minimum(distance[:, None], 1 - x @ x[drawn].T)  # (n, trials)
             best = int(candidate.sum(0).argmin())
             centers.append(x[drawn[best]])
             distance = candidate[:, best]
         return torch.stack(centers)  # (K, d)
+
+    @property
+    def _trials(self) -> int:
+        """Rows among which a new centre is chosen, the usual greedy variant."""
+        return 2 + int(math.log(self.n_clusters))
 
     def _repair(self, x: Tensor, cosine: Tensor) -> None:
         """Put starved centres on the rows of this batch that are served worst."""
@@ -145,10 +203,8 @@ class CosineKMeans:
 
     def _draw(self, x: Tensor, count: int) -> Tensor:
         """At most count rows of x, without replacement within a batch of a small x."""
-        if len(x) <= count:
-            return x
-        rows = torch.randint(len(x), (count,), generator=self._generator)
-        return x.index_select(0, rows.to(x.device))  # five times as fast as x[rows]
+        rows = _random_rows(len(x), count, self._generator)
+        return x if rows is None else x.index_select(0, rows.to(x.device))  # five times as fast as x[rows]
 
     def _mean_distance(self, x: Tensor) -> float:
         total = sum(float((1 - _nearest(part, self.cluster_centers_)[0]).sum()) for part in x.split(CHUNK))
@@ -164,6 +220,11 @@ def _unit_rows(x: Tensor) -> Tensor:
     if not torch.isfinite(x.sum()):  # 40 times as fast as looking at each
         raise ValueError("Got NaN or infinite values; k-means needs finite rows.")
     return x
+
+
+def _random_rows(rows: int, count: int, generator: torch.Generator) -> Tensor | None:
+    """Numbers of `count` random rows; None: all of them, where there are no more."""
+    return None if rows <= count else torch.randint(rows, (count,), generator=generator)
 
 
 def _nearest(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,8 +124,47 @@ def test_sums_do_not_depend_on_the_order_of_additions(monkeypatch):
     CosineKMeans(3, n_init=1, max_iter=12).fit(torch.randn(200, 5))
 
 
-def test_no_further_start_where_three_agree():
+@pytest.fixture
+def threads():
+    """Sets how many threads torch has, until the test is over."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_starts_are_the_same_however_many_run_at_once(threads):
+    x, _, _ = blobs(clusters=12, each=100, noise=0.5)
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        kmeans = CosineKMeans(9, n_init=5, max_iter=20, batch_size=300).fit(x)
+        found.append((kmeans.cluster_centers_, torch.rand(4, generator=kmeans._generator)))
+        assert torch.get_num_threads() == count
+    for centers, drawn in found[1:]:
+        assert torch.equal(centers, found[0][0]) and torch.equal(drawn, found[0][1])
+
+
+def test_starts_go_on_with_the_random_numbers_where_the_last_ended():
+    """As if they came one after the other, each as a k-means of one start."""
+    x, _, _ = blobs(clusters=12, each=100, noise=0.5)
+    options = dict(max_iter=20, batch_size=300)
+    together, alone = CosineKMeans(9, n_init=4, **options).fit(x), CosineKMeans(9, n_init=1, **options)
+    inertias = [alone.fit(x).inertia_ for _ in range(4)]
+    assert together.inertia_ == pytest.approx(min(inertias), abs=1e-6)
+    assert len(set(inertias)) > 1
+
+
+def test_further_batches_refine_the_best_start():
+    x, _, _ = blobs(clusters=12, each=100, noise=0.5)
+    kmeans = CosineKMeans(12, n_init=6, max_iter=30, seed=1).fit(x)  # the last start is not the best
+    before = kmeans.cluster_centers_.clone()
+    kmeans.partial_fit(x)
+    assert ((before * kmeans.cluster_centers_).sum(1) > 0.99).all()
+
+
+def test_no_further_start_where_three_agree(threads):
     """Three clear clusters: every start finds them, so the first three are enough; by default all are made."""
+    threads(1)  # with more, some have begun by then
     x, _, _ = blobs(clusters=3)
     starts = []
 
