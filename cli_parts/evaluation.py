@@ -26,6 +26,7 @@ from stego_parts.clusters import Probe, mirror_averaged, segment
 from stego_parts.config import RELEASED
 from stego_parts.features import dense_features, to_tensor
 from stego_parts.files import find_images
+from stego_parts.optimizers import lbfgs
 from stego_parts.running import Progress, no_progress, or_skip, prefetch, side_by_side
 
 log = logging.getLogger("stego")
@@ -38,7 +39,7 @@ WHITENING_FLOOR = 1e-4  # of the mean variance, added to that of each direction
 TINY = 1e-12  # of features that do not vary at all
 START_ROWS = 25_000  # positions on which the linear probe is fitted first
 ROUNDS = 100  # steps of L-BFGS, at most: on START_ROWS and on all
-CONVERGED = 1e-4  # nats: a fall of the loss in a step below which it stands still
+CONVERGED = 5e-5  # nats: a fall of the loss in a step below which it stands still
 AGREEMENT = 0.005  # relative: k-means starts whose inertia differs by less have found the same
 SPARE_CLUSTERS = (
     "%d clusters for %d classes: those left over count as errors. Rows named many-to-one give each cluster to "
@@ -175,23 +176,18 @@ def linear_probe(rows: Tensor, shares: Tensor, *, progress: Progress = no_progre
     The cross entropy is that of the labelled pixels of each position. Features are whitened on the way, and the first
     steps see a part of the positions, which changes the path and not the goal. When it stands still: CONVERGED, ROUNDS.
     """
-    from scipy.optimize import minimize  # torch's L-BFGS would load a compiler: two seconds
-
     labelled = shares.sum(1) > 0
     if not labelled.any():
         raise ValueError("Not one labelled pixel in the train images; the linear probe needs labels.")
     rows = rows[labelled]
     shares = shares[labelled]
     mean, whitening = _whitening(rows[:: max(len(rows) // WHITENING_ROWS, 1)].float())
-    solution = np.zeros(shares.shape[1] * (rows.shape[1] + 1))
+    solution = torch.zeros(shares.shape[1] * (rows.shape[1] + 1))  # (n * (D + 1),)
     every = max(len(rows) // START_ROWS, 1)
-    options = dict(maxiter=ROUNDS, ftol=CONVERGED)
     progress("probe", 0, 1)
     for some in (slice(None, None, every), slice(None)):
-        data = (rows[some], shares[some], mean, whitening)
-        solution = minimize(
-            _probe_loss, solution, data, jac=True, method="L-BFGS-B", options=options
-        ).x  # (n * (D + 1),)
+        data = dict(rows=rows[some], shares=shares[some], mean=mean, whitening=whitening)
+        solution = lbfgs(partial(_probe_loss, **data), solution, steps=ROUNDS, fall=CONVERGED)
     progress("probe", 1, 1)
     return Probe(*_unwhitened(solution, shares.shape[1], mean, whitening))
 
@@ -206,16 +202,16 @@ def _whitening(rows: Tensor) -> tuple[Tensor, Tensor]:
     return mean, directions / (variance + floor).sqrt()
 
 
-def _unwhitened(solution: np.ndarray, classes: int, mean: Tensor, whitening: Tensor) -> tuple[Tensor, Tensor]:
+def _unwhitened(solution: Tensor, classes: int, mean: Tensor, whitening: Tensor) -> tuple[Tensor, Tensor]:
     """Weight (n, D) and bias (n,) for features as they are, of a probe (n * (D + 1),) of whitened ones."""
-    both = torch.from_numpy(solution.astype(np.float32)).view(classes, -1)  # (n, D + 1)
+    both = solution.view(classes, -1)  # (n, D + 1)
     weight = both[:, :-1] @ whitening.T
     return weight, both[:, -1] - weight @ mean
 
 
 def _probe_loss(
-    solution: np.ndarray, rows: Tensor, shares: Tensor, mean: Tensor, whitening: Tensor
-) -> tuple[float, np.ndarray]:
+    solution: Tensor, rows: Tensor, shares: Tensor, mean: Tensor, whitening: Tensor
+) -> tuple[float, Tensor]:
     """The loss of a linear probe (n * (D + 1),) of whitened features, and its gradient."""
     weight, bias = _unwhitened(solution, shares.shape[1], mean, whitening)
     loss = 0.0
@@ -230,7 +226,7 @@ def _probe_loss(
         of_bias += residual.sum(0)
     of_whitened = (of_weight - of_bias[:, None] * mean) @ whitening  # (n, D)
     gradient = torch.cat([of_whitened, of_bias[:, None]], 1) / len(rows)  # (n, D + 1)
-    return loss / len(rows), gradient.flatten().numpy().astype(np.float64)
+    return loss / len(rows), gradient.flatten()
 
 
 # ---- the evaluation (Sec. 4) ------------------------------------------------------------------------------

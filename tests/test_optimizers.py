@@ -6,7 +6,7 @@ import sys
 import torch
 from torch import nn
 
-from stego_parts.optimizers import Adam
+from stego_parts.optimizers import Adam, lbfgs
 
 
 def two_networks() -> tuple[nn.Module, nn.Module]:
@@ -65,3 +65,33 @@ def test_a_fit_loads_no_compiler():
         "sys.exit('torch._dynamo' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_lbfgs_solves_a_badly_scaled_system():
+    """Half x'Ax - b'x, whose slopes differ a thousandfold."""
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(30, 30)).Q
+    matrix = basis @ torch.diag(torch.logspace(-1, 2, 30)) @ basis.T
+    wanted = torch.randn(30)
+    looks = []
+
+    def evaluate(x: torch.Tensor) -> tuple[float, torch.Tensor]:
+        looks.append(x)
+        return float(x @ matrix @ x / 2 - matrix @ wanted @ x), matrix @ (x - wanted)
+
+    found = lbfgs(evaluate, torch.zeros(30), steps=200, fall=1e-7)
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
+    assert len(looks) < 150  # steps along the gradient alone need thousands
+
+
+def test_lbfgs_takes_no_more_steps_than_it_may_and_stays_at_a_minimum():
+    looks = []
+
+    def evaluate(x: torch.Tensor) -> tuple[float, torch.Tensor]:
+        looks.append(x)
+        return float(x.square().sum()), 2 * x
+
+    assert torch.equal(lbfgs(evaluate, torch.zeros(3), steps=5, fall=0.1), torch.zeros(3))
+    looks.clear()
+    far = lbfgs(evaluate, torch.full((3,), 100.0), steps=1, fall=0.0)
+    assert len(looks) == 2 and (far < 100).all()
