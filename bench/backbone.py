@@ -34,7 +34,7 @@ from kmeans import CosineKMeans
 from stego_parts.backbones import BACKBONES, TINY_FILE, ViT, checkpoint_path, load_backbone
 from stego_parts.clusters import Probe, mirror_averaged, upsampled_argmax
 from stego_parts.features import to_tensor
-from stego_parts.tiny import Dictionary, Tiny
+from stego_parts.tiny import Detail, Dictionary
 
 UNLABELLED = (
     "unlabelled",
@@ -61,10 +61,10 @@ class ColourAndPosition(nn.Module):
         return torch.cat([colour, torch.stack([y, x]).expand(len(colour), -1, -1, -1)], 1)  # (B, 5, h, w)
 
 
-def untrained(seed: int = 0) -> Tiny:
+def untrained(seed: int = 0) -> Detail:
     """The bundled network as it is before it has seen an image: random atoms, trunk and head."""
     torch.manual_seed(seed)
-    network = Tiny()
+    network = Detail()
     for name, buffer in network.dictionary.named_buffers():
         if name in ("whiten", "atom", "project"):
             buffer.normal_(std=buffer[0].numel() ** -0.5)
@@ -179,7 +179,7 @@ def main(names, data, sets, seeds, no_baselines, only):
     reference = ViT(BACKBONES["dino_vits8"]).eval()
     if not no_baselines:
         networks |= {
-            "tiny, untrained": untrained(),
+            "tiny_detail, untrained": untrained(),
             "dictionary": dictionary_backbone(data),
             "colour and position": ColourAndPosition(),
         }

@@ -18,6 +18,8 @@ FORMAT = "stego"
 VERSION = 1
 # ours: the reference's
 RELEASED_HEAD = {"linear": "cluster1.0", "mlp.0": "cluster2.0", "mlp.2": "cluster2.2"}
+# The tensors of `tiny` before it had a second branch
+FIRST_TINY = "b9e04a086cda9f1b1dc0d1eb759f1f41096fe40869dfce827d51d03a8d25ccd6"
 RELEASED_PATCH = "net.model.patch_embed.proj.weight"
 
 
@@ -33,6 +35,8 @@ def read_model(path: Path) -> dict:
     """
     state = _read_state(path)
     with damaged(path):
+        if state["backbone_sha256"] == FIRST_TINY:
+            state["config"] = state["config"] | {"backbone": "tiny_detail"}
         state["config"] = Config.from_saved(state["config"])
         state["channels"] = dict(state["head"])["linear.weight"].shape[1]
     return state

@@ -1,6 +1,9 @@
-"""`tiny`: the bundled backbone, small enough to come with the package. How it was made: TINY.md, tools/pretrain.py.
+"""`tiny`: the bundled backbone, small enough to come with the package. How it was made: TINY.md.
 
-The first layer is a learned dictionary of image patches with triangle activations (Coates, Lee & Ng 2011, "An
+Two branches are joined, each of fixed length at every position: `Detail`, how a place looks, learned without labels or
+a teacher (tools/pretrain.py), and `Meaning`, what a transformer sees in it (meaning.py, tools/distill.py).
+
+The first layer of the detail is a learned dictionary of image patches with triangle activations (Coates, Lee & Ng 2011, "An
 analysis of single-layer networks in unsupervised feature learning"), pooled at four scales. A convolutional trunk of
 depthwise 7 x 7 blocks (Liu et al. 2022, "A ConvNet for the 2020s") reads it, and a linear map, learned in closed
 form, weighs the directions of both by how well they are shared between neighbouring positions.
@@ -12,12 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stego_parts.meaning import Meaning
+
 SIDE = 8  # pixels: of a dictionary patch
 STRIDE = 4  # pixels: from one patch to the next
 SCALES = (1, 3, 7, 15)  # sides, in positions of 8 pixels, of the windows over which activations are averaged
 LANES = 32  # positions that torch sums side by side; only strips of whole lanes give the same bits as the whole map
 LEAST_ROWS = 4  # of a strip of distances, which stays in the processor's cache
 CHANNELS_LAST = torch.channels_last  # ten times as fast to pool
+MEANING_CHANNELS = 128
+MEANING_WEIGHT = 1.0  # length of the meaning to that of the detail
 
 
 class Dictionary(nn.Module):
@@ -121,12 +128,8 @@ class Trunk(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, width, h, w)
 
 
-class Tiny(nn.Module):
-    """The bundled network; its weights lie beside this file.
-
-    (B, 3, H, W) float32, normalised with ImageNet's mean and deviation, H and W multiples of 8
-    -> (B, channels, H / 8, W / 8).
-    """
+class Detail(nn.Module):
+    """(B, 3, H, W) normalised images, H and W multiples of 8 -> (B, channels, H / 8, W / 8)."""
 
     patch = 8  # pixels
 
@@ -144,3 +147,24 @@ class Tiny(nn.Module):
         """What the head reads: dictionary and trunk features (B, 2 * width, h, w)."""
         found = self.dictionary(x)
         return torch.cat([found, self.trunk(found)], 1)
+
+
+class Tiny(nn.Module):
+    """The bundled network; its weights lie beside this file.
+
+    (B, 3, H, W) float32, normalised with ImageNet's mean and deviation, H and W multiples of 8
+    -> (B, channels, H / 8, W / 8).
+    """
+
+    patch = 8  # pixels
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.detail = Detail()
+        self.meaning = Meaning(MEANING_CHANNELS)
+        self.channels = self.detail.channels + MEANING_CHANNELS
+
+    def forward(self, x: Tensor) -> Tensor:
+        detail = F.normalize(self.detail(x), dim=1)  # (B, 256, h, w)
+        meaning = F.normalize(self.meaning(x), dim=1)  # (B, MEANING_CHANNELS, h, w)
+        return torch.cat([detail, MEANING_WEIGHT * meaning], 1)

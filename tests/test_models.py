@@ -17,7 +17,7 @@ from torch import nn
 from cli import main
 from cli_parts.sheets import description
 from stego import Head, Stego, unit
-from stego_parts.backbones import BACKBONES
+from stego_parts.backbones import BACKBONES, load_backbone
 from stego_parts.weights import read_checkpoint
 
 CLASSES, EXTRA, DIM, CHANNELS = 5, 2, 12, 24
@@ -253,6 +253,24 @@ def test_other_backbone_weights_are_refused(model, tmp_path):
     torch.save(state | {"backbone_sha256": "f" * 64}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="fitted on tiny weights ffff"):
         Stego.load(tmp_path / "other.pt").predict(np.zeros((64, 64, 3), np.uint8))
+
+
+def test_a_model_of_the_first_tiny_goes_on(model, tmp_path):
+    """`tiny` had one branch; models that were fitted on it name it so, and keep it."""
+    config = replace(model.config, backbone="tiny_detail")
+    alone = load_backbone("tiny_detail")
+    parts = (
+        Head(alone.channels, config.code_size),
+        unit(torch.randn(3, config.code_size)),
+        torch.ones(3) / 3,
+    )
+    detail = Stego(config, *parts, backbone_sha256=alone.sha256)
+    detail.save(tmp_path / "now.pt")
+    state = torch.load(tmp_path / "now.pt", weights_only=True)
+    torch.save(state | {"config": state["config"] | {"backbone": "tiny"}}, tmp_path / "then.pt")
+    image = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
+    masks = [Stego.load(path).predict(image, resolution=64) for path in tmp_path.glob("*.pt")]
+    assert len(masks) == 2 and np.array_equal(*masks)
 
 
 def test_missing_and_foreign_models(model, tmp_path):

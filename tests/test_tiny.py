@@ -10,7 +10,7 @@ from conftest import draw_scene
 from PIL import Image
 
 from stego_parts.backbones import TINY_FILE, load_backbone
-from stego_parts.tiny import Tiny
+from stego_parts.tiny import MEANING_CHANNELS, MEANING_WEIGHT, Detail, Tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import pretrain
@@ -38,7 +38,7 @@ def small(monkeypatch):
         "PROTOTYPES": 16,
     }.items():
         monkeypatch.setattr(pretrain, name, value)
-    monkeypatch.setattr(pretrain, "Tiny", lambda: Tiny(atoms=32, width=16, depth=1, channels=16))
+    monkeypatch.setattr(pretrain, "Detail", lambda: Detail(atoms=32, width=16, depth=1, channels=16))
 
 
 # ---- the network -----------------------------------------------------------------------------------------------
@@ -58,27 +58,27 @@ def test_same_image_same_features_whatever_shares_the_batch(tiny):
 
 
 def test_features_move_with_the_image(tiny):
-    """Shifting the image by one position shifts the features, away from the borders."""
+    """Of the detail: shifting the image by one position shifts the features, away from the borders."""
     x = torch.from_numpy(draw_scene(0, 448, 448)[0]).permute(2, 0, 1)[None].float() / 64 - 2
-    plain, shifted = tiny(x[..., :-8]), tiny(x[..., 8:])
+    plain, shifted = tiny.detail(x[..., :-8]), tiny.detail(x[..., 8:])
     middle = slice(22, 33)  # beyond the reach of the 15-wide window and four 7-wide blocks
     a, b = plain[:, :, middle, 23:33], shifted[:, :, middle, 22:32]
     assert (a - b).abs().max() < 1e-3 * a.abs().max()
 
 
 def test_features_tell_sky_from_ground(tiny):
-    """Mean cosine within a region of a drawn scene exceeds that between regions."""
+    """Mean cosine within a region of a drawn scene exceeds that between regions by far."""
     image, labels = draw_scene(3, 160, 160)
     x = pretrain.normalise(torch.from_numpy(image)[None])
     rows = torch.nn.functional.normalize(tiny(x).flatten(2)[0].T, dim=1)  # (400, C)
     here = torch.from_numpy(labels[4::8, 4::8].astype(int)).flatten()
     sky, ground = rows[here == 0], rows[here == 1]
-    assert (sky @ sky.T).mean() > (sky @ ground.T).mean() + 0.3
-    assert (ground @ ground.T).mean() > (sky @ ground.T).mean() + 0.3
+    assert (sky @ sky.T).mean() > (sky @ ground.T).mean() + 0.25
+    assert (ground @ ground.T).mean() > (sky @ ground.T).mean() + 0.25
 
 
 def test_pooling_after_projecting_is_the_same(tiny):
-    x, dictionary = torch.randn(1, 3, 64, 96), tiny.dictionary
+    x, dictionary = torch.randn(1, 3, 64, 96), tiny.detail.dictionary
     slow = (dictionary.pooled(x) - dictionary.mean[:, None, None]).flatten(2)
     assert torch.allclose((dictionary.project @ slow).view_as(dictionary(x)), dictionary(x), atol=1e-4)
 
@@ -86,7 +86,7 @@ def test_pooling_after_projecting_is_the_same(tiny):
 @pytest.mark.parametrize("height, width", [(8, 8), (72, 40), (136, 24)])
 def test_activations_are_mean_distance_less_distance(tiny, height, width):
     """Patch by patch, whatever the strips of rows in which they are computed."""
-    x, dictionary = torch.randn(2, 3, height, width), tiny.dictionary
+    x, dictionary = torch.randn(2, 3, height, width), tiny.detail.dictionary
     patches = torch.nn.functional.unfold(torch.nn.functional.pad(x, (2,) * 4, mode="reflect"), 8, stride=4)
     white = patches.transpose(1, 2) @ dictionary.whiten.flatten(1).T + dictionary.whiten_bias  # (B, N, dims)
     distance = torch.cdist(white, dictionary.atom[None], compute_mode="donot_use_mm_for_euclid_dist")
@@ -95,8 +95,22 @@ def test_activations_are_mean_distance_less_distance(tiny, height, width):
     assert torch.allclose(dictionary.activations(x), near, atol=1e-4)
 
 
+def test_both_branches_have_a_fixed_length(tiny):
+    """Neither drowns the other: they lie side by side, each as long as its weight at every position."""
+    x = torch.randn(1, 3, 64, 64)
+    detail, meaning = tiny(x).split([tiny.detail.channels, MEANING_CHANNELS], 1)
+    assert torch.allclose(detail.norm(dim=1), torch.ones(1, 8, 8), atol=1e-5)
+    assert torch.allclose(meaning.norm(dim=1), torch.full((1, 8, 8), MEANING_WEIGHT), atol=1e-5)
+
+
+def test_detail_can_be_had_alone(tiny):
+    x = torch.randn(1, 3, 64, 64)
+    alone = load_backbone("tiny_detail")
+    assert torch.equal(alone(x), tiny.detail(x)) and alone.name == "tiny_detail"
+
+
 def test_weight_file_is_small_half_precision_and_safe():
-    assert TINY_FILE.stat().st_size <= 12e6
+    assert TINY_FILE.stat().st_size <= 6e6
     state = torch.load(TINY_FILE, weights_only=True)
     assert state.keys() == Tiny().state_dict().keys()
     assert all(value.dtype == torch.float16 and torch.isfinite(value).all() for value in state.values())
@@ -112,7 +126,7 @@ def test_pretraining_lowers_the_loss_and_writes_usable_weights(small, pictures, 
         float(line.rsplit(" ", 1)[1]) for line in capsys.readouterr().err.splitlines() if "loss" in line
     ]
     assert losses[-1] < losses[0]
-    network = pretrain.Tiny()
+    network = pretrain.Detail()
     network.load_state_dict(torch.load(output, weights_only=True))
     found = network(pretrain.normalise(pictures[:2]))
     assert found.shape == (2, 16, 12, 12) and torch.isfinite(found).all()
@@ -168,4 +182,4 @@ def test_probe_finds_classes_that_colour_tells(small, tmp_path):
             image, label = draw_scene(seed)
             Image.fromarray(image).save(tmp_path / f"images/{split}/{seed}.png")
             Image.fromarray(label).save(tmp_path / f"labels/{split}/{seed}.png")
-    assert pretrain.probe(load_backbone("tiny"), tmp_path, side=96) > 0.6
+    assert pretrain.probe(load_backbone("tiny_detail"), tmp_path, side=96) > 0.6

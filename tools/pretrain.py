@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from stego_parts.features import MEAN, STD
-from stego_parts.tiny import SIDE, Dictionary, Tiny
+from stego_parts.tiny import SIDE, Detail, Dictionary
 
 IMAGE_SIDE = 224  # pixels: images are kept as squares of this side
 CROP_SIDE = 112  # pixels: what the network sees in training, 14 x 14 positions
@@ -254,7 +254,7 @@ def swapped_loss(cosine: Tensor) -> Tensor:
 class Training:
     """Trunk, projector, optimiser and randomness: everything a checkpoint holds."""
 
-    def __init__(self, tiny: Tiny, *, steps: int, batch: int, seed: int):
+    def __init__(self, tiny: Detail, *, steps: int, batch: int, seed: int):
         torch.manual_seed(seed)
         self.tiny, self.steps, self.batch, self.step = tiny, steps, batch, 0
         self.projector = Projector(tiny.trunk.norm.normalized_shape[0]).to(tiny.head.weight.device)
@@ -322,7 +322,7 @@ def write(path: Path, content: dict):
 
 
 @torch.no_grad()
-def learn_head(images: Tensor, tiny: Tiny):
+def learn_head(images: Tensor, tiny: Detail):
     """Fill tiny.head: half of the channels for what neighbours share, half for the detail of the dictionary."""
     maps = torch.cat([tiny.levels(normalise(part)).float().cpu() for part in spread(images, SAMPLE).split(4)])
     mean, half = maps.mean((0, 2, 3)), tiny.channels // 2
@@ -368,7 +368,7 @@ def neighbour_covariance(maps: Tensor, rows: int, columns: int) -> Tensor:
 
 
 @torch.no_grad()
-def probe(tiny: Tiny, folder: Path, *, count: int = 60, side: int = 320) -> float:
+def probe(tiny: Detail, folder: Path, *, count: int = 60, side: int = 320) -> float:
     """mIoU on images/val of a ridge regression from each position's features to its class, fitted on images/train."""
     (x, y), (x_val, y_val) = (labelled_rows(tiny, folder, split, count, side) for split in ("train", "val"))
     classes = int(max(y.max(), y_val.max())) + 1
@@ -384,7 +384,7 @@ def probe(tiny: Tiny, folder: Path, *, count: int = 60, side: int = 320) -> floa
     return float((hits.diagonal() / union)[union > 0].mean())
 
 
-def labelled_rows(tiny: Tiny, folder: Path, split: str, count: int, side: int) -> tuple[Tensor, Tensor]:
+def labelled_rows(tiny: Detail, folder: Path, split: str, count: int, side: int) -> tuple[Tensor, Tensor]:
     """Features (n, C) and the label under each position's centre (n,), ignored ones left out."""
     paths = find_images([folder / "images" / split])
     paths = [paths[i] for i in np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)]
@@ -427,7 +427,7 @@ def pretrain(
     """
     torch.manual_seed(seed)
     checkpoint = output.with_name(output.name + ".ckpt")
-    tiny = Tiny().to(device)
+    tiny = Detail().to(device)
     run = Training(tiny, steps=steps, batch=batch, seed=seed)
     if checkpoint.exists():
         run.load(checkpoint)
@@ -453,7 +453,7 @@ def pretrain(
     report(tiny, probes)
 
 
-def report(tiny: Tiny, probes):
+def report(tiny: Detail, probes):
     for folder in probes:
         say(f"{folder}: linear probe mIoU {100 * probe(tiny, Path(folder)):.1f} %")
 
