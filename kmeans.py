@@ -5,10 +5,10 @@ k-means is Dhillon & Modha 2001, mini-batches are Sculley 2010, the seeding is A
 """
 
 import math
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,23 +84,20 @@ class CosineKMeans:
         return self
 
     def _starts(self, x: Tensor) -> Iterator["CosineKMeans"]:
-        """Each start in turn; on the CPU as many at once as torch has threads, each with one of them."""
+        """Each start in turn; on the CPU as many at once as torch has threads, each with one of them.
+
+        One at a time where some may not be needed.
+        """
         states = self._random_states(len(x))
         threads = torch.get_num_threads()
-        workers = min(threads, self.n_init) if x.is_cpu else 1
+        workers = min(threads, self.n_init) if x.is_cpu and not self.agreement else 1
         if workers <= 1:
             yield from (self._start(x, state) for state in states)
             return
         try:
             # one step on two threads takes three quarters of the time
             with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                pending = deque(pool.submit(self._start, x, state) for state in states)
-                try:
-                    while pending:
-                        yield pending.popleft().result()
-                finally:
-                    for each in pending:
-                        each.cancel()
+                yield from pool.map(partial(self._start, x), states)
         finally:
             torch.set_num_threads(threads)  # for threads that begin later
 

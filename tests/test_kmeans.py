@@ -162,9 +162,8 @@ def test_further_batches_refine_the_best_start():
     assert ((before * kmeans.cluster_centers_).sum(1) > 0.99).all()
 
 
-def test_no_further_start_where_three_agree(threads):
+def test_no_further_start_where_three_agree():
     """Three clear clusters: every start finds them, so the first three are enough; by default all are made."""
-    threads(1)  # with more, some have begun by then
     x, _, _ = blobs(clusters=3)
     starts = []
 
