@@ -28,6 +28,7 @@ from stego_parts.running import (
     process_count,
     rank,
     same_shape_batches,
+    side_by_side,
     to_device,
 )
 
@@ -422,14 +423,18 @@ def _encode_missing(
     def read(i: int) -> tuple[int, Views | None]:
         return i, or_skip(image_views, paths[i], cut, backbone.patch, config.bands)
 
-    gpu = device.type == "cuda"
-    readers = min(os.cpu_count() or 1, READERS) if gpu else 1
-    for batch in same_shape_batches(prefetch(read, missing, workers=readers), GPU_IMAGES if gpu else 1):
+    def add(batch: list[tuple[int, Views | None]]) -> int:
         views = [each for _, each in batch]
         maps = _crop_features(backbone, views, cut, device)
         for (i, _), part, valid in zip(batch, maps, _crop_positions(views, cut)):
             cache.add(i, part, valid)
-        done += len(batch)
+        return len(batch)
+
+    gpu = device.type == "cuda"
+    readers = min(os.cpu_count() or 1, READERS) if gpu else 1
+    batches = same_shape_batches(prefetch(read, missing, workers=readers), GPU_IMAGES if gpu else 1)
+    for count in side_by_side(add, batches, device):
+        done += count
         progress("features", done, len(numbers))
 
 

@@ -75,12 +75,16 @@ def prefetch(function: Callable, items: Iterable, *, window: int = 8, workers: i
     items = iter(items)
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future] = deque()
-        for item in islice(items, window * workers):
-            pending.append(pool.submit(function, item))
-        while pending:
-            yield pending.popleft().result()
-            for item in islice(items, 1):
+        try:
+            for item in islice(items, window * workers):
                 pending.append(pool.submit(function, item))
+            while pending:
+                yield pending.popleft().result()
+                for item in islice(items, 1):
+                    pending.append(pool.submit(function, item))
+        finally:
+            for future in pending:
+                future.cancel()  # after an interruption or an error nobody wants them
 
 
 def side_by_side(function: Callable, items: Iterable, device: str | torch.device = "cpu") -> Iterator:

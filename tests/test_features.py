@@ -9,7 +9,8 @@ from PIL import Image
 
 from stego import Stego
 from stego_parts import features, images
-from stego_parts.config import Config
+from stego_parts.backbones import load_backbone
+from stego_parts.config import Config, fit_config
 from stego_parts.features import TokenCache, encode, five_crops, to_tensor
 from stego_parts.images import square
 
@@ -158,3 +159,16 @@ def test_a_full_disk_is_one_sentence(monkeypatch):
     monkeypatch.setattr(features.os, "posix_fallocate", full)
     with pytest.raises(ValueError, match="No room for .* --set cache_size=GB"):
         TokenCache(10, 1, 10, 10)
+
+
+def test_features_are_the_same_however_many_threads_there_are(scenes):
+    paths = sorted(scenes.glob("*.png"))
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        cache = encode(load_backbone("tiny"), paths, fit_config().on_backbone("tiny"))
+        found.append((cache.tokens.clone(), cache.means.clone(), cache.images))
+    torch.set_num_threads(before)
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0]))

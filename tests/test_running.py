@@ -21,7 +21,7 @@ from stego import Stego
 from stego_parts import running
 from stego_parts.checkpoint import crops_a_step
 from stego_parts.config import Config
-from stego_parts.running import pick_device, side_by_side
+from stego_parts.running import pick_device, prefetch, side_by_side
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = [
@@ -208,3 +208,17 @@ def test_what_an_item_raises_is_raised_and_threads_are_as_before(two_threads):
 def test_on_a_gpu_items_come_one_by_one_in_the_thread_that_asks(two_threads):
     threads = list(side_by_side(lambda _: threading.get_ident(), range(3), "cuda"))
     assert threads == [threading.get_ident()] * 3
+
+
+def test_what_nobody_waits_for_any_more_is_not_begun():
+    begun = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.05)
+        return item
+
+    results = prefetch(work, range(100), window=50)
+    assert next(results) == 0
+    results.close()
+    assert len(begun) < 20
