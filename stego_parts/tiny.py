@@ -3,10 +3,10 @@
 Two branches are joined, each of fixed length at every position: `Detail`, how a place looks, learned without labels or
 a teacher (tools/pretrain.py), and `Meaning`, what a transformer sees in it (meaning.py, tools/distill.py).
 
-The first layer of the detail is a learned dictionary of image patches with triangle activations (Coates, Lee & Ng 2011, "An
-analysis of single-layer networks in unsupervised feature learning"), pooled at four scales. A convolutional trunk of
-depthwise 7 x 7 blocks (Liu et al. 2022, "A ConvNet for the 2020s") reads it, and a linear map, learned in closed
-form, weighs the directions of both by how well they are shared between neighbouring positions.
+The first layer of the detail is a learned dictionary of image patches with triangle activations (Coates, Lee & Ng
+2011, "An analysis of single-layer networks in unsupervised feature learning"), pooled at four scales. A convolutional
+trunk of depthwise 7 x 7 blocks (Liu et al. 2022, "A ConvNet for the 2020s") reads it, and a linear map, learned in
+closed form, weighs the directions of both by how well they are shared between neighbouring positions.
 """
 
 import math

@@ -88,7 +88,7 @@ def squares(path: Path) -> np.ndarray:
 
 
 def draw_crops(images: Tensor, grid: int) -> Tensor:
-    """A random square of each of the images (B, 3, KEPT_SIDE, KEPT_SIDE) uint8, some mirrored: (B, 3, side, side), 0..1.
+    """A random square of each image (B, 3, KEPT_SIDE, KEPT_SIDE) uint8, some mirrored: (B, 3, side, side) in 0..1.
 
     side: that of `grid` patches of the teacher.
     """
@@ -319,9 +319,8 @@ def distill(images: Tensor, teacher: Teacher, checkpoint: Path, *, seconds: floa
         if clock - saved > SAVE_EVERY or run.ended:
             saved = clock
             run.save(checkpoint)
-            say(
-                f"{run.spent:.0f} of {seconds:.0f} s, step {run.step}, cosine {agreement(run.average, teacher, exam):.3f}"
-            )
+            cosine = agreement(run.average, teacher, exam)
+            say(f"{run.spent:.0f} of {seconds:.0f} s, step {run.step}, cosine {cosine:.3f}")
     return folded(run.average)
 
 
