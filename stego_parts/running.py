@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 MEETING = timedelta(minutes=5)  # to find each other at the start; torchrun itself may have been killed
+REASON = 200  # characters of torch's own errors that are shown
 SIDE_BY_SIDE = 4  # images that are worked on at once: a transformer may take a gigabyte for each
 WAITING = timedelta(days=1)  # for each other later on: shares of the images may differ in work
 
@@ -129,19 +130,24 @@ def process_group(device: str | torch.device = "auto") -> Iterator[tuple[int, in
     if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
         yield rank(), process_count()
         return
+    backend = "gloo"  # torch's own choice is NCCL wherever a GPU is, also for what --device cpu keeps off it
     if str(device) in ("auto", "cuda") and torch.cuda.is_available():
         _take_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
+        backend = "nccl"
     from torch.distributed.rendezvous import rendezvous  # missing where torch has no distributed part
 
     try:
         store, number, count = next(rendezvous("env://", timeout=MEETING))
         store.set_timeout(WAITING)
-        dist.init_process_group(store=store, rank=number, world_size=count, timeout=WAITING)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=WAITING)
         yield rank(), process_count()
     except RuntimeError as error:  # also dist.DistBackendError: a peer's socket was closed
         if not any(word in str(error).lower() for word in ("peer", "gloo", "nccl", "timed out")):
             raise
-        raise ValueError("Another process of this fit has ended; start all of them again.") from error
+        reason = str(error).split("\n")[0][:REASON]
+        raise ValueError(
+            f"Another process of this fit has ended; start all of them again. What torch says: {reason}"
+        ) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -119,29 +119,49 @@ def test_a_batch_is_shared_out(monkeypatch):
     assert crops_a_step(Config(batch_size=16), 100) == 5 and crops_a_step(Config(batch_size=16), 7) == 2
 
 
+@pytest.fixture
+def launch(monkeypatch):
+    """Makes this process look like number `rank` of `count` that torchrun started on a free port."""
+
+    def as_torchrun(rank: int, count: int) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        launched = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+        launched |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
+        for name, value in launched.items():
+            monkeypatch.setenv(name, value)
+
+    return as_torchrun
+
+
+@needs_gloo
+def test_processes_on_the_cpu_leave_a_gpu_alone(launch, monkeypatch):
+    """Torch itself would have them meet on the one GPU, which NCCL refuses."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    launch(0, 1)
+    with running.process_group("cpu"):
+        monkeypatch.setattr(running, "process_count", lambda: 2)
+        running.barrier()
+        assert running.from_first(lambda: "said") == "said"
+
+
 @needs_gloo
 @pytest.mark.long
-def test_a_process_whose_torchrun_is_gone_ends(monkeypatch):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    for name, value in (launched | {"TORCHELASTIC_RUN_ID": "none"}).items():
-        monkeypatch.setenv(name, value)
+def test_a_process_whose_torchrun_is_gone_ends(launch, monkeypatch):
+    launch(1, 2)
     monkeypatch.setattr(running, "MEETING", timedelta(seconds=1))
     with pytest.raises(ValueError, match="has ended; start all of them again"), running.process_group("cpu"):
         raise AssertionError("joined nobody")
 
 
-def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+def test_each_process_takes_a_gpu_of_its_own(launch, monkeypatch):
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(running, "MEETING", timedelta(0))
-    launched = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in (launched | {"TORCHELASTIC_RUN_ID": "none"}).items():
-        monkeypatch.setenv(name, value)
+    launch(1, 4)
     for number, device, reason in ((1, "auto", "ended"), (2, "cuda", "machine has 2"), (2, "cpu", "ended")):
         monkeypatch.setenv("LOCAL_RANK", str(number))
         with pytest.raises(ValueError, match=reason), running.process_group(device):
