@@ -52,9 +52,16 @@ log = logging.getLogger("stego")
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) float32, normalised as the backbones expect."""
-    rgb = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)  # (3, H, W)
-    return (rgb - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    """RGB picture -> (3, H, W) float32, normalised as the backbones expect.
+
+    In numpy, by rows: several threads read at once, in each of which torch would start threads of its own.
+    """
+    rgb = np.array(image, dtype=np.float32)  # (H, W, 3)
+    rows = rgb.reshape(image.height, -1)  # (H, 3 * W)
+    rows /= 255
+    rows -= np.tile(np.array(MEAN, np.float32), image.width)
+    rows /= np.tile(np.array(STD, np.float32), image.width)
+    return torch.from_numpy(rgb).permute(2, 0, 1)
 
 
 def dense_features(backbone: Any, x: Tensor, device: Device = "cpu", *, exact: bool = False) -> Tensor:
