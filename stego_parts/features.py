@@ -306,19 +306,21 @@ class TokenCache:
             return
         tokens = features.flatten(2).transpose(1, 2)  # (crops, h * w, C)
         means = tokens.mean(1)  # (crops, C)
+        half = tokens.half()  # before positions are chosen: half the bytes to move
         state = torch.full((self.crops_each,), USED, dtype=torch.uint8)
         if valid is not None:
             weight = valid.flatten(1).to(tokens)[..., None]  # (crops, h * w, 1)
             means = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
             state[~valid.flatten(1).any(1)] = UNREADABLE
-            tokens = _with_data(tokens, valid.flatten(1), seed=image)
+            half = _with_data(half, valid.flatten(1), seed=image)
         rows = slice(image * self.crops_each, (image + 1) * self.crops_each)
         self.means[rows] = F.normalize(means, dim=1).cpu()
-        if tokens.shape[1] != self.tokens.shape[1]:
-            tokens = self._some_positions(tokens, seed=image)
-        half = tokens.half().cpu()  # (crops, P, C)
+        if half.shape[1] != self.tokens.shape[1]:
+            half = self._some_positions(half, seed=image)
+        half = half.cpu()  # (crops, P, C)
         self.tokens[rows] = half
-        if not torch.isfinite(half).all():
+        extremes = torch.stack(torch.aminmax(half))  # NaN where there is one
+        if not torch.isfinite(extremes).all():
             raise ValueError(
                 f"The backbone's features reach {float(tokens.abs().max()):.3g}; they are kept in float16, which holds "
                 "65504 at most: have the backbone return smaller values, such as features of unit length."
@@ -332,7 +334,10 @@ class TokenCache:
         order = torch.rand(tokens.shape[:2], generator=generator).argsort(1)  # (crops, h * w)
         times = math.ceil(room / tokens.shape[1])
         kept = order.repeat(1, times)[:, :room].to(tokens.device)  # (crops, P)
-        return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+        first = torch.arange(len(tokens), device=kept.device) * tokens.shape[1]  # of each crop's tokens
+        numbers = (first[:, None] + kept).flatten()  # (crops * P,)
+        chosen = tokens.flatten(0, 1).index_select(0, numbers)  # (crops * P, C)
+        return chosen.unflatten(0, kept.shape)
 
     def finalize(self, device: Device = "cpu") -> None:
         """Nothing more comes: number the crops, and put them onto a device if they fit."""

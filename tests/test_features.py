@@ -139,15 +139,16 @@ def test_sample_takes_tokens_of_the_crops_asked_for():
     assert got.shape == (3, 5, 2) and got[:, :, 0].tolist() == [[2.0] * 5, [0.0] * 5, [3.0] * 5]
 
 
-def test_features_beyond_float16_are_one_sentence(scenes):
+@pytest.mark.parametrize("factor", [1e6, -1e6, float("nan")])
+def test_features_beyond_float16_are_one_sentence(scenes, factor):
     """They are kept in float16; infinite ones would become NaN in the loss, long after."""
 
     class Large(Mean):
         def forward(self, x):
-            return 1e6 * super().forward(x)
+            return factor * super().forward(x)
 
     with pytest.raises(
-        ValueError, match=r"features reach [\d.e+]+; they are kept in float16, which holds 65504"
+        ValueError, match=r"features reach ([\d.e+]+|nan); they are kept in float16, which holds 65504"
     ):
         Stego.fit(scenes, clusters=2, backbone=Large(), steps=1)
 
