@@ -281,7 +281,7 @@ def cluster_codes(
             f"{count} clusters are more than there are positions to cluster; ask for fewer or give more images."
         )
     kmeans = CosineKMeans(count, n_init=CLUSTER_STARTS, seed=config.seed)
-    kmeans.fit(clusters.resample_by_density(codes, config.evenness or 0.0))
+    kmeans.fit(clusters.resample_by_density(codes, config.evenness))
     share = torch.bincount(kmeans.predict(codes), minlength=count) / len(codes)
     order = share.argsort(descending=True, stable=True)
     progress("clusters", 1, 1)
@@ -442,7 +442,7 @@ class Stego:
     @property
     def probe(self) -> clusters.Probe:
         """What tells the clusters by codes."""
-        return clusters.Probe(self.centers, None, self.merged, self.config.adaptation or 0.0)
+        return clusters.Probe(self.centers, None, self.merged, self.config.adaptation)
 
     def features(self, x: Tensor) -> Tensor:
         """The backbone's features of normalised images: (B, 3, H, W) float -> (B, C, H / patch, W / patch)."""

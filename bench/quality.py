@@ -142,7 +142,6 @@ def described_by(method: Method, features: Tensor) -> tuple[Tensor, Probe]:
 def raw_kmeans(cache: TokenCache, config: Config) -> Method:
     """A baseline: k-means on the backbone's features, with the evenness and the adaptation of a config."""
     torch.manual_seed(config.seed)
-    assert config.adaptation is not None
     return Method(nn.Identity(), cluster_codes(unit, cache, config)[0], config.adaptation)
 
 
@@ -153,7 +152,6 @@ def fitted(cache: TokenCache, config: Config) -> Method:
     config = replace(config, **shifts_from_data(cache, neighbors, config))
     head, _ = train_head(cache, neighbors, config)
     torch.manual_seed(config.seed)
-    assert config.adaptation is not None
     return Method(head.on_map, cluster_codes(head.describe, cache, config)[0], config.adaptation)
 
 

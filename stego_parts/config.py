@@ -19,7 +19,8 @@ KINDS[tuple] = "one or three numbers from 1, 4,3,2 say,"
 KINDS |= {bool | None: KINDS[bool], int | None: KINDS[int], float | None: "a number", str | None: KINDS[str]}
 LEAST = dict(steps=1, learning_rate=0, batch_size=1, code_size=1, tile=0, feature_weight=0, adaptation=0)
 LEAST |= {f"lambda_{term}": 0 for term in TERMS}
-PUBLISHED_RATE = dict(learning_rate=5e-4, decay=False)  # App. A.11
+# App. A.11, what the default differs in
+PUBLISHED = dict(learning_rate=5e-4, decay=False, centering=True, views="five", evenness=0.0, adaptation=0.0)
 NOTED_SOURCES = 16  # folders, patterns and files given to fit up to which a model notes their names
 
 
@@ -27,8 +28,8 @@ NOTED_SOURCES = 16  # folders, patterns and files given to fit up to which a mod
 class Config:
     """Every option of a fit. A lambda of 0 switches its term off.
 
-    A b of None is taken from the data. Any other option of None is what suits the backbone, see SUITED; `on_backbone`
-    fills it in. Raises ValueError for a value out of its range.
+    A b of None is taken from the data, steps of None are what suits the backbone, see STEPS; `on_backbone` fills them
+    in. Raises ValueError for a value out of its range.
     """
 
     preset: str = "default"
@@ -37,8 +38,8 @@ class Config:
     clusters: int = 27  # 1 to 255
     seed: int = 0
     steps: int | None = None
-    learning_rate: float | None = None  # of Adam
-    decay: bool | None = None  # the learning rate falls linearly to 0 over the steps
+    learning_rate: float = 2e-3  # of Adam
+    decay: bool = True  # the learning rate falls linearly to 0 over the steps
     batch_size: int = 16  # crops a step
     code_size: int = 70
     lambda_self: float = 0.67
@@ -49,14 +50,12 @@ class Config:
     )
     b_knn: float | None = None
     b_rand: float | None = None
-    centering: bool | None = None  # spatial centering (Eq. 3)
+    centering: bool = False  # spatial centering (Eq. 3)
     zero_clamp: bool = True  # Sec. 3.2
-    views: str | None = None  # one of VIEWS
-    evenness: float | None = None  # 0 to 1; 0: clusters follow what is frequent, 1: also what is rare
+    views: str = "windows"  # one of VIEWS
+    evenness: float = 0.5  # 0 to 1; 0: clusters follow what is frequent, 1: also what is rare
     feature_weight: float = 0.0  # of the features themselves beside the codes (1) in what is clustered
-    adaptation: float | None = (
-        None  # weight of an image's codes in its own centres, see clusters.adapted_centers
-    )
+    adaptation: float = 8.0  # weight of an image's codes in its own centres, see clusters.adapted_centers
     tile: int = 0  # side in pixels of the parts in which larger images are seen; 0: whole
     bands: tuple = ()  # numbers, from 1, of those shown as red, green and blue, or as grey; (): the first three
     cache_size: float = 8.0  # GB (10^9 bytes) of features
@@ -67,20 +66,19 @@ class Config:
     def from_saved(cls, saved: dict) -> "Config":
         """The config in a model file, without options that this version does not have."""
         saved = saved | {"clusters": saved.get("clusters", saved.get("classes"))}  # its name in older files
-        saved = PUBLISHED_RATE | saved  # that of all fits before there was a choice
+        saved = PUBLISHED | saved  # those of all fits before there was a choice
         known = {field.name: saved[field.name] for field in fields(cls) if field.name in saved}
         tuples = {name: tuple(saved.get(name, ())) for name in ("images", "bands")}
         return cls(**known | tuples)
 
     def on_backbone(self, name: str, **known: Any) -> "Config":
-        """The same for a backbone, with what suits it where nothing else was asked for, and what is known of it."""
-        suited = SUITED.get(name, SUITED["others"])
-        missing = {option: value for option, value in suited.items() if getattr(self, option) is None}
-        return replace(self, backbone=name, **missing | known)
+        """The same for a backbone, with the steps that suit it unless others are asked for, and what is known of it."""
+        steps = STEPS.get(name, STEPS["others"]) if self.steps is None else self.steps
+        return replace(self, backbone=name, steps=steps, **known)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a training step, counted from 0."""
-        assert self.learning_rate is not None and self.steps is not None  # filled in by on_backbone
+        assert self.steps is not None  # filled in by on_backbone
         return self.learning_rate * (1 - step / self.steps if self.decay else 1)
 
     def __post_init__(self) -> None:
@@ -90,13 +88,13 @@ class Config:
             check_kind(field.name, field.type, getattr(self, field.name))
         if not 1 <= self.clusters <= MAX_CLUSTERS:
             raise ValueError(f"Got {self.clusters} clusters; 1 to {MAX_CLUSTERS} fit into 8 bits.")
-        if self.views not in (*VIEWS, None):
+        if self.views not in VIEWS:
             raise ValueError(f"Unknown views {self.views!r}; choose one of: {', '.join(VIEWS)}.")
         if len(self.bands) not in (0, 1, 3) or not all(
             isinstance(each, int) and each > 0 for each in self.bands
         ):
             raise ValueError(f"Got bands {self.bands}; give one or three numbers from 1, such as 4,3,2.")
-        if self.evenness is not None and not 0 <= self.evenness <= 1:
+        if not 0 <= self.evenness <= 1:
             raise ValueError(f"Got evenness {self.evenness}; it lies between 0 and 1.")
         for name, least in LEAST.items():
             value = getattr(self, name)
@@ -125,23 +123,11 @@ def check_kind(name: str, kind: Any, value: object) -> None:
         raise ValueError(f"Got {name} {value}; a finite number is needed.")
 
 
-# What suits a backbone, by what was measured with it, where neither the user nor a preset says otherwise.
-SUITED: dict[str, dict] = {
-    "tiny": PUBLISHED_RATE | dict(steps=300, centering=True, views="windows", evenness=1.0, adaptation=8.0),
-    "others": dict(
-        steps=1000,
-        learning_rate=2e-3,
-        decay=True,
-        centering=False,
-        views="windows",
-        evenness=0.5,
-        adaptation=8.0,
-    ),
-}
+# Steps of training that suit a backbone, by what was measured with it.
+STEPS = {"tiny": 300, "tiny_detail": 300, "others": 1000}
 # Each with the backbone that it was tuned for; `--preset` and `--dataset` take that one unless another is named.
-_PUBLISHED = PUBLISHED_RATE | dict(centering=True, views="five", evenness=0.0, adaptation=0.0)
-_SMALL = _PUBLISHED | dict(backbone="dino_vits8_300ep", b_self=0.18, b_knn=0.12, b_rand=0.46, steps=5000)
-_BASE = _PUBLISHED | dict(backbone="dino_vitb8", steps=7000, batch_size=32)
+_SMALL = PUBLISHED | dict(backbone="dino_vits8_300ep", b_self=0.18, b_knn=0.12, b_rand=0.46, steps=5000)
+_BASE = PUBLISHED | dict(backbone="dino_vitb8", steps=7000, batch_size=32)
 _CITY_LAMBDAS = dict(lambda_self=1.00, lambda_knn=0.58, lambda_rand=0.91)
 _COCO_LAMBDAS = dict(lambda_self=0.10, lambda_knn=1.00, lambda_rand=0.15)
 PRESETS: dict[str, dict] = {

@@ -214,13 +214,13 @@ def pass_bytes(network: Any) -> float:
     """Bytes of memory for each pixel of an image while it passes through a published backbone.
 
     Measured at 320 to 2560 pixels, float32: for each feature value 84 in a transformer, whose widest layer has four
-    times its channels, and 134 in tiny; in a ResNet 24 to 31, and 250 a pixel in its early layers.
+    times its channels, and 66 in tiny; in a ResNet 24 to 31, and 250 a pixel in its early layers.
     """
     values = network.channels / network.patch**2  # feature values a pixel
     spec = BACKBONES.get(network.name)
     if spec and not spec.heads:
         return max(280, 24 * values)
-    return (85 if spec else 136) * values
+    return 85 * values
 
 
 def available_memory(device: Device = "cpu") -> float:

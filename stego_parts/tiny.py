@@ -1,7 +1,8 @@
 """`tiny`: the bundled backbone, small enough to come with the package. How it was made: TINY.md.
 
-Two branches are joined, each of fixed length at every position: `Detail`, how a place looks, learned without labels or
-a teacher (tools/pretrain.py), and `Meaning`, what a transformer sees in it (meaning.py, tools/distill.py).
+Two branches lie side by side, each of length 1 at every position: `Detail`, how a place looks, learned without labels
+or a teacher (tools/pretrain.py), and `Meaning`, what a transformer sees in it (meaning.py, tools/distill.py). Of both
+together the first principal directions are kept.
 
 The first layer of the detail is a learned dictionary of image patches with triangle activations (Coates, Lee & Ng
 2011, "An analysis of single-layer networks in unsupervised feature learning"), pooled at four scales. A convolutional
@@ -24,7 +25,7 @@ LANES = 32  # positions that torch sums side by side; only strips of whole lanes
 LEAST_ROWS = 4  # of a strip of distances, which stays in the processor's cache
 CHANNELS_LAST = torch.channels_last  # ten times as fast to pool
 MEANING_CHANNELS = 128
-MEANING_WEIGHT = 1.0  # length of the meaning to that of the detail
+CHANNELS = 192  # principal directions of both branches together that are kept: 97 % of what varies
 
 
 class Dictionary(nn.Module):
@@ -160,11 +161,16 @@ class Tiny(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.channels = CHANNELS
         self.detail = Detail()
         self.meaning = Meaning(MEANING_CHANNELS)
-        self.channels = self.detail.channels + MEANING_CHANNELS
+        self.join = nn.Conv2d(self.detail.channels + MEANING_CHANNELS, CHANNELS, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.branches(x))  # (B, channels, h, w)
+
+    def branches(self, x: Tensor) -> Tensor:
+        """Both branches side by side, each of length 1 at every position: (B, 256 + MEANING_CHANNELS, h, w)."""
         detail = F.normalize(self.detail(x), dim=1)  # (B, 256, h, w)
         meaning = F.normalize(self.meaning(x), dim=1)  # (B, MEANING_CHANNELS, h, w)
-        return torch.cat([detail, MEANING_WEIGHT * meaning], 1)
+        return torch.cat([detail, meaning], 1)

@@ -112,10 +112,10 @@ def test_outputs_are_checked_before_any_work(here, scenes, saved, monkeypatch, a
 def test_what_does_not_fit_into_memory_is_refused(here, scenes, saved, monkeypatch):
     monkeypatch.setattr("stego_parts.features.available_memory", lambda device: 1e9)
     args = ("predict", scenes / "scene00.png", "-m", saved, "-o", "mask.png", "--no-crf", "--resolution")
-    refused = run(*args, 5000, code=2).stderr  # 2 x 625 x 625 positions of 256 values
-    assert "27.2 GB" in refused and "1.0 GB are available" in refused
+    refused = run(*args, 5000, code=2).stderr  # 2 x 625 x 625 positions of 192 values, 85 bytes each
+    assert "12.8 GB" in refused and "1.0 GB are available" in refused
     largest = int(re.search(r"at most (\d+)", refused)[1])
-    assert 900 < largest < 1000 and not Path("mask.png").exists()
+    assert 1300 < largest < 1410 and not Path("mask.png").exists()
     assert "available" in run(*args, largest + 8, code=2).stderr
 
 

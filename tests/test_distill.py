@@ -4,7 +4,6 @@ import itertools
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import draw_scene
@@ -116,15 +115,23 @@ def test_a_run_learns_and_one_that_was_interrupted_goes_on(teacher, images, tmp_
     assert f"going on from {checkpoint} at step {steps}" in second
     cosines = [float(line.rsplit(" ", 1)[1]) for line in (first + second).splitlines() if "cosine" in line]
     assert cosines[-1] > cosines[0] + 0.1
-    state = distill.with_detail(network, detail_file(tmp_path))
-    Tiny().load_state_dict(state)
-    assert all(value.dtype == torch.float16 and np.isfinite(value.numpy()).all() for value in state.values())
+    assert network.state_dict().keys() == Meaning().state_dict().keys()
 
 
-def detail_file(folder: Path) -> Path:
-    """What tools/pretrain.py writes."""
-    state = torch.load(TINY_FILE, weights_only=True)
-    torch.save(
-        {name[7:]: value for name, value in state.items() if name.startswith("detail.")}, folder / "detail.pt"
-    )
-    return folder / "detail.pt"
+def test_of_both_branches_what_varies_most_is_kept(images):
+    detail = {
+        name.removeprefix("detail."): value
+        for name, value in torch.load(TINY_FILE, weights_only=True).items()
+        if name.startswith("detail.")
+    }
+    torch.manual_seed(0)
+    state = distill.joined(Meaning(), detail, images)
+    assert all(value.dtype == torch.float16 and torch.isfinite(value).all() for value in state.values())
+    network = Tiny()
+    network.load_state_dict(state)
+    x = distill.normalised(images[:4].float() / 255)
+    with torch.no_grad():
+        kept = network(x).square().sum() / network.branches(x).square().sum()
+        some = network(x).permute(1, 0, 2, 3).flatten(1)  # (channels, positions)
+    assert 0.9 < kept < 1.001
+    assert some[:20].square().sum() > 0.5 * some.square().sum()

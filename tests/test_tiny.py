@@ -10,7 +10,7 @@ from conftest import draw_scene
 from PIL import Image
 
 from stego_parts.backbones import TINY_FILE, load_backbone
-from stego_parts.tiny import MEANING_CHANNELS, MEANING_WEIGHT, Detail, Tiny
+from stego_parts.tiny import MEANING_CHANNELS, Detail, Tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import pretrain
@@ -96,11 +96,15 @@ def test_activations_are_mean_distance_less_distance(tiny, height, width):
 
 
 def test_both_branches_have_a_fixed_length(tiny):
-    """Neither drowns the other: they lie side by side, each as long as its weight at every position."""
-    x = torch.randn(1, 3, 64, 64)
-    detail, meaning = tiny(x).split([tiny.detail.channels, MEANING_CHANNELS], 1)
-    assert torch.allclose(detail.norm(dim=1), torch.ones(1, 8, 8), atol=1e-5)
-    assert torch.allclose(meaning.norm(dim=1), torch.full((1, 8, 8), MEANING_WEIGHT), atol=1e-5)
+    """Neither drowns the other: they lie side by side, and what is kept of them is nearly all."""
+    image = pretrain.normalise(torch.from_numpy(draw_scene(3, 160, 160)[0])[None])
+    both = tiny.branches(image)
+    for branch in both.split([tiny.detail.channels, MEANING_CHANNELS], 1):
+        assert torch.allclose(branch.norm(dim=1), torch.ones(1, 20, 20), atol=1e-5)
+    kept = tiny(image).square().sum() / both.square().sum()
+    assert 0.9 < kept < 1
+    directions = tiny.join.weight[:, :, 0, 0]
+    assert torch.allclose(directions @ directions.T, torch.eye(tiny.channels), atol=2e-3)
 
 
 def test_detail_can_be_had_alone(tiny):

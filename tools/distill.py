@@ -37,6 +37,7 @@ from pretrain import find_images, say, write
 from stego_parts.backbones import load_backbone
 from stego_parts.features import MEAN, STD
 from stego_parts.meaning import Attention, Bottleneck, Conv, Meaning
+from stego_parts.tiny import Tiny
 
 TEACHER = "dinov2_vits14"
 BLOCKS = 10  # of the teacher's 12
@@ -50,7 +51,7 @@ POOL = 16_384  # crops kept of each size
 FIRST = 1024  # of them before the training begins
 REUSE = 8  # times that a crop is seen
 PCA_CROPS = 1024  # from which the teacher's mean and principal directions are measured
-HELD = 256  # images that are only looked at to report
+HELD = 256  # images that are only looked at to report, and in the end to measure the principal directions of the whole
 TEACHER_BATCH = 64
 LEARNING_RATE = 2e-3  # falls to zero on a cosine
 WARM_UP = 500  # steps
@@ -339,11 +340,21 @@ def agreement(network: Meaning, teacher: Teacher, exam: tuple[Tensor, ...]) -> f
     return float(torch.stack(cosines).mean())
 
 
-def with_detail(meaning: Meaning, detail: Path) -> dict[str, Tensor]:
-    """The weights of the whole backbone, in float16; detail: what tools/pretrain.py wrote."""
-    state = {f"detail.{name}": value for name, value in torch.load(detail, weights_only=True).items()}
-    state |= {f"meaning.{name}": value for name, value in meaning.state_dict().items()}
-    return {name: value.cpu().half().contiguous() for name, value in state.items()}
+@torch.no_grad()
+def joined(meaning: Meaning, detail: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+    """The weights of the whole backbone, in float16. detail: what tools/pretrain.py wrote; images: some squares."""
+    network = Tiny().to(images.device)
+    network.detail.load_state_dict(detail)
+    network.meaning.load_state_dict(meaning.state_dict())
+    moments = torch.zeros(network.join.in_channels, network.join.in_channels, device=images.device)
+    for part in images.split(TEACHER_BATCH):
+        rows = (
+            network.branches(normalised(part.float() / 255)).permute(0, 2, 3, 1).flatten(0, 2)
+        )  # (positions, C)
+        moments += rows.T @ rows
+    _, directions = torch.linalg.eigh(moments)  # the last vary most
+    network.join.weight.copy_(directions.flip(1).T[: network.channels, :, None, None])
+    return {name: value.cpu().half().contiguous() for name, value in network.state_dict().items()}
 
 
 @click.command()
@@ -373,7 +384,7 @@ def main(
     say(f"{len(paths)} images, {len(images)} squares, {device}, {os.cpu_count()} cores")
     teacher = Teacher(load_backbone(TEACHER, weights=weights, device=device), images)
     network = distill(images, teacher, output.with_suffix(".train.pt"), seconds=60 * minutes)
-    write(output, with_detail(network, detail))
+    write(output, joined(network, torch.load(detail, weights_only=True), images[:HELD]))
     say(f"wrote {output}")
 
 
