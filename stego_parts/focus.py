@@ -34,7 +34,7 @@ TENSORS_SHA256 = "3f86d6e651d1be5636559968e9aa5967ae42940a4c130c22faa740c9e69681
 BLOCKS = 10  # of twelve
 CHOSEN = (  # said where nobody asked for it by name
     f"Using focus_vits14: DINOv2 ViT-S/14 as trained further in the package {PACKAGE}, its first {BLOCKS} blocks. On "
-    "aerial images tiny is better, twice as good where both were measured: --backbone tiny."
+    "aerial images tiny is better where both were measured: --backbone tiny."
 )
 SUFFIXES = (".whl", ".onnx")  # of files that read_focus reads
 MAX_BYTES = 500_000_000  # of an ONNX file in a wheel; this one has 97 million
