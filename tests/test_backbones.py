@@ -139,7 +139,7 @@ def test_auto_falls_back_and_says_so(small_backbones, monkeypatch, caplog, capsy
     assert load_backbone("auto").name == "tiny"
     for part in (
         "using the bundled backbone tiny",
-        "hardly any objects",
+        "learned from fewer and smaller images",
         url,
         "--backbone dinov2_vits14 --weights",
     ):
