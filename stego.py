@@ -192,8 +192,7 @@ def training_loss(head: nn.Module, f: Tensor, g: Tensor, f_knn: Tensor, config: 
 
     def term(name: str, f: Tensor, g: Tensor, s: Tensor, t: Tensor) -> Tensor:
         b = getattr(config, f"b_{name}")
-        how = dict(centering=bool(config.centering), zero_clamp=config.zero_clamp)
-        loss = correlation_loss(f, g, s, t, b, **how)
+        loss = correlation_loss(f, g, s, t, b, centering=config.centering, zero_clamp=config.zero_clamp)
         return getattr(config, f"lambda_{name}") * loss
 
     same_image = torch.cat([f, g], 1)  # (B, 2P, C): shares its dropout

@@ -45,6 +45,7 @@ class FitCheckpoint:
         features = features_key(paths, backbone_sha256, config)
         if features != from_first(lambda: features):
             raise ValueError("The processes see other images or options than each other; give each the same.")
+        # version: of what a training leaves; 1 had the state of torch's Adam
         fit = {"features": features, "config": asdict(config), "version": 2}
         self.keys = {"features": features, "fit": fit, "training": fit}  # what each state depends on
         self.folder = Path(folder)

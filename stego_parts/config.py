@@ -16,7 +16,7 @@ MAX_CLUSTERS = 255  # masks are 8 bit and 255 means "ignore"
 RELEASED = "released"  # the preset of models that the reference implementation made
 KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 KINDS[tuple] = "one or three numbers from 1, 4,3,2 say,"
-KINDS |= {bool | None: KINDS[bool], int | None: KINDS[int], float | None: "a number", str | None: KINDS[str]}
+KINDS |= {int | None: KINDS[int], float | None: KINDS[float]}
 LEAST = dict(steps=1, learning_rate=0, batch_size=1, code_size=1, tile=0, feature_weight=0, adaptation=0)
 LEAST |= {f"lambda_{term}": 0 for term in TERMS}
 # App. A.11, what the default differs in
@@ -204,9 +204,9 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
 def parse_value(name: str, text: str) -> Any:
     """The value of a setting from its text; KeyError, TypeError or ValueError for what is none."""
     kind = SETTINGS[name]
-    if kind in (bool, bool | None):
+    if kind is bool:
         return {"true": True, "false": False}[text]
-    if kind in (str, str | None):
+    if kind is str:
         return text
     if kind is tuple:
         return tuple(int(each) for each in text.split(","))
