@@ -129,7 +129,7 @@ def test_of_both_branches_what_varies_most_is_kept(images):
     assert all(value.dtype == torch.float16 and torch.isfinite(value).all() for value in state.values())
     network = Tiny()
     network.load_state_dict(state)
-    x = distill.normalised(images[:4].float() / 255)
+    x = distill.standardised(images[:4].float() / 255)
     with torch.no_grad():
         kept = network(x).square().sum() / network.branches(x).square().sum()
         some = network(x).permute(1, 0, 2, 3).flatten(1)  # (channels, positions)

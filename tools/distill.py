@@ -32,10 +32,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pretrain import find_images, say, write
+from pretrain import find_images, say, standardised, write
 
 from stego_parts.backbones import load_backbone
-from stego_parts.features import MEAN, STD
 from stego_parts.meaning import Attention, Bottleneck, Conv, Meaning
 from stego_parts.tiny import Tiny
 
@@ -114,11 +113,6 @@ def for_student(crops: Tensor, grid: int) -> Tensor:
     return F.interpolate(crops, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
-def normalised(x: Tensor) -> Tensor:
-    """RGB in 0..1 as backbones expect it."""
-    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
-
-
 def recoloured(x: Tensor) -> Tensor:
     """Random brightness, tint, contrast and saturation of RGB in 0..1 (B, 3, H, W); some crops grey."""
     one = (len(x), 1, 1, 1)
@@ -158,7 +152,7 @@ class Teacher:
     def tokens(self, x: Tensor) -> Tensor:
         """(B, C, H / 14, W / 14)."""
         with half_precision(x.device):
-            return self.network(normalised(x)).float()
+            return self.network(standardised(x)).float()
 
     def __call__(self, x: Tensor) -> Tensor:
         unit = F.normalize(self.tokens(x) - self.mean[:, None, None], dim=1)
@@ -263,7 +257,7 @@ class Training:
             group["lr"] = LEARNING_RATE * min(1, (self.step + 1) / WARM_UP) * fall
         self.network.train()
         with half_precision(crops.device):
-            found = self.network(normalised(recoloured(crops)))
+            found = self.network(standardised(recoloured(crops)))
         loss = loss_of(found, seen)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -335,7 +329,7 @@ def agreement(network: Meaning, teacher: Teacher, exam: tuple[Tensor, ...]) -> f
     cosines = []
     for crops in exam:
         seen = teacher(crops)
-        found = network(normalised(for_student(crops, seen.shape[2])))
+        found = network(standardised(for_student(crops, seen.shape[2])))
         cosines.append(F.cosine_similarity(found, seen).mean())
     return float(torch.stack(cosines).mean())
 
@@ -349,7 +343,7 @@ def joined(meaning: Meaning, detail: dict[str, Tensor], images: Tensor) -> dict[
     moments = torch.zeros(network.join.in_channels, network.join.in_channels, device=images.device)
     for part in images.split(TEACHER_BATCH):
         rows = (
-            network.branches(normalised(part.float() / 255)).permute(0, 2, 3, 1).flatten(0, 2)
+            network.branches(standardised(part.float() / 255)).permute(0, 2, 3, 1).flatten(0, 2)
         )  # (positions, C)
         moments += rows.T @ rows
     _, directions = torch.linalg.eigh(moments)  # the last vary most

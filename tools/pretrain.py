@@ -83,7 +83,11 @@ def square(path: Path, side: int, *, label: bool = False) -> Tensor:
 
 def normalise(images: Tensor) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 as the backbones expect it."""
-    x = images.permute(0, 3, 1, 2).float() / 255
+    return standardised(images.permute(0, 3, 1, 2).float() / 255)
+
+
+def standardised(x: Tensor) -> Tensor:
+    """RGB in 0..1 (B, 3, H, W) with ImageNet's mean and deviation taken out, as the backbones expect it."""
     return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
 
 
@@ -204,7 +208,7 @@ def recolour(x: Tensor, generator: torch.Generator) -> Tensor:
     x = x * light * tint
     x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast)
     x = torch.lerp(x.mean(1, keepdim=True), x, colour)
-    return (x.clamp(0, 1) - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+    return standardised(x.clamp(0, 1))
 
 
 def correspondences(first: Tensor, second: Tensor, generator: torch.Generator):
