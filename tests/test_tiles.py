@@ -56,7 +56,7 @@ def test_an_orthomosaic_has_no_seams(monkeypatch):
         for p, c in ((1, 0), (1, 1), (2, 0))
     ]
     mosaic = mosaic_of(pictures, 3)  # (640, 960, 3)
-    model = Stego.fit(sorted(AERIAL.glob("dubai_t7*.jpg"))[:8], clusters=5, backbone="tiny", steps=60)
+    model = Stego.fit(sorted(AERIAL.glob("dubai_t7*.jpg"))[:8], clusters=5, backbone="tiny_detail", steps=60)
     assert agreement(model, mosaic, 320, crf=False) > 0.99
 
 
