@@ -39,7 +39,6 @@ Describe = Callable[[Tensor], Tensor]  # tokens (..., C) -> what is clustered (.
 
 POSITIONS = 121  # positions of an image that enter a step: 11 x 11 (Sec. 4)
 NEIGHBORS = 7  # nearest neighbours x_knn is drawn from (Sec. 4)
-DERANGEMENTS = 5  # ways a batch is shuffled for x_rand, averaged (reference implementation)
 DROPOUT = 0.1  # share of channels dropped (reference implementation)
 # b's from the data: standard deviations from the mean correspondence.
 SHIFTS = {"b_self": -0.5, "b_knn": -0.5, "b_rand": 2.0}
@@ -184,8 +183,8 @@ def drop_channels(f: Tensor, training: bool = True) -> Tensor:
     return f * to_device(F.dropout(torch.ones(*f.shape[:-2], 1, f.shape[-1]), DROPOUT), f.device)
 
 
-def training_loss(head: nn.Module, f: Tensor, g: Tensor, f_knn: Tensor, config: Config) -> Tensor:
-    """The full loss (Eq. 5) of one batch: (B, P, C) tokens at two draws of positions and of a neighbour each.
+def training_loss(head: nn.Module, f: Tensor, f_knn: Tensor, config: Config) -> Tensor:
+    """The full loss (Eq. 5) of one batch: tokens of crops and of a neighbour each, (B, P, C), at random positions.
 
     A term whose lambda is 0 is not computed.
     """
@@ -195,17 +194,16 @@ def training_loss(head: nn.Module, f: Tensor, g: Tensor, f_knn: Tensor, config: 
         loss = correlation_loss(f, g, s, t, b, centering=config.centering, zero_clamp=config.zero_clamp)
         return getattr(config, f"lambda_{name}") * loss
 
-    same_image = torch.cat([f, g], 1)  # (B, 2P, C): shares its dropout
-    s, t = unit(head(same_image)).split(f.shape[1], 1)
-    f, g = unit(drop_channels(same_image, head.training)).split(f.shape[1], 1)
+    s = unit(head(f))  # (B, P, D)
+    f = unit(drop_channels(f, head.training))
     loss = term("self", f, f, s, s) if config.lambda_self else 0 * s.sum()  # 0, but with a gradient
     if config.lambda_knn:
         s_knn = unit(head(f_knn))
         f_knn = unit(drop_channels(f_knn, head.training))
         loss = loss + term("knn", f, f_knn, s, s_knn)
     if config.lambda_rand and len(f) > 1:  # a lone crop has no random partner
-        others = [derangement(len(f)).to(g.device) for _ in range(DERANGEMENTS)]
-        loss = loss + sum(term("rand", f, g[other], s, t[other]) for other in others) / DERANGEMENTS
+        other = derangement(len(f)).to(f.device)
+        loss = loss + term("rand", f, f[other], s, s[other])
     return loss
 
 
@@ -232,9 +230,9 @@ def train_head(
     for step in range(run.step, run.steps):
         anchor = run.next_crops()
         partner = neighbors[anchor, torch.randint(neighbors.shape[1], anchor.shape)]
-        f, g = cache.sample(anchor, 2 * POSITIONS).split(POSITIONS, 1)
+        f = cache.sample(anchor, POSITIONS)
         f_knn = cache.sample(partner, POSITIONS)
-        loss = training_loss(network, f, g, f_knn, config)
+        loss = training_loss(network, f, f_knn, config)
         if step % LOOK_EVERY == 0 or step + 1 == run.steps:
             run.history.append({"step": step, "loss": loss.item()} | code_similarities(head, f, f_knn))
         loss.backward()

@@ -31,9 +31,9 @@ def reference_step(network, head, optimizer, config):
         with torch.no_grad():
             maps.append(network(torch.randn(batch, 3, CROP_SIDE, CROP_SIDE)).flatten(2).transpose(1, 2))
     whole = [head(tokens) for tokens in maps]  # it codes every position, then samples
-    positions = torch.randint(maps[0].shape[1], (3, POSITIONS))
-    f, g, k = maps[0][:, positions[0]], maps[0][:, positions[1]], maps[1][:, positions[2]]
-    loss = training_loss(head, f, g, k, config) + 0 * sum(codes.sum() for codes in whole)
+    positions = torch.randint(maps[0].shape[1], (2, POSITIONS))
+    f, k = maps[0][:, positions[0]], maps[1][:, positions[1]]
+    loss = training_loss(head, f, k, config) + 0 * sum(codes.sum() for codes in whole)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
