@@ -53,19 +53,24 @@ CLUSTER_STARTS = 12  # of k-means: with three, mIoU swings by one to two points 
 # ---- nearest neighbours (Sec. 4: cosine similarity of averaged features) ---------------------------------------
 
 
-def nearest_neighbors(means: Tensor, count: int = NEIGHBORS, *, device: str | torch.device = "cpu") -> Tensor:
+def nearest_neighbors(
+    means: Tensor, images: Tensor, count: int = NEIGHBORS, *, device: str | torch.device = "cpu"
+) -> Tensor:
     """The `count` most similar other rows of unit rows (n, C) -> (n, min(count, n - 1)) int64, in bounded memory.
 
-    A single row is its own neighbour.
+    images (n,): the image that each row is a crop of. Its other crops come last, as the loss compares an image with
+    itself anyway. A single row is its own neighbour.
     """
     n = len(means)
     means = means.to(device)
+    images = images.to(device)
     count = max(min(count, n - 1), 1)
     room = means.new_empty(min(max(SIMILARITIES // n, 1), n), n)  # reused: fresh memory costs a third more
     neighbors = []
     for rows in torch.arange(n, device=device).split(len(room)):
         similarity = torch.mm(means[rows], means.T, out=room[: len(rows)])  # (rows, n)
-        similarity[torch.arange(len(rows)), rows] = -torch.inf  # an image is not its own neighbour
+        similarity.masked_fill_(images[rows, None] == images, -2)  # below any cosine
+        similarity[torch.arange(len(rows)), rows] = -torch.inf  # a crop is not its own neighbour
         neighbors.append(similarity.topk(count, dim=1).indices)
     return torch.cat(neighbors).cpu()
 
@@ -624,7 +629,7 @@ def learn(
 ) -> tuple[Head, Config, Tensor, list[dict]]:
     """The head trained on cached features, the config with its b's, the table of neighbours (n, <= 7), the history."""
     progress("neighbors", 0, 1)
-    neighbors = from_first(lambda: nearest_neighbors(cache.means, device=device))
+    neighbors = from_first(lambda: nearest_neighbors(cache.means, cache.images, device=device))
     progress("neighbors", 1, 1)
     config = replace(config, **from_first(lambda: shifts_from_data(cache, neighbors, config)))
     head, history = train_head(cache, neighbors, config, progress=progress, checkpoint=kept)

@@ -106,7 +106,7 @@ def stages(network: Any, paths: list, steps: int, device: str) -> dict[str, floa
     config = fit_config(clusters=CLUSTERS, steps=steps).on_backbone(network.name)
     encode(network, paths[:16], config, device=device)  # warm up
     cache, features = clocked(lambda: encode(network, paths, config, device=device), device)
-    neighbors = nearest_neighbors(cache.means, device=device)
+    neighbors = nearest_neighbors(cache.means, cache.images, device=device)
     config = replace(config, **shifts_from_data(cache, neighbors, config))
     train_head(cache, neighbors, replace(config, steps=20))
     (head, _), training = clocked(lambda: train_head(cache, neighbors, config), device)

@@ -58,7 +58,7 @@ def main(images, limit, clusters, rows, seeds, threads):
     paths = [path for path, _ in find_images(images)][:limit]
     config = fit_config(clusters=clusters).on_backbone("tiny")
     cache = encode(load_backbone("tiny"), paths, config)
-    neighbors = nearest_neighbors(cache.means)
+    neighbors = nearest_neighbors(cache.means, cache.images)
     head, _ = train_head(cache, neighbors, replace(config, **shifts_from_data(cache, neighbors, config)))
     codes = unit_codes(head, cache, rows).clone()
     theirs = {

@@ -65,14 +65,14 @@ def main(rows, channels, compared, threads):
     a = torch.randn(2048, 2048)
     rate = 2 * 2048**3 / min(timed(lambda: a @ a)[1] for _ in range(5))  # operations a second of CPU
     print(f"{len(x)} x {x.shape[1]} rows ({x.nbytes / 1e9:.2f} GB), {threads} thread(s)")
-    clock, cpu, _ = timed(lambda: nearest_neighbors(x))
+    clock, cpu, _ = timed(lambda: nearest_neighbors(x, torch.arange(len(x))))
     products = 2 * len(x) ** 2 * x.shape[1] / rate
     print(
         f"exact: {clock:.0f} s, CPU {cpu:.0f} s, {cpu / products:.2f} of the bare matrix products ({rate / 1e9:.0f} "
         f"Gflop/s and thread), {peak():.2f} GB at the peak"
     )
     part = x[:compared]
-    clock, cpu, found = timed(lambda: nearest_neighbors(part))
+    clock, cpu, found = timed(lambda: nearest_neighbors(part, torch.arange(len(part))))
     their_clock, their_cpu, same = compare(part, found)
     print(
         f"{len(part)} rows: {clock:.1f} s (CPU {cpu:.1f}), scikit-learn {their_clock:.1f} s (CPU {their_cpu:.1f}), "

@@ -148,7 +148,7 @@ def raw_kmeans(cache: TokenCache, config: Config) -> Method:
 def fitted(cache: TokenCache, config: Config) -> Method:
     """A head trained and clustered as `Stego.fit` does it."""
     torch.manual_seed(config.seed)
-    neighbors = nearest_neighbors(cache.means)
+    neighbors = nearest_neighbors(cache.means, cache.images)
     config = replace(config, **shifts_from_data(cache, neighbors, config))
     head, _ = train_head(cache, neighbors, config)
     torch.manual_seed(config.seed)

@@ -81,8 +81,8 @@ def main(images, backbone, limit, batch_size, steps, views, reference, whole, th
     began = time.perf_counter()
     cache = encode(network, paths[:limit], config)
     encoding = (time.perf_counter() - began) * len(paths) / min(limit, len(paths))
-    neighbors = nearest_neighbors(cache.means)
-    knn, _ = seconds(lambda: nearest_neighbors(cache.means))
+    neighbors = nearest_neighbors(cache.means, cache.images)
+    knn, _ = seconds(lambda: nearest_neighbors(cache.means, cache.images))
 
     config = replace(config, **shifts_from_data(cache, neighbors, config))
     short = replace(config, steps=20)

@@ -179,11 +179,23 @@ def test_derangements(count):
 def test_neighbors_against_sorting(n, monkeypatch):
     monkeypatch.setattr(stego, "SIMILARITIES", 16 * n)  # several chunks
     means = unit(torch.randn(n, 6))
-    got = nearest_neighbors(means, 7)
+    got = nearest_neighbors(means, torch.arange(n), 7)
     assert got.shape == (n, 1 if n == 1 else min(7, n - 1))
     for i in range(n if n > 1 else 0):
         others = sorted((j for j in range(n) if j != i), key=lambda j: -float(means[i] @ means[j]))
         assert got[i].tolist() == others[:7]
+
+
+def test_neighbors_are_of_other_images_where_there_are_enough():
+    means = unit(torch.randn(10, 6))
+    images = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 2])
+    got = nearest_neighbors(means, images, 7)
+    for i in range(10):
+        others = [j for j in range(10) if images[j] != images[i]]
+        near = sorted(others, key=lambda j: -float(means[i] @ means[j]))[:7]
+        assert got[i, : len(near)].tolist() == near
+        assert len(set(got[i].tolist()) - {i}) == 7  # filled up with its own image's crops
+    assert nearest_neighbors(means[:5], images[:5], 7).shape == (5, 4)
 
 
 # ---- fit -------------------------------------------------------------------------------------------------------
@@ -220,7 +232,7 @@ def test_training_moves_the_loss(scenes):
     for steps in (1, 40):
         torch.manual_seed(0)
         config = fit_config("small", clusters=2, steps=steps)
-        neighbors = nearest_neighbors(cache.means)
+        neighbors = nearest_neighbors(cache.means, cache.images)
         head, _ = stego.train_head(cache, neighbors, config)
         crops, partner = torch.arange(len(cache)), neighbors[:, 0]
         loss = training_loss(head, cache.sample(crops, 121), cache.sample(partner, 121), config)
@@ -244,7 +256,11 @@ def test_the_decay_reaches_the_optimizer(monkeypatch):
     heads = []
     for steps in (1, 3):
         torch.manual_seed(0)
-        heads.append(stego.train_head(cache, nearest_neighbors(cache.means), replace(config, steps=steps))[0])
+        heads.append(
+            stego.train_head(
+                cache, nearest_neighbors(cache.means, cache.images), replace(config, steps=steps)
+            )[0]
+        )
     assert torch.equal(heads[0].linear.weight, heads[1].linear.weight)
 
 
@@ -307,7 +323,9 @@ def test_shifts_follow_the_features():
     shifts = {}
     for common in (0.0, 2.0):
         cache = filled_cache(torch.randn(20, 16, 20, 20) + common)
-        shifts[common] = stego.shifts_from_data(cache, nearest_neighbors(cache.means), Config(centering=True))
+        shifts[common] = stego.shifts_from_data(
+            cache, nearest_neighbors(cache.means, cache.images), Config(centering=True)
+        )
     for name in stego.SHIFTS:
         assert shifts[2.0][name] > shifts[0.0][name] + 0.3
     scattered = 1 / 16**0.5  # standard deviation of random cosines
@@ -368,7 +386,7 @@ def test_bad_runs_are_named_in_words(b, word):
     )  # two of four in each crop
     parts = torch.randn(4, 16)[kinds].permute(0, 3, 1, 2)  # (crops, C, h, w)
     cache = filled_cache(parts + 0.5 * torch.randn(parts.shape))
-    neighbors = nearest_neighbors(cache.means)
+    neighbors = nearest_neighbors(cache.means, cache.images)
     quick = dict(steps=60, learning_rate=5e-3, decay=False, centering=True)  # bad quickly
     options = fit_config(clusters=2, batch_size=8, **quick)
     shifts = (
