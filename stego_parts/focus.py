@@ -32,10 +32,8 @@ WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526
 # The fingerprint of what read_focus makes of it
 TENSORS_SHA256 = "3f86d6e651d1be5636559968e9aa5967ae42940a4c130c22faa740c9e69681ed"
 BLOCKS = 10  # of twelve
-CHOSEN = (  # said where nobody asked for it by name
-    f"Using focus_vits14: DINOv2 ViT-S/14 as trained further in the package {PACKAGE}, its first {BLOCKS} blocks. On "
-    "aerial images tiny is better where both were measured: --backbone tiny."
-)
+# Said where nobody asked for it by name
+CHOSEN = f"Using focus_vits14: DINOv2 ViT-S/14 as trained further in the package {PACKAGE}, its first {BLOCKS} blocks."
 SUFFIXES = (".whl", ".onnx")  # of files that read_focus reads
 MAX_BYTES = 500_000_000  # of an ONNX file in a wheel; this one has 97 million
 

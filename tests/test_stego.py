@@ -350,7 +350,7 @@ def test_defaults_go_with_the_backbone(scenes, monkeypatch):
     published = fit_config("small").on_backbone("dinov2_vits14")
     assert (published.learning_rate, published.decay, published.evenness) == (5e-4, False, 0.0)
     tiny = fit_config().on_backbone("tiny")
-    assert (tiny.views, tiny.steps, tiny.b_self, tiny.preset) == ("windows", 300, None, "default")
+    assert (tiny.views, tiny.steps, tiny.b_self, tiny.preset) == ("windows", 500, None, "default")
 
 
 def test_evened_rows_give_rare_directions_a_chance():
