@@ -256,11 +256,8 @@ def test_the_decay_reaches_the_optimizer(monkeypatch):
     heads = []
     for steps in (1, 3):
         torch.manual_seed(0)
-        heads.append(
-            stego.train_head(
-                cache, nearest_neighbors(cache.means, cache.images), replace(config, steps=steps)
-            )[0]
-        )
+        neighbors = nearest_neighbors(cache.means, cache.images)
+        heads.append(stego.train_head(cache, neighbors, replace(config, steps=steps))[0])
     assert torch.equal(heads[0].linear.weight, heads[1].linear.weight)
 
 
@@ -323,9 +320,8 @@ def test_shifts_follow_the_features():
     shifts = {}
     for common in (0.0, 2.0):
         cache = filled_cache(torch.randn(20, 16, 20, 20) + common)
-        shifts[common] = stego.shifts_from_data(
-            cache, nearest_neighbors(cache.means, cache.images), Config(centering=True)
-        )
+        neighbors = nearest_neighbors(cache.means, cache.images)
+        shifts[common] = stego.shifts_from_data(cache, neighbors, Config(centering=True))
     for name in stego.SHIFTS:
         assert shifts[2.0][name] > shifts[0.0][name] + 0.3
     scattered = 1 / 16**0.5  # standard deviation of random cosines

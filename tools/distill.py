@@ -342,9 +342,8 @@ def joined(meaning: Meaning, detail: dict[str, Tensor], images: Tensor) -> dict[
     network.meaning.load_state_dict(meaning.state_dict())
     moments = torch.zeros(network.join.in_channels, network.join.in_channels, device=images.device)
     for part in images.split(TEACHER_BATCH):
-        rows = (
-            network.branches(standardised(part.float() / 255)).permute(0, 2, 3, 1).flatten(0, 2)
-        )  # (positions, C)
+        both = network.branches(standardised(part.float() / 255))  # (B, C, h, w)
+        rows = both.permute(0, 2, 3, 1).flatten(0, 2)  # (positions, C)
         moments += rows.T @ rows
     _, directions = torch.linalg.eigh(moments)  # the last vary most
     network.join.weight.copy_(directions.flip(1).T[: network.channels, :, None, None])
