@@ -5,7 +5,7 @@ k-means is Dhillon & Modha 2001, mini-batches are Sculley 2010, the seeding is A
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import partial
@@ -19,7 +19,6 @@ CHUNK = 65_536  # rows compared with the centres at once: 7 MB of cosines for 27
 SEEDING_ROWS = 200  # rows per cluster that take part in the k-means++ seeding
 FORGET = 0.9  # weight of the past in the running sums: about the last ten batches set a centre
 STARVED = 0.02  # a centre with less than this share of a fair part (1 / K) is seeded anew
-AGREEING = 3  # starts of one inertia after which there is no other to expect
 REPAIR_EVERY = 10  # batches between two looks for starved centres
 LEARNED = ("cluster_centers_", "inertia_", "_sums", "_counts", "_batches")  # by the best of the starts
 
@@ -29,8 +28,7 @@ class CosineKMeans:
 
     Args:
         n_clusters: number of centres K, at least 1.
-        n_init: independent starts, at most; the one of lowest inertia is kept.
-        agreement: no further start once the best three have one inertia, but for this share of it; 0: all starts.
+        n_init: independent starts; the one of lowest inertia is kept.
         max_iter: mini-batches per start.
         batch_size: rows of one mini-batch.
         seed: same seed, same rows, same threads: same centres; of several starts also with other threads.
@@ -39,14 +37,7 @@ class CosineKMeans:
     """
 
     def __init__(
-        self,
-        n_clusters: int,
-        *,
-        n_init: int = 3,
-        max_iter: int = 100,
-        batch_size: int = 8192,
-        seed: int = 0,
-        agreement: float = 0.0,
+        self, n_clusters: int, *, n_init: int = 3, max_iter: int = 100, batch_size: int = 4096, seed: int = 0
     ) -> None:
         if n_clusters < 1:
             raise ValueError(f"n_clusters is {n_clusters}; k-means needs at least 1 cluster.")
@@ -55,7 +46,6 @@ class CosineKMeans:
         self.max_iter = max_iter
         self.batch_size = batch_size
         self.seed = seed
-        self.agreement = agreement
         self._generator = torch.Generator().manual_seed(seed)
         self.cluster_centers_: Any = None
         self.inertia_ = math.inf
@@ -70,73 +60,21 @@ class CosineKMeans:
         kept = x.norm(dim=1) > 0  # (N,)
         if not kept.all():
             x = x[kept]  # (N, d)
-        best: CosineKMeans | None = None
-        inertias: list[float] = []
-        for start in self._starts(x):
-            self._generator = start._generator  # whoever draws next goes on from there
-            if best is None or start.inertia_ < best.inertia_:
-                best = start
-            inertias.append(start.inertia_)
-            if self.agreement and self._agree(inertias):
-                break
-        if best:
-            self.__dict__ |= {name: best.__dict__[name] for name in LEARNED}
+        seeds = torch.randint(2**62, (self.n_init,), generator=self._generator).tolist()
+        best = min(_side_by_side(partial(self._start, x), seeds, x.device), key=lambda start: start.inertia_)
+        self.__dict__ |= {name: best.__dict__[name] for name in LEARNED}
         return self
 
-    def _starts(self, x: Tensor) -> Iterator["CosineKMeans"]:
-        """Each start in turn; on the CPU as many at once as torch has threads, each with one of them.
-
-        One at a time where some may not be needed.
-        """
-        states = self._random_states(len(x))
-        threads = torch.get_num_threads()
-        workers = min(threads, self.n_init) if x.is_cpu and not self.agreement else 1
-        if workers <= 1:
-            yield from (self._start(x, state) for state in states)
-            return
-        try:
-            # one step on two threads takes three quarters of the time
-            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                yield from pool.map(partial(self._start, x), states)
-        finally:
-            torch.set_num_threads(threads)  # for threads that begin later
-
-    def _start(self, x: Tensor, random_state: Tensor) -> "CosineKMeans":
+    def _start(self, x: Tensor, seed: int) -> "CosineKMeans":
         """One start on unit rows x (N, d): this k-means with what it has learned."""
         start = copy(self)
-        start._generator = torch.Generator()
-        start._generator.set_state(random_state)
+        start._generator = torch.Generator().manual_seed(seed)
         start.cluster_centers_ = None
         start._batches = 0
         for i in range(self.max_iter):
             start._step(start._draw(x, self.batch_size), last=i + 1 == self.max_iter)
         start.inertia_ = start._mean_distance(x)
         return start
-
-    def _random_states(self, rows: int) -> list[Tensor]:
-        """The generator's state at the beginning of each start, the same however many run at once.
-
-        Draws what a start draws, but for repairs, which are rare.
-        """
-        generator = torch.Generator()
-        generator.set_state(self._generator.get_state())
-        states = []
-        for _ in range(self.n_init):
-            states.append(generator.get_state())
-            batch = min(rows, self.batch_size)
-            _random_rows(rows, batch, generator)
-            _random_rows(batch, SEEDING_ROWS * self.n_clusters, generator)
-            torch.randint(2, (), generator=generator)
-            for _ in range(self.n_clusters - 1):
-                torch.multinomial(torch.ones(2), self._trials, replacement=True, generator=generator)
-            for _ in range(self.max_iter - 1):
-                _random_rows(rows, batch, generator)
-        return states
-
-    def _agree(self, inertias: list[float]) -> bool:
-        """Whether the best starts so far have found the same."""
-        lowest = sorted(inertias)[:AGREEING]
-        return len(lowest) == AGREEING and lowest[-1] <= (1 + self.agreement) * lowest[0]
 
     def partial_fit(self, x: Tensor) -> "CosineKMeans":
         """Move the centres by one mini-batch x (B, d); the first batch also seeds them, so it needs B >= K rows."""
@@ -227,3 +165,19 @@ def _random_rows(rows: int, count: int, generator: torch.Generator) -> Tensor | 
 def _nearest(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     """Largest cosine (N,) and its centre (N,) int64, for unit rows (rows of any length for the index alone)."""
     return (x.to(centers.dtype) @ centers.T).max(dim=1)
+
+
+def _side_by_side(
+    start: Callable[[int], CosineKMeans], seeds: list[int], device: torch.device
+) -> Iterator[CosineKMeans]:
+    """The starts; on the CPU as many at once as torch has threads, each with one of them."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield from map(start, seeds)
+        return
+    try:
+        # one step on two threads takes three quarters of the time
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(start, seeds)
+    finally:
+        torch.set_num_threads(threads)  # for threads that begin later

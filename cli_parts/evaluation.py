@@ -40,7 +40,6 @@ TINY = 1e-12  # of features that do not vary at all
 START_ROWS = 25_000  # positions on which the linear probe is fitted first
 ROUNDS = 100  # steps of L-BFGS, at most: on START_ROWS and on all
 CONVERGED = 5e-5  # nats: a fall of the loss in a step below which it stands still
-AGREEMENT = 0.005  # relative: k-means starts whose inertia differs by less have found the same
 SPARE_CLUSTERS = (
     "%d clusters for %d classes: those left over count as errors. Rows named many-to-one give each cluster to "
     "its majority class, by the labels: compare them with nothing published."
@@ -138,7 +137,7 @@ def fit_probes(
     probes = {(STEGO, CLUSTER): model.probe}
     rows, shares = probe_rows(model, train, seed=seed, progress=progress)
     progress("k-means", 0, 1)
-    kmeans = CosineKMeans(cluster_count(model), n_init=CLUSTER_STARTS, agreement=AGREEMENT, seed=seed)
+    kmeans = CosineKMeans(cluster_count(model), n_init=CLUSTER_STARTS, seed=seed)
     kmeans.fit(rows.float())
     progress("k-means", 1, 1)
     probes[BACKBONE, CLUSTER] = Probe(kmeans.cluster_centers_.to(model.device))

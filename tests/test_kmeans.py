@@ -160,33 +160,3 @@ def test_further_batches_refine_the_best_start():
     before = kmeans.cluster_centers_.clone()
     kmeans.partial_fit(x)
     assert ((before * kmeans.cluster_centers_).sum(1) > 0.99).all()
-
-
-def test_no_further_start_where_three_agree():
-    """Three clear clusters: every start finds them, so the first three are enough; by default all are made."""
-    x, _, _ = blobs(clusters=3)
-    starts = []
-
-    class Counting(CosineKMeans):
-        def _mean_distance(self, x):
-            starts.append(1)
-            return super()._mean_distance(x)
-
-    all_of_them = Counting(3, n_init=8, max_iter=20).fit(x)
-    assert len(starts) == 8
-    starts.clear()
-    few = Counting(3, n_init=8, max_iter=20, agreement=0.01).fit(x)
-    assert len(starts) == 3
-    assert few.inertia_ == pytest.approx(all_of_them.inertia_, rel=0.01)
-
-
-def test_all_starts_where_they_disagree():
-    """Inertias of which no three are alike."""
-    x, _, _ = blobs(clusters=3)
-    inertias = iter([0.5, 0.4, 0.3, 0.2, 0.1])
-
-    class Disagreeing(CosineKMeans):
-        def _mean_distance(self, x):
-            return next(inertias)
-
-    assert Disagreeing(3, n_init=5, max_iter=1, agreement=0.01).fit(x).inertia_ == 0.1
