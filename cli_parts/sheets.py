@@ -77,7 +77,7 @@ def fit_sheet(models: Sequence[Stego], *, progress: Progress = no_progress) -> I
         return _comparison_sheet(models, paths, progress)
     if len(paths) > SHEET_IMAGES:
         paths = paths[:: len(paths) // SHEET_SAMPLE][:SHEET_SAMPLE]
-    pairs = [(image, mask) for _, image, mask in segmented(model, paths, progress=progress)]
+    pairs = ((image, mask) for _, image, mask in segmented(model, paths, progress=progress))
     return drawing.contact_sheet(pairs, model)
 
 
@@ -90,8 +90,8 @@ def fit_images(model: Stego) -> list[Path]:
 
 def segmented(
     model: Stego, paths: Sequence[Path], *, progress: Progress = no_progress
-) -> list[tuple[Path, Image.Image, np.ndarray]]:
-    """(path, picture, mask (H, W) uint8) of images, as small as the backbone sees them.
+) -> Iterator[tuple[Path, Image.Image, np.ndarray]]:
+    """(path, picture, mask (H, W) uint8) of images, as small as the backbone sees them, the next ones meanwhile.
 
     The CRF works at the size of a picture on a sheet.
     """
@@ -102,12 +102,10 @@ def segmented(
         picture = or_skip(_small_picture, model, path, level=KNOWN)
         return picture and (path, picture.image, model.predict(picture, crf_size=size))
 
-    found = []
     for done, result in enumerate(side_by_side(segment_one, paths, model.device), 1):
         if result is not None:
-            found.append(result)
+            yield result
         progress("picture", done, len(paths))
-    return found
 
 
 @torch.inference_mode()
