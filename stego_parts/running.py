@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 MEETING = timedelta(minutes=5)  # to find each other at the start; torchrun itself may have been killed
 REASON = 200  # characters of torch's own errors that are shown
 SIDE_BY_SIDE = 4  # images that are worked on at once: a transformer may take a gigabyte for each
+LOOSE = 8  # batches, in images, that may wait for others of their shape: 64 photos of 2 MB
 WAITING = timedelta(days=1)  # for each other later on: shares of the images may differ in work
 
 Progress = Callable[[str, int, int], None]  # progress(stage, done, total)
@@ -111,10 +112,20 @@ def side_by_side(function: Callable, items: Iterable, device: str | torch.device
 
 
 def same_shape_batches(items: Iterable, most: int) -> Iterator[list]:
-    """Pairs (name, tensor or None) in lists of at most `most` in a row whose tensors have one shape."""
-    for _, run in groupby(items, key=lambda item: getattr(item[1], "shape", None)):
-        while batch := list(islice(run, most)):
-            yield batch
+    """Pairs (name, tensor or None) in lists of at most `most` whose tensors have one shape.
+
+    Those that lack fellows wait for them, so lists come out of order; when too many wait, the longest list goes first.
+    """
+    waiting: dict[Any, list] = {}
+    for item in items:
+        shape = getattr(item[1], "shape", None)
+        batch = waiting.setdefault(shape, [])
+        batch.append(item)
+        if len(batch) == most:
+            yield waiting.pop(shape)
+        elif sum(map(len, waiting.values())) >= LOOSE * most:
+            yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
+    yield from waiting.values()
 
 
 # ---- processes -------------------------------------------------------------------------------------------------

@@ -169,20 +169,20 @@ def test_each_process_takes_a_gpu_of_its_own(launch, monkeypatch):
     assert taken == [1]
 
 
-def test_batches_are_of_one_shape_in_order():
-    items = [
-        (i, None if size is None else torch.empty(size))
-        for i, size in enumerate([2, 2, 2, 3, None, None, 3, 2])
-    ]
-    assert [[i for i, _ in batch] for batch in running.same_shape_batches(items, 2)] == [
-        [0, 1],
-        [2],
-        [3],
-        [4, 5],
-        [6],
-        [7],
-    ]
-    assert [len(batch) for batch in running.same_shape_batches(items, 1)] == [1] * 8
+def batches(sizes, most):
+    items = ((i, None if size is None else torch.empty(size)) for i, size in enumerate(sizes))
+    return [[i for i, _ in batch] for batch in running.same_shape_batches(items, most)]
+
+
+def test_batches_are_of_one_shape():
+    assert batches([2, 2, 2, 3, None, None, 3, 2], 2) == [[0, 1], [4, 5], [3, 6], [2, 7]]
+    assert batches([2, 3, 2, 3, 4], 3) == [[0, 2], [1, 3], [4]]  # what lacks fellows comes at the end
+    assert batches([2, 2, 3, 2], 1) == [[0], [1], [2], [3]]
+
+
+def test_few_wait_for_others_of_their_shape(monkeypatch):
+    monkeypatch.setattr(running, "LOOSE", 2)
+    assert batches([1, 2, 2, 3, 4, 5, 1], 2) == [[1, 2], [0], [3], [4], [5], [6]]
 
 
 def test_device_auto_is_there():
