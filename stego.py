@@ -5,8 +5,9 @@
     model.save("stego.pt"); model = Stego.load("stego.pt")
 
 The file follows the paper: hyper-parameters, nearest neighbours, correspondences and their loss (Sec. 3), the head and
-its training, clusters, the model (Sec. 4). One thing differs from the reference implementation, and makes training a
-matter of minutes: the backbone is frozen and nothing is augmented, so every crop passes through it exactly once.
+its training, clusters, the model (Sec. 4). Training is a matter of minutes, unlike in the reference implementation:
+nothing is augmented, so every crop passes through the frozen backbone exactly once, and the head starts from the
+principal directions of what comes out.
 """
 
 import logging
@@ -43,7 +44,9 @@ DROPOUT = 0.1  # share of channels dropped (reference implementation)
 # b's from the data: standard deviations from the mean correspondence.
 SHIFTS = {"b_self": -0.5, "b_knn": -0.5, "b_rand": 2.0}
 SHIFT_CROPS = 64  # crops whose correspondences set the b's
-MEAN_CROPS = 256  # crops whose features' mean direction stands for all
+START_CROPS = 256  # crops from whose features a head starts; at random, as in the paper, takes more steps
+START_LENGTH = 0.25  # of a row of its linear layer; at random 0.6
+START_RANDOM = 0.1  # share of the random numbers that are left beside it
 LOOK_EVERY = 10  # steps between two measurements of the codes' similarities
 SIMILARITIES = 32_000_000  # similarities in memory at once: 128 MB
 CLUSTER_ROWS = 100_000  # codes that k-means sees
@@ -164,6 +167,18 @@ class Head(nn.Module):
         """Features (..., P, C) -> codes (..., P, code_size)."""
         return self.linear(drop_channels(f, self.training)) + self.mlp(drop_channels(f, self.training))
 
+    @torch.no_grad()
+    def start_from(self, f: Tensor) -> None:
+        """Codes that correspond as features f (N, C) do, as far as so few numbers can: their principal directions."""
+        f = unit(f)
+        if self.feature_weight:
+            self.mean.copy_(f.mean(0))
+        directions = torch.linalg.eigh((f.T @ f).double().cpu()).eigenvectors.flip(1).T  # (C, C), in rows
+        rows = directions[: self.linear.out_features]  # (<= code_size, C)
+        self.linear.weight.zero_()[: len(rows)] = START_LENGTH * rows.to(f)
+        for parameter in (self.linear.bias, *self.mlp[2].parameters()):
+            parameter.mul_(START_RANDOM)
+
     @property
     def size(self) -> int:
         """D, the length of a description."""
@@ -227,8 +242,7 @@ def train_head(
     """
     channels = cache.tokens.shape[2]
     head = Head(channels, config.code_size, feature_weight=config.feature_weight).to(cache.device)
-    if head.feature_weight:
-        head.mean.copy_(unit(cache.sample(torch.randperm(len(cache))[:MEAN_CROPS], POSITIONS)).mean((0, 1)))
+    head.start_from(cache.sample(torch.randperm(len(cache))[:START_CROPS], POSITIONS).flatten(0, 1))
     optimizer = Adam(head.parameters())
     run = Training(head, optimizer, config, len(cache), checkpoint)
     network = running.data_parallel(head)

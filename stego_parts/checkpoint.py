@@ -45,8 +45,8 @@ class FitCheckpoint:
         features = features_key(paths, backbone_sha256, config)
         if features != from_first(lambda: features):
             raise ValueError("The processes see other images or options than each other; give each the same.")
-        # version: of a training; 1 left the state of torch's Adam, 2 took neighbours from the same image as well
-        fit = {"features": features, "config": asdict(config), "version": 3}
+        # version: raised with each change of the training, as none may go on that began otherwise
+        fit = {"features": features, "config": asdict(config), "version": 4}
         self.keys = {"features": features, "fit": fit, "training": fit}  # what each state depends on
         self.folder = Path(folder)
         self.cache: TokenCache | None = None

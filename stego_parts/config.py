@@ -28,8 +28,8 @@ NOTED_SOURCES = 16  # folders, patterns and files given to fit up to which a mod
 class Config:
     """Every option of a fit. A lambda of 0 switches its term off.
 
-    A b of None is taken from the data, steps of None are what suits the backbone, see STEPS; `on_backbone` fills them
-    in. Raises ValueError for a value out of its range.
+    A b of None is taken from the data; steps and a learning rate of None are what suits the backbone, see SUITED, and
+    filled in by `on_backbone`. Raises ValueError for a value out of its range.
     """
 
     preset: str = "default"
@@ -38,7 +38,7 @@ class Config:
     clusters: int = 27  # 1 to 255
     seed: int = 0
     steps: int | None = None
-    learning_rate: float = 2e-3  # of Adam
+    learning_rate: float | None = None  # of Adam
     decay: bool = True  # the learning rate falls linearly to 0 over the steps
     batch_size: int = 16  # crops a step
     code_size: int = 70
@@ -72,13 +72,14 @@ class Config:
         return cls(**known | tuples)
 
     def on_backbone(self, name: str, **known: Any) -> "Config":
-        """The same for a backbone, with the steps that suit it unless others are asked for, and what is known of it."""
-        steps = STEPS.get(name, STEPS["others"]) if self.steps is None else self.steps
-        return replace(self, backbone=name, steps=steps, **known)
+        """The same for a backbone, with the training that suits it where none is asked for, and what is known of it."""
+        suited = SUITED.get(name, SUITED["others"])
+        missing = {option: value for option, value in suited.items() if getattr(self, option) is None}
+        return replace(self, backbone=name, **missing, **known)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a training step, counted from 0."""
-        assert self.steps is not None  # filled in by on_backbone
+        assert self.steps is not None and self.learning_rate is not None  # filled in by on_backbone
         return self.learning_rate * (1 - step / self.steps if self.decay else 1)
 
     def __post_init__(self) -> None:
@@ -123,8 +124,12 @@ def check_kind(name: str, kind: Any, value: object) -> None:
         raise ValueError(f"Got {name} {value}; a finite number is needed.")
 
 
-# Steps of training that suit a backbone, by what was measured with it.
-STEPS = {"tiny": 500, "tiny_detail": 300, "others": 1000}
+# The training that suits a backbone, by what was measured with it.
+SUITED: dict[str, dict] = {
+    "tiny": dict(steps=300, learning_rate=4e-3),
+    "tiny_detail": dict(steps=300, learning_rate=2e-3),
+    "others": dict(steps=1000, learning_rate=2e-3),
+}
 # Each with the backbone that it was tuned for; `--preset` and `--dataset` take that one unless another is named.
 _SMALL = PUBLISHED | dict(backbone="dino_vits8_300ep", b_self=0.18, b_knn=0.12, b_rand=0.46, steps=5000)
 _BASE = PUBLISHED | dict(backbone="dino_vitb8", steps=7000, batch_size=32)
