@@ -63,8 +63,8 @@ def main(images, limit, clusters, rows, seeds, threads):
     codes = unit_codes(head, cache, rows).clone()
     theirs = {
         "scikit-learn": {},
-        "  batch 8192": dict(batch_size=8192),
-        "  batch 8192, 3 starts": dict(batch_size=8192, n_init=3),
+        "  batch 4096": dict(batch_size=4096),
+        "  batch 4096, 3 starts": dict(batch_size=4096, n_init=3),
     }
     print(
         f"{len(codes)} x {codes.shape[1]} codes of {len(paths)} images, {clusters} clusters, {threads} thread(s)"
