@@ -29,6 +29,7 @@ SMOOTH_COMPAT = 3.0  # weight
 NORM_EPS = 1e-20  # added to the kernel's row sums, as the authors' library does
 TRUNCATE = 4.0  # sigmas at which the small Gaussian ends; what is left out is 6e-5 of its mass
 MIN_SIGMA = 0.2  # pixels or levels; points 5 sigmas apart no longer meet in the lattice: less changes nothing
+COLUMNS = 48  # classes of problems that share an image, computed side by side; more of them are slower again
 STRIP = 25_000  # pixels processed at once on the CPU: their temporaries stay in cache
 MAX_KEY = 2**62 - 1  # lattice vertices have int64 keys, and one bit is left for a mark
 MAX_PIXELS = (2**31 - 1) // 6  # int32 indices, six vertices a pixel
@@ -84,8 +85,9 @@ def dense_crf(
     if smooth_compat:
         kernels.append(_smooth_kernel(B, H, W, rows, smooth_sxy, smooth_compat, device))
     problems = scores.to(device).reshape(-1, B, scores.shape[-3], H, W)  # (S, B, C, H, W); S or B is 1
-    q = _mean_field(problems, kernels, iterations, rows * W, delay)  # (S, B, C, H, W)
-    return q.reshape(scores.shape).to(scores.device)
+    parts = problems.split(max(1, COLUMNS // scores.shape[-3]))
+    q = [_mean_field(part, kernels, iterations, rows * W, delay) for part in parts]
+    return torch.cat(q).reshape(scores.shape).to(scores.device)  # (S, B, C, H, W) at first
 
 
 def _supported_device(device: torch.device) -> torch.device:
