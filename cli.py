@@ -24,6 +24,7 @@ from cli_parts.console import (
     Progress,
     StderrHandler,
     cluster_counts,
+    counted,
     dataset_options,
     error_message,
     is_quiet,
@@ -208,12 +209,12 @@ def predict(
     if dry_run:
         for path in [document] if document else [path for job in todo for path in job.targets.values()]:
             click.echo(path)
-        progress.summary(f"{len(todo)} images{skipped}", "nothing was written", err=True)
+        progress.summary(counted(len(todo), "image") + skipped, "nothing was written", err=True)
         return
     done = segment_all(progress, writer, todo, document)
     piped = output == STDOUT
     what = f"{' and '.join(FORMATS[each].plural for each in formats)} in {'stdout' if piped else document or output}"
-    progress.summary(f"{done} of {len(todo)} images{skipped}", what, err=piped)
+    progress.summary(f"{done} of {counted(len(todo), 'image')}{skipped}", what, err=piped)
     sys.exit(0 if done == len(todo) else 1)
 
 
@@ -322,7 +323,9 @@ def evaluate(
     if output:
         write_json(scores, output / "scores.json")
         write_figures(scores, fitted, labelled, output)
-    progress.summary(f"{scores['images']} images", f"scores.json and figures in {output}" if output else "")
+    progress.summary(
+        counted(scores["images"], "image"), f"scores.json and figures in {output}" if output else ""
+    )
 
 
 # ---- show --------------------------------------------------------------------------------------------------
@@ -406,7 +409,7 @@ def show_model(
     elif sheet:
         write_image(sheets.cluster_sheet(fitted, paths, progress=progress), sheet)
     if sheet:
-        progress.summary(f"{len(paths)} images", f"sheet {sheet}")
+        progress.summary(counted(len(paths), "image"), f"sheet {sheet}")
 
 
 def export_model(
@@ -454,7 +457,10 @@ def show_points(
         network, image, at, others=others, model=fitted, device=place, progress=progress
     )
     write_image(picture, output)
-    progress.summary(f"{len(at)} points, {len(others)} other images to choose from", f"picture {output}")
+    progress.summary(
+        f"{counted(len(at), 'point')}, {counted(len(others), 'other image')} to choose from",
+        f"picture {output}",
+    )
 
 
 # ---- demo --------------------------------------------------------------------------------------------------

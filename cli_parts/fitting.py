@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cli_parts import datasets, labels, outputs, page, sheets
-from cli_parts.console import FEATURES, Progress, log, made_in, print_model
+from cli_parts.console import FEATURES, Progress, counted, log, made_in, print_model
 from cli_parts.formats import PICTURE
 from stego import Stego
 from stego_parts.checkpoint import end_fit, kept_features
@@ -146,4 +146,4 @@ def write_pictures(progress: Progress, models: dict, plan: FitPlan) -> None:
     if log.isEnabledFor(INFO):
         for model in fitted:
             print_model(model, sheets.cluster_lines(model))
-    progress.summary(f"{len(fitted[0].record.paths)} images, {fitted[0].config.backbone}", written)
+    progress.summary(f"{counted(len(fitted[0].record.paths), 'image')}, {fitted[0].config.backbone}", written)

@@ -43,7 +43,7 @@ def test_skip_existing_asks_for_every_output_and_what_it_was_made_with(here, sce
     def predicted(*options):
         args = ("-o", "out", *FAST, "--skip-existing", *options)
         said = run("predict", scenes / "sub", *args).stdout
-        return re.search(r"(\d+) of \d+ images, (\d+) skipped", said).groups()
+        return re.search(r"(\d+) of \d+ images?, (\d+) skipped", said).groups()
 
     assert predicted() == ("4", "0") and predicted() == ("0", "4")
     assert predicted("--overlay") == ("4", "0") and predicted("--overlay") == ("0", "4")
@@ -134,7 +134,7 @@ def test_one_bad_image_among_good_ones(here, scenes, saved):
 def test_a_picture_through_the_pipe_is_exactly_a_png(here, scenes, saved):
     source = scenes / "scene00.png"
     seen = run("predict", "-", "-m", saved, "-o", "-", *FAST, input=source.read_bytes())
-    assert "1 of 1 images" in seen.stderr
+    assert "1 of 1 image" in seen.stderr
     run("predict", source, "-m", saved, "-o", "mask.png", *FAST)
     assert seen.stdout_bytes == (here / "mask.png").read_bytes()
 
@@ -285,7 +285,7 @@ def test_only_all_frames_in_order(here, saved):
         assert "all frames in their order" in run("predict", *args, "--smooth", "-m", saved, code=2).stderr
     run("predict", video, "-m", saved, "-o", "out", *SMALL, "--smooth")
     again = run("predict", video, "-m", saved, "-o", "out", *SMALL, "--skip-existing")
-    assert "1 of 1 images, 0 skipped" in again.stdout  # made with other options
+    assert "1 of 1 image, 0 skipped" in again.stdout  # made with other options
 
 
 # ---- files as people have them ---------------------------------------------------------------------------------

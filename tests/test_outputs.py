@@ -64,7 +64,7 @@ def test_shares(here, scenes, named):
             assert cluster["share"] == pytest.approx((mask == cluster["cluster"]).mean(), abs=1e-6)
     seen = run("predict", scenes / "scene00.png", "-o", "-", "--format", "json", "--only", "sky", *FAST)
     (only,) = json.loads(seen.stdout)["images"][0]["clusters"]
-    assert only["name"] == "sky" and "1 of 1 images" in seen.stderr
+    assert only["name"] == "sky" and "1 of 1 image" in seen.stderr
 
 
 def test_a_cutout_is_as_opaque_as_its_clusters_are_likely(here, scenes, named):
