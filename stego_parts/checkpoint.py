@@ -4,9 +4,9 @@ import hashlib
 import io
 import logging
 import os
-import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,11 @@ class FitCheckpoint:
         write_state(state, self.folder / f"{name}.pt")
 
     def close(self) -> None:
-        """Give the folder back; it is removed if there is nothing in it to go on from."""
+        """Give the folder back, without files in it if there is nothing to go on from."""
         tokens = self.folder / "tokens"  # of an earlier fit, if this one never came to them
         begun = tokens.exists() if self.cache is None else bool((self.cache.state == USED).any())
         if rank() == 0 and not begun and not (self.folder / "training.pt").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_files(self.folder)
         self.lock.close()
 
 
@@ -107,7 +107,19 @@ def end_fit(folder: str | Path, *, keep_features: bool) -> None:
     for name in ("fit.pt", "training.pt"):
         (Path(folder) / name).unlink(missing_ok=True)
     if not keep_features:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_files(Path(folder))
+
+
+def remove_files(folder: Path) -> None:
+    """Remove what fits write into a folder, and the folder unless it has something else in it."""
+    names = ("tokens", "features.pt", "fit.pt", "training.pt", "lock")
+    files = [folder / name for name in names]
+    files += folder.glob(".*.part")  # of `replacing`, if a process was killed
+    for file in files:
+        with suppress(OSError):  # not there, or still open on Windows
+            file.unlink()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def read_state(path: Path, key: dict) -> dict | None:

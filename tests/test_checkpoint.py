@@ -200,3 +200,17 @@ def test_a_fit_that_cannot_be_leaves_nothing(tmp_path, monkeypatch):
     result = CliRunner().invoke(main, COMMAND)
     assert result.exit_code == 1 and "None of the 1 images could be used" in result.output
     assert os.listdir() == ["images"]
+
+
+def test_what_else_lies_in_the_folder_stays(images):
+    """Also where the fit cannot be, or has ended."""
+    Path("run").mkdir()
+    Path("run/notes.txt").write_text("of a person")
+    Path("run/.training-0123abcd.part").write_bytes(b"of a process that was killed")
+    Path("broken.png").write_text("no picture")
+    with pytest.raises(ValueError, match="None of the 1 images"):
+        Stego.fit("broken.png", checkpoint="run", **OPTIONS)
+    assert os.listdir("run") == ["notes.txt"]
+    Stego.fit("images", checkpoint="run", **OPTIONS)
+    checkpoint.end_fit("run", keep_features=False)
+    assert os.listdir("run") == ["notes.txt"]
