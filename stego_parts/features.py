@@ -445,7 +445,11 @@ def _encode_missing(
     gpu = device.type == "cuda"
     readers = min(os.cpu_count() or 1, READERS) if gpu else 1
     batches = same_shape_batches(prefetch(read, missing, workers=readers), GPU_IMAGES if gpu else 1)
-    for count in side_by_side(add, batches, device):
+    if backbone.name in NAMES:
+        counts = side_by_side(add, batches, device)
+    else:  # one call at a time: a user's function may keep something on the way, as with hooks
+        counts = map(add, batches)
+    for count in counts:
         done += count
         progress("features", done, len(numbers))
 

@@ -1,6 +1,7 @@
 """ResNet-50 in the layouts of the published files, against torchvision's own forward; extractors given as callables."""
 
 import hashlib
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from stego import Stego
 from stego_parts import checkpoint, features
 from stego_parts.backbones import BACKBONES, checkpoint_path, load_backbone
 from stego_parts.config import Config
+from stego_parts.features import encode
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
@@ -189,6 +191,25 @@ def test_any_callable_is_a_backbone(function, patch, channels, scenes, tmp_path,
         Stego.load(tmp_path / "m.pt").predict(path)
     with pytest.raises(ValueError, match="these are (Strided|tiny)"):
         Stego.load(tmp_path / "m.pt", backbone=Strided(seed=1) if function is not half else "tiny")
+
+
+def test_a_callable_may_keep_something_on_the_way(scenes):
+    """As one does that takes an inner layer's features by a hook: calls must not overlap."""
+    kept = {}
+
+    def hooked(x):
+        kept["features"] = half(x)
+        time.sleep(0.01)  # later layers
+        return kept["features"]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    paths = sorted(scenes.glob("*.png"))
+    try:
+        with_hook = encode(load_backbone(hooked), paths, Config()).tokens
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(with_hook, encode(load_backbone(half), paths, Config()).tokens)
 
 
 def test_a_changed_callable_gets_new_features(scenes):
