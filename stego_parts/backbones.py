@@ -185,10 +185,11 @@ class Custom(nn.Module):
         side = PROBE if patch is None else 2 * patch
         with torch.inference_mode():
             maps = function(torch.zeros(1, 3, side, side, device=device))
-        if not isinstance(maps, Tensor) or maps.ndim != 4 or len(maps) != 1 or not maps.is_floating_point():
+        is_map = isinstance(maps, Tensor) and maps.ndim == 4 and len(maps) == 1 and maps[0, 0].numel() > 1
+        if not is_map or not maps.is_floating_point():
             raise ValueError(
                 f"The backbone {self.name} made {shape_of(maps)} of an image (1, 3, {side}, {side}); it must give "
-                "a float tensor (1, C, h, w)."
+                "a float tensor (1, C, h, w) of more than one position."
             )
         self.channels = maps.shape[1]
         h, w = maps.shape[2:]

@@ -227,6 +227,7 @@ def test_a_changed_callable_gets_new_features(scenes):
     "function, message",
     [
         (lambda x: x.mean((2, 3)), r"made \(1, 3\) of an image"),
+        (lambda x: x.mean((2, 3), keepdim=True), r"made \(1, 3, 1, 1\) .* more than one position"),
         (lambda x: None, "made NoneType"),
         (lambda x: F.interpolate(x, (10, 10)), "attribute `patch`"),
         (lambda x: x[:, :, :, :100], "224 x 100"),
