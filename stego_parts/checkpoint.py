@@ -46,7 +46,7 @@ class FitCheckpoint:
         if features != from_first(lambda: features):
             raise ValueError("The processes see other images or options than each other; give each the same.")
         # version: raised with each change of the training, as none may go on that began otherwise
-        fit = {"features": features, "config": asdict(config), "version": 4}
+        fit = {"features": features, "config": asdict(config), "version": 5}
         self.keys = {"features": features, "fit": fit, "training": fit}  # what each state depends on
         self.folder = Path(folder)
         self.cache: TokenCache | None = None
@@ -193,7 +193,7 @@ class Training:
         self.history: list[dict] = []
         self.saved = time.monotonic()
         state = self.checkpoint.load("training") if self.checkpoint else None
-        if state:
+        if state and state["crops"] == crops:  # more, if an image can be read that could not before
             self.restore(state)
 
     def restore(self, state: dict) -> None:
@@ -218,7 +218,7 @@ class Training:
         """Note in the checkpoint, now and then and at the end, how far it has come."""
         due = time.monotonic() - self.saved >= SAVE_EVERY or self.step == self.steps
         if self.checkpoint and due:
-            state = dict(step=self.step, order=self.order.clone(), history=self.history)
+            state = dict(step=self.step, crops=self.crops, order=self.order.clone(), history=self.history)
             state |= dict(head=self.head.state_dict(), optimizer=self.optimizer.state_dict())
             self.checkpoint.save("training", state)
             self.saved = time.monotonic()

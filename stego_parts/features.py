@@ -40,7 +40,7 @@ MAX_ASPECT = 4  # longer side : shorter side up to which the shorter side gets i
 GPU_IMAGES = 8  # images of one size that a GPU sees at once
 GPU_SHARE = 0.5  # of its free memory that the token cache may take; else it stays in its file
 READERS = 16  # threads, at most, that decode for a GPU
-TO_DO, USED, UNREADABLE = range(3)  # states of an image's rows in the token file
+TO_DO, USED, EMPTY = range(3)  # states of an image's rows in the token file; empty: without data
 BILINEAR = Image.Resampling.BILINEAR
 
 Device = str | torch.device
@@ -243,8 +243,8 @@ class TokenCache:
 
     Each image has its own rows, by its number, so that several processes fill one file side by side, and an interrupted
     pass goes on where it was. tokens: (rows, P, C) float16, P positions of each crop; means: unit rows (n, C), their
-    averaged features; images: (n,) int64, the image each crop is of. Crops are numbered without the unreadable ones
-    after `finalize`.
+    averaged features; images: (n,) int64, the image each crop is of. After `finalize` the crops that are there are
+    numbered.
     """
 
     def __init__(
@@ -294,16 +294,13 @@ class TokenCache:
         """(n,) int64: which of its image's crops each is."""
         return self.rows % self.crops_each
 
-    def add(self, image: int, features: Tensor | None, valid: Tensor | None = None) -> None:
-        """Keep the features (crops, C, h, w) of an image, None if it is unreadable.
+    def add(self, image: int, features: Tensor, valid: Tensor | None = None) -> None:
+        """Keep the features (crops, C, h, w) of an image.
 
         All positions of each crop, or random ones where P is not h * w; which ones depends on the image's number alone.
         valid: (crops, h, w) bool, positions that hold data; others come in place of those that do not, and a crop
         without any is left out. Raises ValueError for features that float16 cannot hold.
         """
-        if features is None:
-            self.state[image] = UNREADABLE
-            return
         tokens = features.flatten(2).transpose(1, 2)  # (crops, h * w, C)
         means = tokens.mean(1)  # (crops, C)
         half = tokens.half()  # before positions are chosen: half the bytes to move
@@ -311,7 +308,7 @@ class TokenCache:
         if valid is not None:
             weight = valid.flatten(1).to(tokens)[..., None]  # (crops, h * w, 1)
             means = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
-            state[~valid.flatten(1).any(1)] = UNREADABLE
+            state[~valid.flatten(1).any(1)] = EMPTY
             half = _with_data(half, valid.flatten(1), seed=image)
         rows = slice(image * self.crops_each, (image + 1) * self.crops_each)
         self.means[rows] = F.normalize(means, dim=1).cpu()
@@ -457,11 +454,11 @@ def _encode_missing(
 @torch.inference_mode()
 def _crop_features(
     backbone: Any, images: list[Views | None], views: str, device: torch.device
-) -> Iterable[Tensor | None]:
-    """Features (crops, C, h, w) of each image (1 or 5, 3, H, W); None of unreadable ones, which come by themselves."""
+) -> Iterable[Tensor]:
+    """Features (crops, C, h, w) of each image (1 or 5, 3, H, W); none of unreadable ones, which come by themselves."""
     readable = [each.x for each in images if each is not None]
     if not readable:
-        return [None] * len(images)
+        return []
     seen = dense_features(backbone, torch.cat(readable), device)  # (B, C, h, w)
     parts = seen.split(len(readable[0]))
     return map(five_windows, parts) if views == "windows" else parts

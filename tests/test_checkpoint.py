@@ -141,6 +141,20 @@ def test_another_fit_starts_afresh(images, expected, stage, at, caplog):
     assert same(Stego.fit("images", checkpoint="kept", **OPTIONS), expected)
 
 
+def test_what_could_not_be_read_is_looked_at_again(images, monkeypatch, caplog):
+    """Named each time; where the limit of megapixels is raised, the fit is the one of all images."""
+    Image.fromarray(draw_scene(4, 192, 256)[0]).save(images / "large.png")
+    of_all = Stego.fit("images", **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+        for at in (5, 10):
+            caplog.clear()
+            with pytest.raises(Interruption):
+                Stego.fit("images", checkpoint="kept", progress=interrupted("training", at), **OPTIONS)
+            assert "large.png has more than 0.02 megapixels" in caplog.text
+    assert same(Stego.fit("images", checkpoint="kept", **OPTIONS), of_all)
+
+
 def test_resume_says_what_it_goes_on_from(images, caplog):
     caplog.set_level(logging.INFO, logger="stego")
     with pytest.raises(Interruption):
