@@ -444,7 +444,7 @@ class Stego:
         """Call clusters by these names; "" takes a name away. Clusters with one name are one: see `merged`."""
         for k, name in names.items():
             clusters.check_name(k, name, len(self.names))
-        self.names = [names.get(k, name) for k, name in enumerate(self.names)]
+        self.names = [str(names.get(k, name)) for k, name in enumerate(self.names)]  # also numpy's
 
     def select(self, wanted: Iterable[str]) -> list[int]:
         """The clusters that numbers or names mean, in any case: ["Road", "5"] -> [3, 5, 7] if 3 and 7 are called road.

@@ -162,9 +162,14 @@ def fit_config(preset: str | None = None, *, backbone: str | None = None, **sett
     unknown = settings.keys() - {field.name for field in fields(Config)}
     if unknown:
         raise ValueError(f"Unknown setting {min(unknown)!r}; there are {', '.join(SETTINGS)}.")
-    given = {name: value for name, value in settings.items() if value is not None or name.startswith("b_")}
+    given = {name: plain(x) for name, x in settings.items() if x is not None or name.startswith("b_")}
     config = Config(**PRESETS[preset] | given | {"preset": preset})
     return replace(config, backbone=backbone) if backbone else config
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy's as one of Python's: a model file with the former could not be read again."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def recluster_config(config: Config, settings: dict) -> Config:
@@ -176,7 +181,7 @@ def recluster_config(config: Config, settings: dict) -> Config:
         raise ValueError(
             "A checkpoint of the reference implementation cannot be clustered anew; fit a model."
         )
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: plain(value) for name, value in settings.items() if value is not None}
     fixed = given.keys() - set(CLUSTERING)
     if fixed:
         raise ValueError(

@@ -247,6 +247,19 @@ def test_the_file_is_small_and_plain(model, tmp_path):
     assert (tmp_path / "large.pt").stat().st_size < 2e6
 
 
+def test_a_model_of_numpys_numbers_and_words_can_be_read_again(scenes, tmp_path):
+    """As from a loop over np.linspace, and of names in an array."""
+    options = dict(clusters=np.int64(3), evenness=np.float64(0.25), learning_rate=np.float32(0.5))
+    fitted = Stego.fit(scenes / "scene00.png", backbone="tiny", steps=np.int32(1), views="whole", **options)
+    fitted = fitted.recluster(scenes / "scene00.png", adaptation=np.float64(0.75))
+    fitted.rename({np.int64(1): np.array(["road"])[0]})
+    fitted.save(tmp_path / "a.pt")
+    loaded = Stego.load(tmp_path / "a.pt")
+    assert loaded.labels == ["0", "road", "2"]
+    values = [loaded.config.evenness, loaded.config.learning_rate, loaded.config.adaptation]
+    assert values == [0.25, 0.5, 0.75]
+
+
 def test_other_backbone_weights_are_refused(model, tmp_path):
     model.save(tmp_path / "a.pt")
     state = torch.load(tmp_path / "a.pt", weights_only=True)
