@@ -86,11 +86,11 @@ _whole_image_lock = Lock()
 def _whole_picture(path: Path, bands: tuple[int, ...]) -> Picture:
     """An image whose windows are read one after the other, decoded once: other threads wait for the first."""
     with _whole_image_lock:
-        return _latest_picture(path, bands)
+        return _latest_picture(path, bands, os.stat(path).st_mtime_ns)
 
 
 @lru_cache(1)
-def _latest_picture(path: Path, bands: tuple[int, ...]) -> Picture:
+def _latest_picture(path: Path, bands: tuple[int, ...], changed: int) -> Picture:
     return read_picture(path, bands=bands)
 
 

@@ -245,6 +245,14 @@ def test_readers_of_one_mosaic_decode_it_once(tmp_path, monkeypatch):
     assert decoded == [tmp_path / "a.png", tmp_path / "b.png"]
 
 
+def test_a_mosaic_that_has_changed_is_read_anew(tmp_path):
+    path = tmp_path / "mosaic.png"
+    for level in (10, 200):
+        Image.new("RGB", (64, 64), (level, 0, 0)).save(path)
+        os.utime(path, (level, level))  # a clock may be too coarse
+        assert read_image(images.Window(path, (0, 0, 32, 32))).getpixel((0, 0)) == (level, 0, 0)
+
+
 def test_unknown_format(tmp_path):
     with pytest.raises(ValueError, match="suffix"):
         write_image(Image.new("RGB", (2, 2)), tmp_path / "x.xyz")
