@@ -173,7 +173,7 @@ class Head(nn.Module):
         f = unit(f)
         if self.feature_weight:
             self.mean.copy_(f.mean(0))
-        directions = torch.linalg.eigh((f.T @ f).double().cpu()).eigenvectors.flip(1).T  # (C, C), in rows
+        directions = torch.linalg.eigh((f.T @ f).cpu().double()).eigenvectors.flip(1).T  # (C, C), in rows
         rows = directions[: self.linear.out_features]  # (<= code_size, C)
         self.linear.weight.zero_()[: len(rows)] = START_LENGTH * rows.to(f)
         for parameter in (self.linear.bias, *self.mlp[2].parameters()):
