@@ -294,7 +294,8 @@ def match_clusters_to(earlier: Any, model: Any, cache: TokenCache) -> dict[int, 
     for crops in torch.arange(len(cache)).split(256):
         tokens = cache.sample(crops, each).flatten(0, 1)  # (N, C)
         here = (model.head.describe(tokens) @ model.centers.T).argmax(1)  # (N,)
-        there = (earlier.head.describe(tokens) @ earlier.centers.T).argmax(1)
+        tokens = tokens.to(earlier.device)  # a GPU that this fit leaves alone, say
+        there = (earlier.head.describe(tokens) @ earlier.centers.T).argmax(1).to(here.device)
         joint += torch.bincount(here * L + there, minlength=K * L).view(K, L).cpu()
     union = joint.sum(1, keepdim=True) + joint.sum(0) - joint
     overlap = joint / union.clamp(min=1)

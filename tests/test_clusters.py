@@ -136,6 +136,25 @@ def test_a_small_part_of_a_cluster_is_not_the_cluster(model):
     assert match_clusters_to(around(2), around(2, 0.5 + torch.pi), cache) == {0: 1, 1: 0}
 
 
+def test_the_earlier_model_may_be_on_another_device(model):
+    """As one that `load` put onto a GPU beside a fit on the CPU; here on "meta", whose tensors have no values."""
+
+    class Elsewhere(torch.nn.Identity):
+        def describe(self, tokens):
+            assert tokens.device.type == "meta"
+            return torch.tensor([[0.0, 1.0]]).expand(len(tokens), 2)
+
+    head = torch.nn.Identity()
+    head.describe = head.forward
+    new = Stego(model.config, head, torch.eye(2), torch.ones(2), backbone_sha256="")
+    earlier = Stego(model.config, Elsewhere(), torch.eye(2), torch.ones(2), backbone_sha256="")
+    earlier.device = torch.device("meta")
+    cache = TokenCache(1, 1, 4, 2)
+    cache.add(0, torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2))
+    cache.finalize()
+    assert match_clusters_to(earlier, new, cache) == {0: 1}
+
+
 @pytest.mark.parametrize(
     "classes, same, shares, names",
     [
