@@ -1,9 +1,9 @@
 """Teach the bundled backbone `tiny` what a transformer sees: from images and a teacher's weights to a weight file.
 
-    python tools/distill.py IMAGES... --detail detail.pt --weights dinov2_vits14_pretrain.pth --minutes 20 -o tiny.pt
+    python tools/distill.py IMAGES... --detail detail.pt --minutes 20 -o tiny.pt
 
 The detail branch is what tools/pretrain.py wrote, and stays as it is. The meaning branch learns a teacher's features of
-square crops: tokens of DINOv2 ViT-S/14 after block 10, normalised, less their mean, of unit length, on their first 128
+square crops: those of focus_vits14, DINOv2's tokens after block 10, less their mean, of unit length, on their first 128
 principal directions. The loss is 1 - cosine to the teacher's vector, and twice the squared difference of the cosines
 between positions, within an image and between images of a batch: the correspondences that STEGO is fitted to.
 
@@ -38,8 +38,7 @@ from stego_parts.backbones import load_backbone
 from stego_parts.meaning import Attention, Bottleneck, Conv, Meaning
 from stego_parts.tiny import Tiny
 
-TEACHER = "dinov2_vits14"
-BLOCKS = 10  # of the teacher's 12
+TEACHER = "focus_vits14"
 TEACHER_PATCH = 14  # pixels
 STUDENT_PATCH = 8
 DIMS = 128  # principal directions: they hold 83 % of the energy
@@ -133,9 +132,7 @@ class Teacher:
     """(B, 3, H, W) in 0..1 -> unit vectors (B, DIMS, H / 14, W / 14)."""
 
     def __init__(self, network: Any, images: Tensor) -> None:
-        """network: a DINOv2; images: squares, from some of which mean and principal directions are measured."""
-        network.blocks = network.blocks[:BLOCKS]
-        network.norm = nn.LayerNorm(network.channels, network.norm.eps, elementwise_affine=False)
+        """network: TEACHER; images: squares, from some of which mean and principal directions are measured."""
         self.network = network
         grid = min(BATCHES)
         chosen = torch.randint(len(images), (PCA_CROPS,), device=images.device)
