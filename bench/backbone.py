@@ -1,4 +1,4 @@
-"""How good are a backbone's raw features, and how fast? (FACTS section 3: 320 protocol, train on train, score on val.)
+"""How good are a backbone's raw features, and how fast? (The protocol of `eval`: train on train, score on val.)
 
     python bench/backbone.py tiny [dino_vits8 ...] --data ../shared/data [--sets camvid,aerial,natural] [--seeds 3]
 

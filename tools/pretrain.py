@@ -1,6 +1,8 @@
-"""The whole recipe of the bundled backbone `tiny`, from a folder of unlabelled images to a weight file.
+"""The recipe of `tiny_detail`, one branch of the bundled backbone, from unlabelled images to a weight file.
 
-    python tools/pretrain.py IMAGES... -o tiny.pt
+    python tools/pretrain.py IMAGES... -o detail.pt
+
+The other branch, and both as `tiny`: tools/distill.py, which reads this file.
 
 1. A dictionary of image patches by k-means (Coates, Lee & Ng 2011): a minute, no gradients.
 2. A trunk over the dictionary's features, trained so that the same place seen in two augmented crops gets the same
@@ -425,7 +427,7 @@ def pretrain(
     probes=(),
     stop_at: int | None = None,
 ):
-    """Train on images (N, side, side, 3) uint8 and write the float16 state dict of a Tiny.
+    """Train on images (N, side, side, 3) uint8 and write the float16 state dict of a Detail.
 
     The checkpoint lies beside the output as OUTPUT.ckpt; stop_at ends the run early, to be taken up again later.
     """
@@ -479,7 +481,7 @@ def report(tiny: Detail, probes):
     help="A labelled set (images/{train,val}, labels/{train,val}) to report a linear probe on. Repeatable.",
 )
 def main(places, output, steps, batch, device, seed, probes):
-    """Pretrain tiny on all images under IMAGES."""
+    """Pretrain the detail branch of tiny on all images under IMAGES."""
     start = time.time()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
