@@ -396,6 +396,7 @@ def show_model(
     from stego import Stego
     from stego_parts.files import find_images
     from stego_parts.images import write_image
+    from stego_parts.tiles import tiles_of
 
     paths = [path for path, _ in find_images(images, exclude=made_in(model.parent))] if images else []
     is_page = sheet is not None and sheet.suffix == page.SUFFIX
@@ -404,12 +405,13 @@ def show_model(
     outputs.check_outputs([(sheet, suffixes)], inputs=[*paths, model], folders=folders)
     fitted = Stego.load(model, device=device, weights=weights)
     print_model(fitted, [*sheets.description(fitted), *sheets.cluster_lines(fitted)])
+    seen: list = tiles_of(paths, fitted.config.tile)  # as in the fit
     if sheet and is_page:
-        page.write_page(fitted, sheet, paths, progress=progress)
+        page.write_page(fitted, sheet, seen, progress=progress)
     elif sheet:
-        write_image(sheets.cluster_sheet(fitted, paths, progress=progress), sheet)
+        write_image(sheets.cluster_sheet(fitted, seen, progress=progress), sheet)
     if sheet:
-        progress.summary(counted(len(paths), "image"), f"sheet {sheet}")
+        progress.summary(counted(len(seen), "image"), f"sheet {sheet}")
 
 
 def export_model(

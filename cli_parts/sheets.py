@@ -100,7 +100,7 @@ def segmented(
 
     def segment_one(path: Path) -> tuple[Path, Image.Image, np.ndarray] | None:
         picture = or_skip(_small_picture, model, path, level=KNOWN)
-        return picture and (path, picture.image, model.predict(picture, crf_size=size))
+        return picture and (path, picture.image, model.predict(picture, tile=0, crf_size=size))
 
     for done, result in enumerate(side_by_side(segment_one, paths, model.device), 1):
         if result is not None:

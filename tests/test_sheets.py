@@ -88,6 +88,23 @@ def test_sheet_shows_regions_of_each_cluster(copy, scenes, model, monkeypatch):
         assert all(picture.size == mask.shape == (104, 104) for picture, mask in row)
 
 
+def test_tiles_are_shown_at_the_scale_of_the_fit(copy, scenes, model):
+    """A sheet of an image is that of its tiles as images; a tile, however small, is not cut again."""
+    tiled = shallow_copy(model)
+    tiled.config = replace(model.config, tile=64)
+    tiled.save("tiled.pt")
+    with Image.open(scenes / "scene00.png") as image:  # 96 x 128
+        parts = [image.crop((x, y, x + 64, y + 64)) for y in (0, 32) for x in (0, 64)]
+    for number, part in enumerate(parts):
+        part.save(f"part{number}.png")
+    files = [f"part{number}.png" for number in range(4)]
+    run("show", "stego.pt", *files, "--sheet", "parts.png")
+    assert "4 images" in run("show", "tiled.pt", scenes / "scene00.png", "--sheet", "whole.png").stdout
+    assert np.array_equal(Image.open("whole.png"), Image.open("parts.png"))
+    for (_, _, whole), (_, _, mask) in zip(sheets.segmented(model, files), sheets.segmented(tiled, files)):
+        assert np.array_equal(whole, mask)
+
+
 @pytest.mark.parametrize("count, shown", [(1, 1), (24, 24), (25, 12), (300, 12)])
 def test_all_images_are_on_the_sheet_up_to_24(model, scenes, monkeypatch, count, shown):
     seen = []
