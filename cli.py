@@ -399,7 +399,7 @@ def show_model(
     from stego_parts.tiles import tiles_of
 
     paths = [path for path, _ in find_images(images, exclude=made_in(model.parent))] if images else []
-    is_page = sheet is not None and sheet.suffix == page.SUFFIX
+    is_page = sheet is not None and sheet.suffix.lower() == page.SUFFIX
     folders = [page.pictures_folder(sheet)] if sheet and is_page else []
     suffixes = (*PICTURE, page.SUFFIX)
     outputs.check_outputs([(sheet, suffixes)], inputs=[*paths, model], folders=folders)

@@ -1,8 +1,10 @@
 """A page about a model: one static HTML file that opens from disk, its pictures in a folder beside it."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -87,7 +89,7 @@ def write_page(model: Stego, file: Path, paths: Sequence[Path], *, progress: Pro
         f"<title>stego: {len(model.centers)} clusters</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
-    write_bytes(text.encode(), file)
+    write_bytes(text.encode(errors="replace"), file)  # a file's name may be no text
 
 
 def spread(paths: Sequence[Path], count: int) -> list[Path]:
@@ -163,7 +165,7 @@ def _cluster_section(model: Stego, folder: Path, paths: Sequence[Path], progress
 def _written(picture: Image.Image, file: Path) -> str:
     """Write a picture of the page; returns what the page calls it."""
     write_image(picture, file)
-    return escape(f"{file.parent.name}/{file.name}")
+    return quote(os.fsencode(f"{file.parent.name}/{file.name}"))
 
 
 # ---- the fit ---------------------------------------------------------------------------------------------------

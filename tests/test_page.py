@@ -1,6 +1,8 @@
 """The page about a model: what is on it, that it opens from disk, and that names are only names."""
 
+import os
 from html.parser import HTMLParser
+from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
 import numpy as np
@@ -89,6 +91,20 @@ def test_names_are_escaped(fitted, scenes, tmp_path):
     shown = Page(tmp_path / "page.html")
     assert "script" not in shown.tags and f"0 {HOSTILE}" in shown.text and path.name in shown.text
     assert "x" not in shown.sources
+
+
+def test_a_page_of_any_name_finds_its_pictures(copy, scenes):
+    run("show", copy, scenes / "scene00.png", "--sheet", "50%41 #1&.HTML")
+    sources = Page(copy.parent / "50%41 #1&.HTML").sources
+    assert sources and all((copy.parent / unquote(urlsplit(source).path)).is_file() for source in sources)
+
+
+@pytest.mark.long
+def test_a_photo_whose_name_is_no_text(fitted, scenes, tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    path.write_bytes((scenes / "scene00.png").read_bytes())
+    page.write_page(fitted, tmp_path / "page.html", [path])
+    assert "caf?.png" in Page(tmp_path / "page.html").text
 
 
 def test_clusters_of_one_name_are_one_card(fitted, tmp_path):
