@@ -1,5 +1,6 @@
 """The command line: parses, calls the library, prints. What all commands share is in cli_parts/console.py."""
 
+import io
 import os
 import signal
 import sys
@@ -70,6 +71,8 @@ def main(version: bool, verbose: bool) -> None:
             click.echo(versions())
         click.get_current_context().exit()
     keep_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no text, as they are
     log.handlers = [StderrHandler()]
     log.propagate = False
     log.setLevel(NOTICE)

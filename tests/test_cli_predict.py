@@ -384,6 +384,14 @@ def test_a_name_too_long_for_its_suffix_is_found_before_the_work(here, saved):
     assert "longer than 255 bytes" in result.stderr and not Path("out").exists()
 
 
+@pytest.mark.long
+def test_names_that_are_no_text_are_said_as_they_are(here, saved):
+    (here / "in").mkdir()
+    Image.fromarray(draw_scene(0)[0]).save(os.fsdecode(b"in/caf\xe9.png"))
+    said = run("predict", "in", "-m", saved, "--dry-run", *FAST).stdout_bytes
+    assert said == b"stego-out/caf\xe9.png\n"
+
+
 def test_images_of_the_future_are_skipped_too(photos, saved):
     """A camera whose clock is ahead: the note in the output counts."""
     predict = ("predict", "own", "-m", saved, "-o", "out", *FAST, "--skip-existing")
