@@ -211,7 +211,7 @@ def image_on_stdin() -> list[tuple[Any, Path]] | None:
     except (OSError, ValueError):  # a name that no file can have
         is_list = False
     if is_list:
-        return list_images(decoded_lines(content, "stdin"))
+        return with_distinct_places(list_images(decoded_lines(content, "stdin")))
     return [(io.BytesIO(content), Path("stdin"))]
 
 

@@ -355,6 +355,17 @@ def test_names_on_stdin(photos, saved):
     assert "2 images" in run("fit", "-", "--backbone", "tiny", "--steps", 2, "-k", 3, **given).stdout
 
 
+def test_whole_names_on_stdin_and_in_a_list(photos, saved):
+    """Of two images of one name each has a place of its own, however they are given."""
+    names = [str(photos / "a.jpg"), str(photos.parent / "more/a.jpg")]
+    Path("more").mkdir()
+    shutil.copy(*names)
+    Path("list.txt").write_text("\n".join(names))
+    for source in ("-", "@list.txt"):
+        dry = run("predict", source, "-m", saved, "--dry-run", input="\n".join(names))
+        assert dry.stdout.splitlines() == ["stego-out/own/a.png", "stego-out/more/a.png"]
+
+
 def test_a_link_stays_and_what_it_leads_to_is_written(here, saved):
     """A model and a mask behind links."""
     (here / "disk").mkdir()
