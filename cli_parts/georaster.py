@@ -1,13 +1,15 @@
 """Where on Earth the pixels of a GeoTIFF lie: its tags, read for areas and written into masks."""
 
 import math
-from typing import Any
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from stego_parts.files import DESCRIPTION
-from stego_parts.images import IGNORE, TIFF
+from stego_parts.images import IGNORE
 from stego_parts.tiff import NO_DATA, read_tags
 
 DOUBLE = 12  # types of TIFF tags
@@ -24,13 +26,11 @@ GEO_TAGS = dict.fromkeys((PIXEL_SCALE, 33922, TRANSFORMATION, 34736), DOUBLE)  #
 GEO_TAGS |= {GEO_KEYS: SHORT, 34737: ASCII, 42112: ASCII, NO_DATA: ASCII}  # the last two are GDAL's
 
 
-def geo_tags(source: Any) -> dict:
-    """The GeoTIFF tags of an image file that have the right type; {} of what is no TIFF file."""
-    if getattr(source, "suffix", "").lower() not in TIFF:
-        return {}
-    with open(source, "rb") as file:
+def geo_tags(source: Path | BinaryIO) -> dict:
+    """The GeoTIFF tags of an image file, by its path or open, that have the right type; {} of what is no TIFF file."""
+    with open(source, "rb") if isinstance(source, Path) else nullcontext(source) as file:
         tags: Any = read_tags(file)
-    if tags is None:  # the suffix is wrong
+    if tags is None:
         return {}
     return {tag: tags[tag] for tag, kind in GEO_TAGS.items() if tag in tags and tags.tagtype[tag] == kind}
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,7 +50,11 @@ def test_a_tiff_mask_lies_where_its_image_does(here, survey, named):
     run("predict", survey, "-o", "png", *FAST)
     piped = run("predict", survey / "a.tif", "-o", "-", "--format", "tif", *FAST).stdout_bytes
     assert sorted(os.listdir("tif")) == sorted(f"{x}.{y}" for x in "abc" for y in ("tif", "overlay.jpg"))
-    for name in ("mask.tif", "tif/a.tif", io.BytesIO(piped)):
+    given = dict(input=(survey / "a.tif").read_bytes())
+    run("predict", "-", "-o", "stdin.tif", *FAST, **given)
+    Path("a.cog").write_bytes(given["input"])
+    run("predict", "a.cog", "-o", "cog.tif", *FAST)
+    for name in ("mask.tif", "tif/a.tif", "stdin.tif", "cog.tif", io.BytesIO(piped)):
         with Image.open(name) as mask:
             assert (mask.format, mask.mode, mask.tag_v2[259]) == (
                 "TIFF",
