@@ -23,7 +23,7 @@ PROJECTED = 1
 LINEAR_UNIT = 3076
 METRE = 9001
 GEO_TAGS = dict.fromkeys((PIXEL_SCALE, 33922, TRANSFORMATION, 34736), DOUBLE)  # GeoTIFF 1.1
-GEO_TAGS |= {GEO_KEYS: SHORT, 34737: ASCII, 42112: ASCII, NO_DATA: ASCII}  # the last two are GDAL's
+GEO_TAGS |= {GEO_KEYS: SHORT, 34737: ASCII, NO_DATA: ASCII}  # the last one is GDAL's
 
 
 def geo_tags(source: Path | BinaryIO) -> dict:

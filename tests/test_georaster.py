@@ -19,10 +19,11 @@ PLACE = {
     33922: (12, (0.0, 0.0, 0.0, 366000.5, 5621000.25, 0.0)),
     34735: (3, (1, 1, 0, 4, 1024, 0, 1, 1, 1026, 34737, 13, 0, 3072, 0, 1, 25832, 3076, 0, 1, 9001)),
     34736: (12, (6378137.0, 298.257222101)),
-    34737: (2, "ETRS89 / UTM|"),
-    42112: (2, "<GDALMetadata><Item name='place'>K\u00f6ln</Item></GDALMetadata>"),
+    34737: (2, "K\u00f6ln, Gitter|"),
     42113: (2, "0"),
 }
+# What GDAL notes of an image's values: a program that reads the mask would scale its numbers
+VALUES = {42112: (2, "<GDALMetadata><Item name='OFFSET' sample='0' role='offset'>-0.1</Item></GDALMetadata>")}
 
 
 def save_geotiff(source, target, place):
@@ -38,7 +39,7 @@ def save_geotiff(source, target, place):
 def survey(here, scenes):
     """A folder with two GeoTIFFs, of which one has no place, and a picture."""
     (here / "survey").mkdir()
-    save_geotiff(scenes / "scene00.png", "survey/a.tif", PLACE)
+    save_geotiff(scenes / "scene00.png", "survey/a.tif", PLACE | VALUES)
     save_geotiff(scenes / "scene01.png", "survey/b.tif", {})
     Image.open(scenes / "scene02.png").save("survey/c.png")
     return here / "survey"
@@ -63,6 +64,7 @@ def test_a_tiff_mask_lies_where_its_image_does(here, survey, named):
             )  # 259: compression, 8: deflate
             for tag, (kind, value) in (PLACE | {42113: (2, "255")}).items():
                 assert (mask.tag_v2.tagtype[tag], mask.tag_v2[tag]) == (kind, value)
+            assert 42112 not in mask.tag_v2
     for name in "abc":
         with Image.open(f"tif/{name}.tif") as tif, Image.open(f"png/{name}.png") as png:
             assert np.array_equal(np.asarray(tif), np.asarray(png)) and tif.getpalette() == png.getpalette()
