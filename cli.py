@@ -203,7 +203,7 @@ def predict(
     del options["overlay"]
     only = options.pop("only")
     skip_existing = options.pop("skip_existing")
-    jobs, document = outputs.plan_outputs(images, output, formats, model, limit, made_in(model.parent))
+    jobs, document = outputs.plan_outputs(images, output, formats, model, limit, frames=options["smooth"])
     fitted = Stego.load(model, device=device, weights=weights)
     keep = fitted.select(only) if only else None
     writer = outputs.Writer(fitted, kind, keep, options.pop("min_area"), options)

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from cli_parts import georaster
+from cli_parts.console import made_in
 from cli_parts.drawing import cutout, with_legend
 from cli_parts.formats import FORMATS
 from cli_parts.segments import cluster_shares, coco_annotations, coco_document, table
@@ -36,6 +37,7 @@ from stego_parts.files import (
     decoded_lines,
     find_images,
     list_images,
+    natural_key,
     read_note,
     write_bytes,
 )
@@ -172,17 +174,20 @@ def plan_outputs(
     formats: list[str],
     model: Path,
     limit: int | None,
-    exclude: list[Path],
+    *,
+    frames: bool = False,
 ) -> tuple[list[Job], Path | None]:
     """A job for each of the first images, and the one file of a format that has one, or None; all checked.
 
-    sources: files, folders, patterns and lists, or - for an image, or names of images, on stdin. exclude: outputs of
-    earlier runs.
+    sources: files, folders, patterns and lists, or - for an image, or names of images, on stdin. frames: they name
+    those of videos, in any order.
     """
+    if frames:  # a shell writes 10.png before 2.png
+        sources = tuple(sorted(sources, key=lambda source: natural_key(Path(source))))
     form = FORMATS[formats[0]]
     found = image_on_stdin() if PIPE in sources else None
     if found is None:
-        found = with_distinct_places(find_images(sources, exclude=[Path(output), *exclude]))
+        found = with_distinct_places(find_images(sources, exclude=[Path(output), *made_in(model.parent)]))
     jobs = _jobs(found, output, formats, limit)
     document = None
     if form.document:
