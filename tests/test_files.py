@@ -31,6 +31,15 @@ def test_find_images(tmp_path):
         find_images(tmp_path / "void")
 
 
+@pytest.mark.parametrize("sources", [[], "", ["a.jpg", ""]])
+def test_nothing_is_not_the_folder_where_we_are(sources, tmp_path, monkeypatch):
+    """As a shell passes a variable that is not set, or Python a pattern's list that is empty."""
+    touch(tmp_path, "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="No images, or an empty name"):
+        find_images(sources)
+
+
 def test_a_name_with_brackets_is_a_file_first(tmp_path):
     (tmp_path / "a[1].jpg").touch()
     assert [path.name for path, _ in find_images(tmp_path / "a[1].jpg")] == ["a[1].jpg"]
