@@ -59,7 +59,7 @@ def find_images(
     without images.
     """
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    if not sources or not all(map(str, sources)):  # a shell's variable that is not set; pathlib takes it for "."
+    if not sources or not all(map(str, sources)):  # "": what a shell has for a variable unset
         raise FileNotFoundError("No images, or an empty name for them; give files, folders or patterns.")
     is_excluded = _exclusion(exclude)
     images: dict[str, tuple[Path, Path]] = {}
