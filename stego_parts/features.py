@@ -109,8 +109,7 @@ def input_size(
     H, W = size
     if min(size) < patch:
         raise ValueError(
-            f"{name} is {W} x {H} pixels, smaller than one patch of the backbone ({patch} x {patch}); use a larger "
-            "image."
+            f"{name} is {W} x {H} pixels, smaller than one patch of the backbone ({patch} x {patch}); use a larger one."
         )
     scale = min(resolution / min(size), MAX_ASPECT * resolution / max(size))
     return patch * max(round(H * scale / patch), 1), patch * max(round(W * scale / patch), 1)

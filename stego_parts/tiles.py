@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stego_parts.features import BILINEAR, check_resolution, input_image, to_tensor
+from stego_parts.features import BILINEAR, input_image, input_size, to_tensor
 from stego_parts.images import Window, image_size
 from stego_parts.running import Progress
 
@@ -85,7 +85,7 @@ def image_codes(
     side = tile_side((image.height, image.width), tile)
     if not side:
         return codes_of(to_tensor(input_image(image, patch, resolution=resolution))[None]), 0
-    check_resolution(resolution, patch)
+    input_size((side, side), patch, resolution=resolution, name="A tile of the image")
     return blended_codes(codes_of, image, side, resolution=resolution, patch=patch, progress=progress), side
 
 

@@ -134,5 +134,14 @@ def test_arrays_of_a_large_image_are_brought_down(model):
     assert q.shape[0] == 3 and q[0].size <= 10_100 and np.allclose(q.sum(0), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("tile", [4, -640])
+def test_a_tile_is_no_smaller_than_a_patch(model, tile):
+    """Of 4 pixels, each seen as 320, a photo would become 80 times as wide: 4 was meant as a number of tiles."""
+    with pytest.raises(
+        ValueError, match=f"A tile of the image is {tile} x {tile} pixels, smaller than one patch"
+    ):
+        model.predict(np.zeros((12, 16, 3), np.uint8), tile=tile)
+
+
 def test_starts_are_even():
     assert starts(100, 100) == [0] and starts(101, 100) == [0, 1] and starts(300, 100) == [0, 100, 200]
