@@ -109,11 +109,11 @@ def labelled_set(name: str, root: str | os.PathLike, split: str) -> LabelledSet:
     dataset = by_name(name)
     files = dataset.find(Path(root), split)
     paired = [path for pair in files.pairs for path in pair]
-    for path in [*files.needed, *paired]:
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is missing. {name} under {root} should look like\n{dataset.layout}"
-            )
+    missing = [f"{path} is missing" for path in [*files.needed, *paired] if not path.exists()]
+    if not (missing or paired):
+        missing = [f"No image in {files.needed[0]}"]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}. {name} under {root} should look like\n{dataset.layout}")
     lookup = _empty_lookup(IGNORE)
     for label_id, number in enumerate(dataset.class_of_id):
         lookup[label_id] = IGNORE if number is None else number

@@ -159,6 +159,23 @@ def test_first_missing_path_and_the_expected_tree(name, missing, request):
     assert missing in str(caught.value) and DATASETS[name].layout in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name, empty", [("cityscapes", "leftImg8bit/val"), ("potsdam3", "labelled_test.txt")]
+)
+def test_a_split_without_images(name, empty, request):
+    """Images one folder too deep, or an empty list."""
+    root = request.getfixturevalue({"potsdam3": "potsdam"}.get(name, name))
+    if (root / empty).is_dir():
+        (root / empty).rename(root / "val")
+        (root / empty).mkdir()
+        (root / "val").rename(root / empty / "val")
+    else:
+        (root / empty).write_text("\n")
+    with pytest.raises(FileNotFoundError) as caught:
+        labelled_set(name, root, "val")
+    assert f"No image in {root / empty}" in str(caught.value) and DATASETS[name].layout in str(caught.value)
+
+
 def test_unknown_dataset(tmp_path):
     with pytest.raises(ValueError, match="Unknown dataset 'ade20k'; choose one of"):
         labelled_set("ade20k", tmp_path, "val")
