@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -28,6 +29,7 @@ CONVERT = {
     "RGB": "if it is grey, keep one channel: `label.getchannel(0)`; if its colours stand for classes, "
     "write the number of the class in place of each colour",
 }
+STRETCHED = {"L;2": 85, "L;4": 17}  # Pillow's names of how grey values are packed
 
 log = logging.getLogger("stego")
 Pair = tuple[Path, Path | None]  # an image and its label map, if it has one
@@ -290,7 +292,14 @@ def read_label(path: Path | str) -> np.ndarray:
             raise ValueError(
                 f"it has mode {file.mode}; a label map has one value of 0..255 a pixel: {advice}"
             )
-        return np.array(file).astype(np.uint8)
+        factor = _stretch(file)
+        return np.array(file).astype(np.uint8) // factor
+
+
+def _stretch(picture: Any) -> int:
+    """By how much Pillow multiplies the values of a grey picture of few bits, so that the largest is white."""
+    packing = picture.tile[0][3] if picture.tile else ""
+    return next((factor for name, factor in STRETCHED.items() if packing and name in packing), 1)
 
 
 def read_pair(
