@@ -171,7 +171,7 @@ def limit_pixels(context: click.Context, parameter: click.Parameter, megapixels:
     if megapixels:
         from PIL import Image
 
-        Image.MAX_IMAGE_PIXELS = round(megapixels * 1e6 / 2)
+        Image.MAX_IMAGE_PIXELS = round(min(megapixels * 1e6 / 2, sys.maxsize))  # inf: no limit
 
 
 def network_options(command: Callable) -> Callable:

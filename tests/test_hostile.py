@@ -124,8 +124,10 @@ def test_the_limit_can_be_raised(model, tmp_path, monkeypatch):
     SCENE.save("scene.png")
     result = CliRunner().invoke(main, ["predict", "scene.png", "-o", "out.png", *FAST])
     assert result.exit_code == 1 and "--max-megapixels" in result.output
-    arguments = ["predict", "scene.png", "-o", "out.png", *FAST, "--max-megapixels", "0.1"]
-    assert CliRunner().invoke(main, arguments).exit_code == 0 and Image.open("out.png").size == (128, 96)
+    for limit in ("0.1", "inf"):
+        arguments = ["predict", "scene.png", "-o", f"{limit}.png", *FAST, "--max-megapixels", limit]
+        assert CliRunner().invoke(main, arguments).exit_code == 0
+        assert Image.open(f"{limit}.png").size == (128, 96)
 
 
 class Stop(OSError):
