@@ -1,5 +1,6 @@
 """What `stego fit` does: find the images, see that nothing is lost, train or cluster anew, draw what was found."""
 
+from contextlib import suppress
 from logging import INFO
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,8 @@ def train(progress: Progress, images: tuple, plan: FitPlan, options: dict) -> di
     """
     paths = plan.find_images(images, [options["weights"]])
     plan.check(paths, [options["weights"]], options["match"])
-    # what an interrupted fit has left is gone on with
-    keep = plan.keep_features and not plan.scratch.exists()
-    scratch = plan.features if keep else plan.scratch
+    keep = plan.keep_features and (plan.features.exists() or not plan.scratch.exists())
+    scratch = plan.features if keep else plan.scratch  # where an interrupted fit was without --keep-features
     with process_group(options["device"]) as (rank, count):
         match = earlier_model(options.pop("match"), options["device"])  # on this process's GPU
         if count == 1:
@@ -101,6 +101,9 @@ def train(progress: Progress, images: tuple, plan: FitPlan, options: dict) -> di
     if rank:
         return {}
     end_fit(scratch, keep_features=plan.keep_features)
+    if plan.keep_features and not keep:
+        with suppress(OSError):  # still open on Windows
+            scratch.rename(plan.features)
     return models
 
 

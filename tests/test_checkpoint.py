@@ -201,10 +201,10 @@ def test_command(images, expected, monkeypatch):
     result = CliRunner().invoke(main, [*COMMAND, "--keep-features"])
     assert result.exit_code == 0, result.output
     assert same(Stego.load("stego.pt"), expected)
-    assert sorted(os.listdir("stego.pt.scratch")) == ["features.pt", "lock", "tokens"]
+    assert sorted(os.listdir("stego-features")) == ["features.pt", "lock", "tokens"]
     monkeypatch.setattr(features, "image_views", None)  # no image is looked at again
-    assert CliRunner().invoke(main, [*COMMAND, "--steps", "2"]).exit_code == 0
-    assert sorted(os.listdir()) == ["images", "stego-fit.png", "stego.pt"]  # and the scratch is gone
+    assert CliRunner().invoke(main, [*COMMAND, "--steps", "2", "--keep-features"]).exit_code == 0
+    assert sorted(os.listdir()) == ["images", "stego-features", "stego-fit.png", "stego.pt"]
 
 
 def test_a_fit_that_cannot_be_leaves_nothing(tmp_path, monkeypatch):
