@@ -141,14 +141,21 @@ def fit_probes(
     kmeans.fit(rows.float())
     progress("k-means", 1, 1)
     probes[BACKBONE, CLUSTER] = Probe(kmeans.cluster_centers_.to(model.device))
-    if model.linear is not None and len(model.linear[1]) == len(labelled.classes):
-        probes[STEGO, LINEAR] = Probe(*model.linear)  # comes with a released checkpoint
+    if own := released_linear(model, labelled):
+        probes[STEGO, LINEAR] = own
     if not train.classes:
         return probes
     if (STEGO, LINEAR) not in probes:
         probes[STEGO, LINEAR] = _linear_on_device(model, _codes(model, rows), shares, progress)
     probes[BACKBONE, LINEAR] = _linear_on_device(model, rows, shares, progress)
     return probes
+
+
+def released_linear(model: Stego, labelled: LabelledSet) -> Probe | None:
+    """The linear probe that a released checkpoint comes with, if it tells as many classes as there are labels of."""
+    if model.linear is None or len(model.linear[1]) != len(labelled.classes):
+        return None
+    return Probe(*model.linear)
 
 
 def cluster_count(model: Stego) -> int:
@@ -365,7 +372,8 @@ def _protocol(model: Stego, labelled: LabelledSet, train: LabelledSet, probes: P
     used = f"{min(len(train.pairs), PROBE_IMAGES)} images ({train.source})"
     linear = "no linear probe: no train labels"
     if (STEGO, LINEAR) in probes:
-        linear = "linear probe of the checkpoint" if model.linear else "linear probes fitted on their labels"
+        own = released_linear(model, labelled)
+        linear = "linear probe of the checkpoint" if own else "linear probes fitted on their labels"
     differences = ["images bilinear (reference: nearest)"]
     if train.classes:
         differences.append(

@@ -332,6 +332,19 @@ def test_differences_from_the_reference_are_named(report):
 
 
 @pytest.mark.usefixtures("short_probes")
+@pytest.mark.parametrize(
+    "classes, source", [(3, "probe of the checkpoint"), (7, "probes fitted on their labels")]
+)
+def test_whose_the_linear_probe_is(model, drawn, monkeypatch, classes, source):
+    """A released checkpoint's, if it tells these classes; the protocol says so."""
+    val, train = sets(drawn)
+    val.pairs = val.pairs[:1]
+    linear = torch.zeros(classes, model.centers.shape[1]), torch.zeros(classes)
+    monkeypatch.setattr(model, "linear", linear)
+    assert f"; linear {source}" in evaluate(model, val, train=train, crf=False)["protocol"]
+
+
+@pytest.mark.usefixtures("short_probes")
 def test_progress_before_the_first_image(model, drawn):
     val, train = sets(drawn)
     val.pairs, train.pairs, stages = val.pairs[:1], train.pairs[:1], []
