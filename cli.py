@@ -343,7 +343,7 @@ def evaluate(
     help="Picture, or .html page, of the regions that fit each cluster best.  [default: none]",
 )
 @option("--at", multiple=True, metavar="X,Y", type=point, help="Show what corresponds with a point.")
-@option("-o", "--output", default="correspondences.png", type=PATH, help="With --at: the picture.")
+@option("-o", "--output", type=PATH, help="With --at: the picture.  [default: correspondences.png]")
 @option("--backbone", help="With --at and no model: whose features to show.  [default: auto]")
 @option("--export", type=PATH, metavar="FILE", help="The model with its backbone as ONNX.  [default: none]")
 @network_options
@@ -355,7 +355,7 @@ def show(
     model: Path | None,
     sheet: Path | None,
     at: tuple,
-    output: Path,
+    output: Path | None,
     backbone: str | None,
     export: Path | None,
     device: str,
@@ -378,14 +378,15 @@ def show(
     first = alone or (bool(things) and Path(things[0]).suffix in MODEL_SUFFIXES)
     model, images = model_and_rest(model, things, first=first)
     if export:
-        if at or sheet or backbone or len(images) > 1:
+        if at or sheet or backbone or output or len(images) > 1:
             raise click.UsageError("With --export give a model, and at most one image: its shape is meant.")
         export_model(progress, model or MODEL, images, export, device, weights)
     elif at:
         if not images or sheet or (model and backbone):
             raise click.UsageError("With --at give an image, -m or --backbone: `stego show a.jpg --at 9,9`.")
-        show_points(progress, images, at, model, output, backbone or "auto", device, weights)
-    elif bool(images) != bool(sheet) or backbone:
+        picture = output or Path("correspondences.png")
+        show_points(progress, images, at, model, picture, backbone or "auto", device, weights)
+    elif bool(images) != bool(sheet) or backbone or output:
         raise click.UsageError("Give images and a sheet, or neither: `stego show images/ --sheet sheet.png`.")
     else:
         show_model(progress, model or MODEL, images, sheet, device, weights)
@@ -425,7 +426,8 @@ def export_model(
     from cli_parts.outputs import check_outputs
     from stego import Stego
 
-    check_outputs([(output, (".onnx",))], inputs=[model, *images])
+    read = [model, *images, *([weights] if weights else [])]
+    check_outputs([(output, (".onnx",))], inputs=read)
     fitted = Stego.load(model, device=device, weights=weights)
     width, height = write_onnx(fitted, output, *images, progress=progress)
     progress.summary(f"{fitted.config.backbone}, images of {width} x {height} pixels", f"model {output}")

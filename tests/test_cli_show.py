@@ -29,6 +29,7 @@ def test_show_says_how_the_model_was_made(copy):
 def test_sheet_and_images_belong_together(copy, scenes):
     assert "images and a sheet" in run("show", copy, scenes, code=2).stderr
     assert "images and a sheet" in run("show", copy, "--sheet", "s.png", code=2).stderr
+    assert "images and a sheet" in run("show", copy, scenes, "--sheet", "s.png", "-o", "t.png", code=2).stderr
     assert "No model at none.pt" in run("show", "none.pt", code=2).stderr
 
 

@@ -52,7 +52,9 @@ def test_without_the_exporter_one_sentence(here, saved, monkeypatch):
         (["--export", "model.pt"], "is not a .onnx file"),
         (["--export", "m.onnx", "--sheet", "s.png"], "at most one image"),
         (["--export", "m.onnx", "--backbone", "tiny"], "at most one image"),
+        (["--export", "m.onnx", "-o", "n.onnx"], "at most one image"),
         (["a.png", "b.png", "--export", "m.onnx"], "at most one image"),
+        (["--export", "m.onnx", "--weights", "m.onnx"], "m.onnx would overwrite an input"),
     ],
 )
 def test_bad_exports_are_refused(here, saved, args, message):
