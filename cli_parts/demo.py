@@ -51,9 +51,9 @@ Shape = Sequence  # corners (x, y) in pixels, or the box of an ellipse
 
 
 def check_demo_folder(folder: Path) -> None:
-    """ValueError unless the folder is new, empty, or has nothing in it that a demo does not make."""
+    """ValueError unless the folder is new, empty, or has nothing in it that a demo does not make, but hidden files."""
     check_folder(folder)
-    for path in folder.rglob("*"):
+    for path in folder.rglob("[!.]*"):
         place = path.relative_to(folder).as_posix()
         if not path.is_dir() and not any(fnmatch(place, pattern) for pattern in FILES):
             raise ValueError(f"{path} is in {folder}, and no demo made it; name a new folder with -o.")

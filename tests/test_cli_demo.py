@@ -10,6 +10,7 @@ def test_a_demo_stays_out_of_the_way(here, monkeypatch):
 
     monkeypatch.setattr("cli_parts.demo.SCENES", {"train": 1, "val": 1})
     draw_scenes(here / "demo")
+    (here / "demo/images/.DS_Store").touch()  # of a Mac on which somebody looked into the folder
     check_demo_folder(here / "demo")  # a second one may go there
     check_demo_folder(here / "new")
     (here / "demo/images/train/holiday.png").touch()
