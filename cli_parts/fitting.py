@@ -149,4 +149,5 @@ def write_pictures(progress: Progress, models: dict, plan: FitPlan) -> None:
     if log.isEnabledFor(INFO):
         for model in fitted:
             print_model(model, sheets.cluster_lines(model))
-    progress.summary(f"{counted(len(fitted[0].record.paths), 'image')}, {fitted[0].config.backbone}", written)
+    used = len(fitted[0].record.images.unique())
+    progress.summary(f"{counted(used, 'image')}, {fitted[0].config.backbone}", written)

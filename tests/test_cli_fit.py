@@ -96,6 +96,13 @@ def test_a_sweep_runs_the_backbone_once(here, pair, monkeypatch):
     assert [len(Stego.load(f"{name}.pt").centers) for name in ("two", "three")] == [2, 3]
 
 
+@pytest.mark.usefixtures("short_sheet")
+def test_images_that_were_used_are_counted(here, pair):
+    (pair / "broken.png").write_text("no picture")
+    fit = run("fit", pair, *QUICK, "-k", 2)
+    assert "broken.png" in fit.stderr and fit.stdout.startswith("2 images, tiny")
+
+
 def test_the_same_command_goes_on(here, pair, monkeypatch):
     args = ("fit", pair, "--backbone", "tiny", "--steps", 20, "-k", 2)
     stopped = interrupt(monkeypatch, "training", 10, *args)
