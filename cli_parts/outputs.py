@@ -1,7 +1,7 @@
 """What `stego predict` writes: where each image's outputs go, the formats, and the checks before any work.
 
-A mask, an overlay or an array has a note in it of what it was made with, so that a later run knows whether it
-is up to date. Raises ValueError for an output that cannot be written or would replace an input.
+A mask, an overlay or an array has a note in it of what it was made of and with, so that a later run knows whether
+it is up to date. Raises ValueError for an output that cannot be written or would replace an input.
 """
 
 import functools
@@ -47,6 +47,7 @@ from stego_parts.weights import fingerprint
 
 READ_AHEAD = 3  # images decoded before the one that is segmented
 WRITE_BEHIND = 2  # and written after it
+IMAGE_HEAD = 65536  # bytes of an image file by which, with its size, an output knows it
 NAME_BYTES = 255  # of a file's name, at most, on nearly every file system
 
 
@@ -271,22 +272,32 @@ class Writer:
         return {k: self.model.labels[k] for k in np.unique(kept).tolist()}
 
     @functools.cached_property
-    def note(self) -> str:
+    def made_with(self) -> str:
         """What outputs depend on beside their images, as a hash: the model, its names and colours, the options."""
         model = self.model
         palette = torch.from_numpy(model.palette)
         tensors = {**model.head.state_dict(), "centers": model.centers, "palette": palette}
         parts = [fingerprint(tensors), model.backbone_sha256, model.config.adaptation, model.names, self.keep]
         parts.append(sorted((self.options | {"min_area": self.min_area}).items()))
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def note(self, kind: str, source: Any) -> str:
+        """What is noted in an output: its kind, and a hash of what it was made with and of its image."""
+        known = hashlib.sha256(self.made_with.encode())
+        if isinstance(source, Path):  # not of stdin, of which no output is looked for
+            known.update(str(source.stat().st_size).encode())
+            with open(source, "rb") as file:
+                known.update(file.read(IMAGE_HEAD))
+        return f"{kind} {known.hexdigest()[:32]}"
 
     def is_done(self, job: Job) -> bool:
-        """All outputs are there, made with what the note says, and not older than the image.
+        """All outputs are there, made of this image with what their notes say, and not older than the image.
 
         An image of the future, from a camera with a wrong clock, is no newer than anything: the note alone counts.
         """
-        if not all(read_note(path) == f"{kind} {self.note}" for kind, path in job.targets.items()):
-            return False
+        for kind, path in job.targets.items():
+            if not path.exists() or read_note(path) != self.note(kind, job.source):
+                return False
         changed = job.source.stat().st_mtime
         return changed > time.time() or min(path.stat().st_mtime for path in job.targets.values()) >= changed
 
@@ -321,7 +332,7 @@ class Writer:
 
     def write_one(self, kind: str, target: Path, job: Job, image: Image.Image, result: np.ndarray) -> None:
         """One output of an image."""
-        note = f"{kind} {self.note}"
+        note = self.note(kind, job.source)
         if kind == "npz":
             write_bytes(packed_arrays(result, self.model.labels, image, note), target)
         elif kind == "cutout":

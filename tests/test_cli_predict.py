@@ -412,6 +412,16 @@ def test_images_of_the_future_are_skipped_too(photos, saved):
     assert "3 of 3 images, 0 skipped" in run(*predict, "--only", "1").stdout
 
 
+def test_another_image_of_the_same_name_is_not_skipped(photos, saved):
+    """The next card of a camera, all of whose photos are older than the masks of the first."""
+    predict = ("-m", saved, "-o", "out", *FAST, "--skip-existing")
+    run("predict", "own", *predict)
+    shutil.copytree("own", "next")
+    shutil.copy2("own/b.jpg", "next/a.jpg")
+    assert "1 of 1 image, 2 skipped" in run("predict", "next", *predict).stdout
+    assert mask_of("out/a.png").tolist() == mask_of("out/b.png").tolist()
+
+
 def test_an_explicit_quiet_says_nothing(photos, saved):
     run("predict", "own", "-m", saved, "-o", "own", *FAST, "-q")
     assert run("predict", "own", "-m", saved, "-o", "own", *FAST, "-q").stderr == ""

@@ -90,7 +90,7 @@ def test_a_model_segments_by_the_centers_of_the_image(model, fixed):
 
 
 def test_outputs_of_another_adaptation_are_not_those_of_this_one(model, fixed):
-    one, other = (Writer(each, "mask", None, 0, {}).note for each in (model, fixed))
+    one, other = (Writer(each, "mask", None, 0, {}).made_with for each in (model, fixed))
     assert one != other
 
 
