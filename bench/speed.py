@@ -44,9 +44,8 @@ def reference_step(network, head, optimizer, config):
 def whole_fit(network, images, **options):
     """{stage: seconds} of one fit as users run it, nothing scaled; neighbours count to the training."""
     ends = {"start": time.perf_counter()}
-    with patch.object(
-        stego, "load_backbone", return_value=network
-    ):  # by name: a callable is called by itself
+    # by name: a callable is called by itself
+    with patch.object(stego, "load_backbone", return_value=network):
         Stego.fit(
             images,
             backbone=network.name,
