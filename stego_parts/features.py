@@ -152,9 +152,9 @@ def image_views(path: Any, views: str, patch: int, bands: tuple[int, ...] = ()) 
 
 def _cut_up(image: Image.Image, views: str, patch: int, name: Any) -> list[Image.Image]:
     """The pictures that the backbone sees of one."""
-    small = input_image(image, patch, name=name)
     if views == "windows":
-        return [small]
+        return [input_image(image, patch, name=name)]
+    input_size((image.height, image.width), patch, name=name)  # raises for one that is too small
     side = CROP_SIDE // patch * patch
     crops = five_crops(image) if views == "five" else [image]
     return [square(crop, side) for crop in crops]
