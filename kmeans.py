@@ -137,7 +137,7 @@ class CosineKMeans:
             self._counts[k] = 1.0
 
     def _draw(self, x: Tensor, count: int) -> Tensor:
-        """At most count rows of x, without replacement within a batch of a small x."""
+        """Random rows of x, `count` of them, a row may come twice; all of them where there are no more."""
         rows = _random_rows(len(x), count, self._generator)
         return x if rows is None else x.index_select(0, rows.to(x.device))  # five times as fast as x[rows]
 
