@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -283,11 +284,10 @@ class Writer:
 
     def note(self, kind: str, source: Any) -> str:
         """What is noted in an output: its kind, and a hash of what it was made with and of its image."""
-        known = hashlib.sha256(self.made_with.encode())
-        if isinstance(source, Path):  # not of stdin, of which no output is looked for
-            known.update(str(source.stat().st_size).encode())
-            with open(source, "rb") as file:
-                known.update(file.read(IMAGE_HEAD))
+        with open(source, "rb") if isinstance(source, Path) else nullcontext(source) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            known = hashlib.sha256(f"{self.made_with} {size} ".encode() + file.read(IMAGE_HEAD))
         return f"{kind} {known.hexdigest()[:32]}"
 
     def is_done(self, job: Job) -> bool:
