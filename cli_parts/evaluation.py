@@ -351,9 +351,10 @@ def _result(counts: np.ndarray, probe: Probe, spare: bool) -> dict[str, Any]:
     if probe.bias is not None:  # a linear probe names classes itself
         assignment = np.arange(confusion.shape[1])
     else:
-        assignment = match_clusters(confusion)
-        if probe.merged is not None:  # what has become part of another cluster matches nothing
-            assignment[probe.merged != np.arange(len(assignment))] = -1
+        # what has become part of another cluster matches nothing
+        kept = slice(None) if probe.merged is None else np.unique(probe.merged)
+        assignment = np.full(confusion.shape[1], -1)
+        assignment[kept] = match_clusters(confusion[:, kept])
         if spare:
             many_to_one = measure(confusion, confusion.argmax(0))
     return {

@@ -18,7 +18,7 @@ from cli_parts.scores import confusion_matrix, format_scores, headline, match_cl
 from cli_parts.sheets import write_figures
 from crf import dense_crf
 from stego import Stego
-from stego_parts.clusters import pixels
+from stego_parts.clusters import Probe, pixels
 from stego_parts.features import dense_features, to_tensor
 from stego_parts.images import IGNORE
 
@@ -306,6 +306,17 @@ def test_clusters_of_one_name_are_one(model, drawn, caplog):
     confusion = np.array(merged["confusion"])
     assert not confusion[:, 3:].any() and confusion.sum() == np.sum(alone["confusion"])
     assert abs(confusion[:, :3] - np.array(alone["confusion"])).sum() < 0.02 * confusion.sum()
+
+
+def test_clusters_that_are_part_of_others_take_no_class():
+    """Three clusters of one name and another one, three classes: the other one is not left over."""
+    counts = np.zeros((1, 3, 4), np.int64)
+    counts[0, 0] = [10, 0, 0, 5]
+    probe = Probe(torch.zeros(4, 1), merged=np.array([0, 0, 0, 3], np.uint8))
+    result = evaluation._result(counts, probe, spare=False)
+    alone = evaluation._result(counts[..., [0, 3]], Probe(torch.zeros(2, 1)), spare=False)
+    assert result["assignment"][1:3] == [-1, -1]
+    assert (result["assignment"][::3], result["miou"]) == (alone["assignment"], alone["miou"])
 
 
 # ---- what is said, and where it runs ----------------------------------------------------------------------
