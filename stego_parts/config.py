@@ -15,7 +15,7 @@ TERMS = ("self", "knn", "rand")  # pairs within an image, with a neighbour, with
 MAX_CLUSTERS = 255  # masks are 8 bit and 255 means "ignore"
 RELEASED = "released"  # the preset of models that the reference implementation made
 KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
-KINDS[tuple] = "one or three numbers from 1, 4,3,2 say,"
+KINDS[tuple] = "one or three numbers from 1, such as 4,3,2"
 KINDS |= {int | None: KINDS[int], float | None: KINDS[float]}
 LEAST = dict(steps=1, learning_rate=0, batch_size=1, code_size=1, tile=0, feature_weight=0, adaptation=0)
 LEAST |= {f"lambda_{term}": 0 for term in TERMS}
@@ -199,20 +199,22 @@ def source_names(sources: Any) -> tuple[str, ...]:
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """Texts NAME=VALUE as keywords of `Stego.fit`; ValueError listing what there is."""
+    """Texts NAME=VALUE as keywords of `Stego.fit`; ValueError saying what is wrong with one."""
     settings: dict[str, Any] = {}
     for text in texts:
         name, _, value = text.partition("=")
+        if name not in SETTINGS:
+            raise ValueError(f"Got the setting {text!r}; give NAME=VALUE with one of: {', '.join(SETTINGS)}.")
         try:
             settings[name] = parse_value(name, value.strip().lower())
-        except (KeyError, TypeError, ValueError) as error:
-            known = ", ".join(f"{name} ({in_words(name, kind)})" for name, kind in SETTINGS.items())
-            raise ValueError(f"Got the setting {text!r}; give NAME=VALUE with one of: {known}.") from error
+        except (KeyError, ValueError) as error:
+            needed = in_words(name, SETTINGS[name])
+            raise ValueError(f"Got the setting {text!r}; {name}= needs {needed}.") from error
     return settings
 
 
 def parse_value(name: str, text: str) -> Any:
-    """The value of a setting from its text; KeyError, TypeError or ValueError for what is none."""
+    """The value of a setting from its text; KeyError or ValueError for what is none."""
     kind = SETTINGS[name]
     if kind is bool:
         return {"true": True, "false": False}[text]

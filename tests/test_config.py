@@ -50,9 +50,24 @@ def test_settings_are_read_from_text():
     assert config.parse_settings(texts) == dict(
         b_self=0.3, b_knn=None, centering=False, views="whole", batch_size=4, stride=16
     )
-    for wrong in ("steps=3", "b_self", "b_self=much", "batch_size=2.5", "centering=maybe", "zero=1"):
-        with pytest.raises(ValueError, match="give NAME=VALUE with one of: .*lambda_self \\(a number\\)"):
+    for wrong in ("steps=3", "zero=1", "eveness"):
+        with pytest.raises(ValueError, match="give NAME=VALUE with one of: .*lambda_self.*, evenness,"):
             config.parse_settings([wrong])
+
+
+@pytest.mark.parametrize(
+    "wrong, needed",
+    [
+        ("b_self", "b_self= needs a number, or data: taken from the data."),
+        ("batch_size=2.5", "batch_size= needs a whole number."),
+        ("centering=maybe", "centering= needs true or false."),
+        ("bands=red", "bands= needs one or three numbers from 1, such as 4,3,2."),
+    ],
+)
+def test_of_a_wrong_value_it_says_what_that_setting_needs(wrong, needed):
+    with pytest.raises(ValueError) as error:
+        config.parse_settings([wrong])
+    assert str(error.value) == f"Got the setting {wrong!r}; {needed}"
 
 
 def test_absolute_paths_stay_out_of_the_model(scenes):
