@@ -7,6 +7,7 @@ import re
 import secrets
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -102,7 +103,7 @@ def _say_passed_over(own: set[str], other: dict[str, str]) -> None:
     if own:
         log.log(NOTICE, "%s left out: stego wrote them itself.", _files(len(own), "picture"))
     if other:
-        suffixes = ", ".join(sorted(set(other.values())))
+        suffixes = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(other.values()).items()))
         log.log(NOTICE, "%s of other kinds passed over: %s.", _files(len(other), "file"), suffixes)
 
 

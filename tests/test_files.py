@@ -161,7 +161,7 @@ def test_what_pillow_reads_is_read_and_the_rest_named(here, caplog):
     for name in ("d.HEIC", "e.heic", "notes.txt", ".hidden.txt"):
         (here / "in" / name).write_bytes(b"x")
     assert found("in") == ["a.jpg", "b.avif", "c.jfif"]
-    assert caplog.messages == ["3 files of other kinds passed over: .heic, .txt."]
+    assert caplog.messages == ["3 files of other kinds passed over: 2 .heic, 1 .txt."]
     for name in found("in"):
         assert np.abs(np.asarray(read_image(f"in/{name}")).astype(int) - np.asarray(picture)).mean() < 8
 
