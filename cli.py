@@ -256,14 +256,12 @@ def name(names: tuple, model: Path | None) -> None:
     Example:
       stego name 3=road 5=sky 8=road
     """
-    named, texts = model_and_rest(model, names, first="=" not in names[0])
-    if not texts:
-        raise click.UsageError("Got 'no names'; name clusters by number, like 3=road.")
+    named, texts = model_and_rest(model, names, first=len(names) > 1 and "=" not in names[0])
     given = {}
     for text in texts:
         number, equals, label = text.partition("=")
         if not (number.isdecimal() and equals):
-            raise click.UsageError(f"Got {number!r}; name clusters by number, like 3=road.")
+            raise click.UsageError(f"Got {text!r}; name clusters by number, like 3=road.")
         given[int(number)] = label.strip()
     from cli_parts.sheets import cluster_lines
     from stego import Stego

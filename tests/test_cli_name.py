@@ -44,6 +44,11 @@ def test_bad_names(here, saved, given, code, message):
     assert saved.read_bytes() == before
 
 
+@pytest.mark.parametrize("wrong", ["grass", "0", "grass=0", "stego.pt"])
+def test_what_is_no_name_is_repeated(here, wrong):
+    assert f"Got '{wrong}'; name clusters by number" in run("name", wrong, code=2).stderr
+
+
 def test_clusters_with_one_name_are_one_until_it_is_taken_away(copy, scenes):
     """One number in masks, one colour, one line, one row of JSON and one COCO category."""
     run("predict", scenes / "sub", "-o", "apart", *FAST)
