@@ -229,7 +229,10 @@ def _jobs(found: list, output: Path | str, formats: list[str], limit: int | None
     if is_file(output):
         count = len(found[:limit])
         if count > 1:
-            raise ValueError(f"{count} images do not go into one output {output}; name a folder with -o.")
+            raise ValueError(
+                f"{count} images do not go into one output {output}; name a folder with -o, or give --format csv, "
+                "json or coco."
+            )
         targets = {kind: Path(output).with_suffix(FORMATS[kind].suffix) for kind in formats[1:]}
         source, place = found[0]
         return [Job(source, place, {formats[0]: Path(output), **targets})]

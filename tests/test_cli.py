@@ -85,6 +85,7 @@ def test_an_interruption_while_modules_load_is_no_traceback(tmp_path):
         (["predict", "small.png", "-m", "MODEL"], 1, "smaller than one patch"),
         (["predict", "ok.png", "-m", "MODEL", "-o", "mask.jpg"], 2, "not a .png"),
         (["predict", "ok.png", "small.png", "-m", "MODEL", "-o", "mask.png"], 2, "into one output"),
+        (["predict", "ok.png", "small.png", "-m", "MODEL", "-o", "all.csv"], 2, "--format csv"),
         (["predict", "ok.png", "-m", "MODEL", "--resolution", "7"], 2, "at least 8"),
         (["predict", "ok.png", "-m", "MODEL", "--crf-size", "0"], 2, "x>0"),
         (["predict", "ok.png", "-m", "MODEL", "--only", "2,"], 2, "empty name"),
