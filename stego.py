@@ -28,7 +28,7 @@ from stego_parts.backbones import CUSTOM, load_backbone
 from stego_parts.checkpoint import FitCheckpoint, FitRecord, Training, training_warning
 from stego_parts.config import RELEASED, Config, fit_config, recluster_config, source_names
 from stego_parts.features import RESOLUTION, TokenCache, dense_features, encode
-from stego_parts.files import Sources, find_images
+from stego_parts.files import Sources, find_images, source_list
 from stego_parts.images import Picture, distinct_colors, read_picture
 from stego_parts.models import check_backbone, check_model, damaged, read_model, write_model
 from stego_parts.optimizers import Adam
@@ -306,9 +306,7 @@ def cluster_codes(
 
 def sample_codes(describe: Describe, cache: TokenCache, count: int) -> Tensor:
     """Codes (N, D) of random positions, as many of each crop: about `count` in all, fewer where there are no more."""
-    crops = torch.arange(len(cache))
-    if len(crops) > count:
-        crops = torch.randperm(len(crops))[:count]
+    crops = torch.randperm(len(cache))[:count] if len(cache) > count else torch.arange(len(cache))
     each = min(max(count // len(crops), 1), cache.tokens.shape[1])
     return torch.cat([describe(cache.sample(part, each)).flatten(0, 1) for part in crops.split(256)])
 
@@ -377,6 +375,7 @@ class Stego:
         """
         named = None if callable(backbone) else backbone
         config = fit_config(preset, backbone=named, **settings)  # what is wrong shows before the work begins
+        images = source_list(images)
         paths = fit_paths(images, config)
         device = pick_device(device)
         options: dict = dict(weights=weights, stride=config.stride, device=device)
@@ -401,7 +400,7 @@ class Stego:
         evenness, adaptation, the rest stays. The other arguments are those of `fit`.
         """
         config = recluster_config(self.config, settings)
-        given = images or self.config.images
+        given = source_list(images) or self.config.images
         if not given:
             raise ValueError("The model does not name the images of its fit; give images to cluster it on.")
         paths = fit_paths(given, config)

@@ -48,6 +48,11 @@ class _Match(NamedTuple):
     named: bool
 
 
+def source_list(sources: Sources) -> list:
+    """Sources, one or several, to be read more than once: a generator can be read once."""
+    return [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+
+
 def find_images(
     sources: Sources, *, exclude: Iterable = (), outputs: bool = False
 ) -> list[tuple[Path, Path]]:
@@ -59,7 +64,7 @@ def find_images(
     where an image lies below what named it, for outputs that mirror the tree. Raises FileNotFoundError for a source
     without images.
     """
-    sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    sources = source_list(sources)
     if not sources or not all(map(str, sources)):  # "": what a shell has for a variable unset
         raise FileNotFoundError("No images, or an empty name for them; give files, folders or patterns.")
     is_excluded = _exclusion(exclude)

@@ -489,6 +489,16 @@ def test_from_python(scenes, model):
         model.recluster(scenes, steps=5, batch_size=3)
 
 
+def test_images_that_can_be_listed_once(scenes, model, monkeypatch):
+    """A generator's images are noted as a list's are."""
+    monkeypatch.chdir(scenes)
+    found = Path().glob("scene0[01].png")
+    fitted = Stego.fit(found, clusters=2, backbone="tiny", steps=1, batch_size=2)
+    assert sorted(fitted.config.images) == ["scene00.png", "scene01.png"]
+    assert len(fitted.recluster(clusters=3).centers) == 3
+    assert model.recluster(iter(["scene01.png"]), clusters=2).config.images == ("scene01.png",)
+
+
 def test_one_name_for_two_clusters(saved):
     model = Stego.load(saved)
     model.rename({0: "ground", 2: "ground"})
