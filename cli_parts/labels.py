@@ -159,9 +159,10 @@ def folder_sets(
     counts = [count_ids(label for _, label in pairs) for pairs in paired]
     listed = None if names is None else read_lines(names)
     ids = class_ids(np.sum(counts, axis=0), ignore=ignore, count=None if listed is None else len(listed))
-    if not 1 <= len(ids) <= IGNORE:
+    count = len(ids if listed is None else listed)
+    if not 1 <= count <= len(ids):
         raise ValueError(
-            f"Got {len(ids)} classes in {names or folders[0][1]}; there must be 1 to {IGNORE}, "
+            f"Got {count} classes in {names or folders[0][1]}; there must be 1 to {IGNORE}, "
             f"beside the label {ignore}, which is ignored."
         )
     _say_what_is_ignored(counts[0], ignore)

@@ -42,6 +42,12 @@ def test_own_folders(own):
     ]
 
 
+def test_more_names_than_labels_can_tell_apart(own):
+    (own / "names.txt").write_text("\n".join(f"thing {i}" for i in range(256)))
+    with pytest.raises(ValueError, match="Got 256 classes in .*names.txt; there must be 1 to 255"):
+        folder_set(own / "images", own / "labels", names=own / "names.txt")
+
+
 def test_pairs_go_by_stem_not_by_order(own):
     (own / "labels/a.png").rename(own / "labels/z.png")
     with pytest.raises(ValueError, match="1 of 2 images have no label of the same path or stem.*a.jpg"):
