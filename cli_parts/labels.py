@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from cli_parts.datasets import by_name, dataset_root
 from stego_parts.files import find_images, read_lines
-from stego_parts.images import IGNORE, open_image, read_image, read_mat, square
+from stego_parts.images import IGNORE, image_size, open_image, read_image, read_mat, square
 
 SIDE = 320  # pixels (Sec. 4); rounded up to whole patches: 322 for patches of 14
 IDS = 256  # label ids are 0..255
@@ -156,18 +156,23 @@ def folder_sets(
     the one to score, look as if another one were meant.
     """
     paired = [folder_pairs(images, labels) for images, labels in folders]
-    counts = [count_ids(label for _, label in pairs) for pairs in paired]
+    counts = [count_ids(pairs) for pairs in paired]
     listed = None if names is None else read_lines(names)
-    ids = class_ids(np.sum(counts, axis=0), ignore=ignore, count=None if listed is None else len(listed))
+    ids = class_ids(
+        np.concatenate(counts).sum(0), ignore=ignore, count=None if listed is None else len(listed)
+    )
     count = len(ids if listed is None else listed)
     if not 1 <= count <= len(ids):
         raise ValueError(
             f"Got {count} classes in {names or folders[0][1]}; there must be 1 to {IGNORE}, "
             f"beside the label {ignore}, which is ignored."
         )
-    _say_what_is_ignored(counts[0], ignore)
+    _say_what_is_ignored(counts[0].sum(0), ignore)
     lookup = _empty_lookup(ignore)
     lookup[ids] = np.arange(len(ids))
+    for pairs, rows in zip(paired, counts):
+        for (_, label), row in zip(pairs, rows):
+            _check_ids(row, lookup, label)
     classes = listed or [f"class {label_id}" for label_id in ids]
     note = "" if ignore == IGNORE else f", label {ignore} ignored"
     return [
@@ -190,12 +195,17 @@ def class_ids(counts: np.ndarray, *, ignore: int, count: int | None) -> list[int
     return [*ids[: int(used.max(initial=-1)) + 1], *last]
 
 
-def count_ids(labels: Iterable[Path]) -> np.ndarray:
-    """Pixels of each label id in label maps: (256,) int64."""
-    counts = np.zeros(IDS, np.int64)
-    for path in labels:
-        counts += np.bincount(read_label(path).ravel(), minlength=IDS)
-    return counts
+def count_ids(pairs: Sequence[tuple[Path, Path]]) -> np.ndarray:
+    """Pixels of each label id in the label map of each pair: (pairs, 256) int64.
+
+    Raises ValueError for a label map of another size than its image.
+    """
+    counts = []
+    for image, label in pairs:
+        ids = read_label(label)
+        _check_size(ids, label, image_size(image))
+        counts.append(_pixels_of_ids(ids))
+    return np.stack(counts)
 
 
 def _say_what_is_ignored(counts: np.ndarray, ignore: int) -> None:
@@ -319,21 +329,31 @@ def read_pair(
     if label_path is None:
         return square(image, side), None
     ids = read_label(label_path)
-    if ids.shape != (image.height, image.width):
-        raise ValueError(
-            f"{label_path} is {ids.shape[1]} x {ids.shape[0]} pixels and its image {image.width} x "
-            f"{image.height}; they must have one size."
-        )
+    _check_size(ids, label_path, (image.height, image.width))
     if lookup is not None:
-        ids = _classes_of(ids, lookup, label_path)
+        _check_ids(_pixels_of_ids(ids), lookup, label_path)
+        ids = lookup[ids].astype(np.uint8)
     label = ImageOps.fit(Image.fromarray(ids), (side, side), method=Image.Resampling.NEAREST)
     return square(image, side), np.asarray(label)
 
 
-def _classes_of(ids: np.ndarray, lookup: np.ndarray, path: Path) -> np.ndarray:
-    """Label ids (H, W) -> classes (H, W) uint8; ValueError for an id that the lookup does not know."""
-    used = np.bincount(ids.ravel(), minlength=IDS) > 0
-    unknown = np.flatnonzero(used & (lookup == UNKNOWN))
+def _pixels_of_ids(ids: np.ndarray) -> np.ndarray:
+    """Pixels of each label id in (H, W) uint8: (256,) int64."""
+    return np.bincount(ids.ravel(), minlength=IDS)
+
+
+def _check_size(ids: np.ndarray, path: Path, size: tuple[int, int]) -> None:
+    """ValueError for label ids (H, W) of another size than their image's."""
+    if ids.shape != size:
+        raise ValueError(
+            f"{path} is {ids.shape[1]} x {ids.shape[0]} pixels and its image {size[1]} x {size[0]}; "
+            "they must have one size."
+        )
+
+
+def _check_ids(counts: np.ndarray, lookup: np.ndarray, path: Path) -> None:
+    """ValueError for pixels, counts (256,) of each label id, of an id that the lookup does not know."""
+    unknown = np.flatnonzero((counts > 0) & (lookup == UNKNOWN))
     if len(unknown):
         known = np.flatnonzero((lookup != UNKNOWN) & (lookup != IGNORE))
         ignored = np.flatnonzero(lookup == IGNORE)
@@ -341,4 +361,3 @@ def _classes_of(ids: np.ndarray, lookup: np.ndarray, path: Path) -> np.ndarray:
             f"{path} has the label {unknown[0]}; labels lie in {known[0]}..{known[-1]}, "
             f"or are {ignored[-1]} to be ignored. Check --names, or the kind of label file."
         )
-    return lookup[ids].astype(np.uint8)

@@ -76,6 +76,15 @@ def test_labels_of_another_size_value_or_kind(own):
         labelled.read(0)
 
 
+def test_a_label_that_does_not_fit_is_found_before_anything_is_scored(own):
+    (own / "names.txt").write_text("wall\n")
+    with pytest.raises(ValueError, match=r"b.png has the label 1; labels lie in 0..0, or are 255"):
+        folder_set(own / "images", own / "labels", names=own / "names.txt")
+    picture(own / "labels/b.png", np.zeros((40, 61), np.uint8))
+    with pytest.raises(ValueError, match="61 x 40 pixels and its image 60 x 40"):
+        folder_set(own / "images", own / "labels")
+
+
 def test_pair_is_the_central_square_with_untouched_label_values(own):
     label = np.zeros((40, 80), np.uint8)
     label[:, 30:50], label[:, :20] = 9, 200  # 200 lies outside the central square
