@@ -298,6 +298,8 @@ def read_label(path: Path | str) -> np.ndarray:
     if Path(path).suffix.lower() == ".mat":
         return read_mat(path, "gt")
     with open_image(path, "a label map") as file:
+        if file.format == "JPEG":
+            raise ValueError("it is a JPEG, which changes values; make the label map again, as PNG")
         if file.mode not in ("1", "L", "P"):
             advice = CONVERT["I;16" if file.mode.startswith(("I", "F")) else "RGB"]
             raise ValueError(

@@ -245,6 +245,14 @@ def paired(folders):
     }
 
 
+def test_a_jpeg_is_no_label_map(tmp_path):
+    label = np.random.default_rng(0).integers(0, 3, (16, 16), dtype=np.uint8)
+    Image.fromarray(label).save(tmp_path / "a.jpg", quality=100)
+    assert (np.array(Image.open(tmp_path / "a.jpg")) != label).any()
+    with pytest.raises(ValueError, match=r"a.jpg as a label map .it is a JPEG.*PNG"):
+        read_label(tmp_path / "a.jpg")
+
+
 def test_one_name_in_several_folders(tmp_path):
     folders = trees(tmp_path, ["x/1.jpg", "y/1.jpg", "2.jpg"], ["y/1.png", "x/1.png", "2.png"])
     assert paired(folders) == {"x/1.jpg": 1, "y/1.jpg": 0, "2.jpg": 2}
