@@ -149,5 +149,5 @@ def write_pictures(progress: Progress, models: dict, plan: FitPlan) -> None:
     if log.isEnabledFor(INFO):
         for model in fitted:
             print_model(model, sheets.cluster_lines(model))
-    used = len(fitted[0].record.images.unique())
+    used = len(sheets.fit_images(fitted[0]))
     progress.summary(f"{counted(used, 'image')}, {fitted[0].config.backbone}", written)

@@ -35,17 +35,17 @@ SHOWN = 4  # other images that a sheet of correspondences shows
 CANDIDATES = 300  # among how many it looks for them
 HEATMAP_HEIGHT = 200  # pixels: height of its pictures
 FEATURES = "backbone features"
-KNOWN = logging.DEBUG  # level at which images are skipped that the fit has named
+KNOWN = logging.DEBUG  # level at which images are skipped that another stage names
 
 UnitMaps = tuple[Image.Image, dict[str, Tensor]]  # a picture; {kind: unit map (C, h, w)}
 
 
 def _usable(
-    function: Callable, paths: Sequence[Path], stage: str, progress: Progress, level: int = logging.WARNING
+    function: Callable, paths: Sequence[Path], stage: str, progress: Progress
 ) -> Iterator[tuple[Path, Any]]:
-    """(path, function(path)) of each image that can be used; another is said to be skipped, at a level."""
+    """(path, function(path)) of each image that can be used; another is said to be skipped."""
     for done, path in enumerate(paths, 1):
-        result = or_skip(function, path, level=level)
+        result = or_skip(function, path)
         if result is not None:
             yield path, result
         progress(stage, done, len(paths))
@@ -82,10 +82,10 @@ def fit_sheet(models: Sequence[Stego], *, progress: Progress = no_progress) -> I
 
 
 def fit_images(model: Stego) -> list[Path]:
-    """The images of a fit in this process; of large ones in tiles, the tiles."""
+    """The images that a fit in this process used; of large ones in tiles, the tiles."""
     if model.record is None:
         raise ValueError("This model was not fitted in this process; its images are shown right after fit.")
-    return model.record.paths
+    return [model.record.paths[i] for i in model.record.images.unique()]
 
 
 def segmented(
@@ -113,7 +113,7 @@ def _comparison_sheet(models: Sequence[Stego], paths: Sequence[Path], progress: 
     """At most SHEET_SAMPLE of the images, a row each, beside their segments by models with one head, without CRF."""
     some = paths[:: math.ceil(len(paths) / SHEET_SAMPLE)]
     rows = []
-    for path, small in _usable(partial(_small_picture, models[0]), some, "picture", progress, KNOWN):
+    for path, small in _usable(partial(_small_picture, models[0]), some, "picture", progress):
         image = small.image
         codes = models[0].codes(to_tensor(image)[None])  # (1, D, h, w)
         described = [(codes, model.probe.adapted(codes, small)) for model in models]

@@ -97,10 +97,11 @@ def test_a_sweep_runs_the_backbone_once(here, pair, monkeypatch):
 
 
 @pytest.mark.usefixtures("short_sheet")
-def test_images_that_were_used_are_counted(here, pair):
+def test_images_that_cannot_be_used_are_said_once_and_not_counted(here, pair):
     (pair / "broken.png").write_text("no picture")
-    fit = run("fit", pair, *QUICK, "-k", 2)
-    assert "broken.png" in fit.stderr and fit.stdout.startswith("2 images, tiny")
+    fit = run("fit", pair, *QUICK, "-k", 2, "--report", "charts")
+    assert fit.stderr.count("broken.png") == 1 and fit.stdout.startswith("2 images, tiny")
+    assert "shown on 2 images" in Path("charts/index.html").read_text()
 
 
 def test_the_same_command_goes_on(here, pair, monkeypatch):

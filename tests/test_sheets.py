@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import torch.nn.functional as F
 from conftest import GAP, LINE, ROW, TOP, run
 from PIL import Image
@@ -112,7 +113,8 @@ def test_all_images_are_on_the_sheet_up_to_24(model, scenes, monkeypatch, count,
     monkeypatch.setattr(
         type(model), "predict", lambda self, seen, **options: np.zeros(seen.image.size[::-1], np.uint8)
     )
-    monkeypatch.setattr(model, "record", replace(model.record, paths=[scenes / "scene00.png"] * count))
+    record = replace(model.record, paths=[scenes / "scene00.png"] * count, images=torch.arange(count))
+    monkeypatch.setattr(model, "record", record)
     sheets.fit_sheet([model])
     assert len(seen) == shown
 
