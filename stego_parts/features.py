@@ -276,7 +276,7 @@ class TokenCache:
         except OSError as error:
             place = path.parent if path else tempfile.gettempdir()
             raise ValueError(
-                f"No room for {size / 1e9:.1f} GB of features in {place} ({error.strerror}); "
+                f"No room for {size / 1e6:.0f} MB of features in {place} ({error.strerror}); "
                 "use --set cache_size=GB, or work on a larger disk."
             ) from error
 

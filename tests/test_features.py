@@ -158,8 +158,8 @@ def test_a_full_disk_is_one_sentence(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(features.os, "posix_fallocate", full)
-    with pytest.raises(ValueError, match="No room for .* --set cache_size=GB"):
-        TokenCache(10, 1, 10, 10)
+    with pytest.raises(ValueError, match="No room for 2 MB of features .* --set cache_size=GB"):
+        TokenCache(10, 1, 10, 10_000)  # two bytes a value
 
 
 def test_features_are_the_same_however_many_threads_there_are(scenes):
