@@ -25,7 +25,6 @@ from cli_parts.console import (
     Progress,
     StderrHandler,
     cluster_counts,
-    counted,
     dataset_options,
     error_message,
     is_quiet,
@@ -198,6 +197,7 @@ def predict(
     """
     from cli_parts import outputs
     from stego import Stego
+    from stego_parts.files import counted
 
     formats = outputs.check_formats(kind, images, output, **options)
     del options["overlay"]
@@ -314,6 +314,7 @@ def evaluate(
     from cli_parts.scores import format_scores, write_json
     from cli_parts.sheets import write_figures
     from stego import Stego
+    from stego_parts.files import counted
 
     labelled, train = labels.sets_to_score(**data)
     inputs = [model, *labelled.paths, *(train.paths if train else [])]
@@ -396,7 +397,7 @@ def show_model(
     """Say what is in a model, and write the sheet of its clusters."""
     from cli_parts import outputs, page, sheets
     from stego import Stego
-    from stego_parts.files import find_images
+    from stego_parts.files import counted, find_images
     from stego_parts.images import write_image
     from stego_parts.tiles import tiles_of
 
@@ -424,8 +425,7 @@ def export_model(
     from cli_parts.outputs import check_outputs
     from stego import Stego
 
-    read = [model, *images, *([weights] if weights else [])]
-    check_outputs([(output, (".onnx",))], inputs=read)
+    check_outputs([(output, (".onnx",))], inputs=[model, *images, weights])
     fitted = Stego.load(model, device=device, weights=weights)
     width, height = write_onnx(fitted, output, *images, progress=progress)
     progress.summary(f"{fitted.config.backbone}, images of {width} x {height} pixels", f"model {output}")
@@ -445,7 +445,7 @@ def show_points(
     from cli_parts import evaluation, outputs, sheets
     from stego import Stego
     from stego_parts.backbones import load_backbone
-    from stego_parts.files import find_images
+    from stego_parts.files import counted, find_images
     from stego_parts.images import write_image
     from stego_parts.running import pick_device
 

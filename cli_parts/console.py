@@ -134,11 +134,6 @@ class StderrHandler(logging.Handler):
         click.echo(f"{prefix}{record.getMessage()}", err=True)
 
 
-def counted(number: int, noun: str) -> str:
-    """ "1 image", "3 images"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def is_quiet() -> bool:
     return not log.isEnabledFor(logging.WARNING)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from cli_parts import datasets, labels, outputs, page, sheets
-from cli_parts.console import FEATURES, Progress, counted, log, made_in, print_model
+from cli_parts.console import FEATURES, Progress, log, made_in, print_model
 from cli_parts.formats import PICTURE
 from stego import Stego
 from stego_parts.checkpoint import end_fit, kept_features
 from stego_parts.config import NOTICE, fit_config
-from stego_parts.files import find_images
+from stego_parts.files import counted, find_images
 from stego_parts.images import write_image
 from stego_parts.running import no_progress, process_group
 
@@ -61,8 +61,7 @@ class FitPlan:
     def check(self, paths: list, others: list, match: Path | None) -> None:
         """ValueError for an output that cannot be written, or would replace an input or a model with names."""
         written = [*((file, ()) for file in self.models), (self.sheet, PICTURE)]
-        inputs = [*paths, *(path for path in others if path)]
-        outputs.check_outputs(written, inputs=inputs, folders=[self.report])
+        outputs.check_outputs(written, inputs=[*paths, *others], folders=[self.report])
         outputs.check_replacing(self.models, match, self.overwrite)
 
     def written(self) -> str:

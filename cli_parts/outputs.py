@@ -96,15 +96,15 @@ def check_formats(
 def check_outputs(
     files: Iterable[tuple[Path | None, tuple[str, ...]]],
     *,
-    inputs: Iterable[Path | str] = (),
+    inputs: Iterable[Path | str | None] = (),
     folders: Iterable[Path | None] = (),
 ) -> None:
     """ValueError for an output that cannot be written, or that would replace an input or another output.
 
     files: (path, suffixes) pairs, no suffixes for a model, which may have any but an image's. A path of None,
-    there or in folders, is an output that nobody wants.
+    there or in folders, is an output that nobody wants, in inputs one that nobody gave.
     """
-    read = {Path(path).resolve() for path in inputs}
+    read = {Path(path).resolve() for path in inputs if path}
     written = set()
     for path, suffixes in files:
         if path is None or str(path) == PIPE:

@@ -106,14 +106,15 @@ def _exclusion(exclude: Iterable) -> Callable[[Path, Path], bool]:
 
 def _say_passed_over(own: set[str], other: dict[str, str]) -> None:
     if own:
-        log.log(NOTICE, "%s left out: stego wrote them itself.", _files(len(own), "picture"))
+        log.log(NOTICE, "%s left out: stego wrote them itself.", counted(len(own), "picture"))
     if other:
         suffixes = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(other.values()).items()))
-        log.log(NOTICE, "%s of other kinds passed over: %s.", _files(len(other), "file"), suffixes)
+        log.log(NOTICE, "%s of other kinds passed over: %s.", counted(len(other), "file"), suffixes)
 
 
-def _files(count: int, what: str) -> str:
-    return f"{count} {what}" + "s" * (count > 1)
+def counted(number: int, noun: str) -> str:
+    """ "1 image", "3 images"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _matches(source: str | os.PathLike) -> list[_Match]:
