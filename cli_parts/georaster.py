@@ -1,14 +1,13 @@
 """Where on Earth the pixels of a GeoTIFF lie: its tags, read for areas and written into masks."""
 
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from stego_parts.files import DESCRIPTION
+from stego_parts.files import DESCRIPTION, opened
 from stego_parts.images import IGNORE
 from stego_parts.tiff import NO_DATA, read_tags
 
@@ -28,7 +27,7 @@ GEO_TAGS |= {GEO_KEYS: SHORT, 34737: ASCII, NO_DATA: ASCII}  # the last one is G
 
 def geo_tags(source: Path | BinaryIO) -> dict:
     """The GeoTIFF tags of an image file, by its path or open, that have the right type; {} of what is no TIFF file."""
-    with open(source, "rb") if isinstance(source, Path) else nullcontext(source) as file:
+    with opened(source) as file:
         tags: Any = read_tags(file)
     if tags is None:
         return {}

@@ -15,7 +15,6 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +38,7 @@ from stego_parts.files import (
     find_images,
     list_images,
     natural_key,
+    opened,
     read_note,
     write_bytes,
 )
@@ -287,7 +287,7 @@ class Writer:
 
     def note(self, kind: str, source: Any) -> str:
         """What is noted in an output: its kind, and a hash of what it was made with and of its image."""
-        with open(source, "rb") if isinstance(source, Path) else nullcontext(source) as file:
+        with opened(source) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             known = hashlib.sha256(f"{self.made_with} {size} ".encode() + file.read(IMAGE_HEAD))

@@ -9,10 +9,10 @@ import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
@@ -110,6 +110,11 @@ def _say_passed_over(own: set[str], other: dict[str, str]) -> None:
     if other:
         suffixes = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(other.values()).items()))
         log.log(NOTICE, "%s of other kinds passed over: %s.", counted(len(other), "file"), suffixes)
+
+
+def opened(source: Path | BinaryIO) -> AbstractContextManager[BinaryIO]:
+    """A file by its path, closed afterwards, or one that is open already and stays so."""
+    return open(source, "rb") if isinstance(source, Path) else nullcontext(source)
 
 
 def counted(number: int, noun: str) -> str:
