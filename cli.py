@@ -201,11 +201,10 @@ def predict(
 
     formats = outputs.check_formats(kind, images, output, **options)
     del options["overlay"]
-    only = options.pop("only")
     skip_existing = options.pop("skip_existing")
     jobs, document = outputs.plan_outputs(images, output, formats, model, limit, frames=options["smooth"])
     fitted = Stego.load(model, device=device, weights=weights)
-    keep = fitted.select(only) if only else None
+    keep = fitted.select(options.pop("only")) or None
     writer = outputs.Writer(fitted, kind, keep, options.pop("min_area"), options)
     todo = [job for job in jobs if not (skip_existing and writer.is_done(job))]
     skipped = f", {len(jobs) - len(todo)} skipped" if skip_existing else ""
